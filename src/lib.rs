@@ -1,0 +1,8 @@
+//! Context parallelism: exact attention over sequences that are split across ranks, forward and backward.
+pub mod backend;
+pub mod dtype;
+pub mod error;
+pub mod mask;
+pub mod partition;
+pub mod problem;
+pub mod transport;
