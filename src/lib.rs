@@ -4,5 +4,6 @@ pub mod dtype;
 pub mod error;
 pub mod mask;
 pub mod partition;
+pub mod plan;
 pub mod problem;
 pub mod transport;

@@ -1,0 +1,99 @@
+//! What a plan costs: bytes, FLOPs, memory. Sums over its steps, nothing modelled.
+
+use super::{Kind, Op, Pass, Plan, Slot, Tensor};
+use std::collections::HashMap;
+
+/// Alignment of every slot in the workspace, one cache line and the widest SIMD load.
+pub const ALIGN: usize = 64;
+
+/// Cost of one rank's pass.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Account {
+    /// Bytes sent.
+    pub sent: u64,
+    /// Bytes received.
+    pub received: u64,
+    /// Of those, keys and values between teams.
+    pub received_keys: u64,
+    /// Key rows received between teams, counted once for K and V together.
+    pub received_key_rows: u64,
+    /// Of the bytes received, gradients between teams.
+    pub received_gradients: u64,
+    /// Of the bytes received, the head exchange.
+    pub received_heads: u64,
+    /// (query, key, head) triples computed.
+    pub pairs: u64,
+    /// Floating-point operations: 2·(dqk + dv) a triple forward, 2·(3·dqk + 2·dv) backward.
+    pub flops: u64,
+    /// Workspace.
+    pub workspace: u64,
+    /// Kept between forward and backward.
+    pub saved: u64,
+}
+
+/// The cost of a plan.
+pub fn account(plan: &Plan) -> Account {
+    let mut a = Account {
+        workspace: workspace_bytes(plan) as u64,
+        saved: saved_bytes(plan) as u64,
+        ..Account::default()
+    };
+    let heads = plan.share.q.len() as u64;
+    for step in &plan.steps {
+        match &step.op {
+            Op::Exchange { sends, recvs } => {
+                let bytes = |m: &super::Message| {
+                    u64::from(m.count()) * plan.info(m.slot).row_bytes() as u64
+                };
+                a.sent += sends.iter().map(bytes).sum::<u64>();
+                for m in recvs {
+                    a.received += bytes(m);
+                    match m.slot.kind {
+                        Kind::Recv => {
+                            a.received_keys += bytes(m);
+                            a.received_key_rows +=
+                                if m.slot.tensor == Tensor::K { u64::from(m.count()) } else { 0 };
+                        }
+                        Kind::Return => a.received_gradients += bytes(m),
+                        _ => a.received_heads += bytes(m),
+                    }
+                }
+            }
+            Op::Attend { slices, .. } | Op::AttendBackward { slices, .. } => {
+                a.pairs += heads * slices.iter().map(|s| s.pairs()).sum::<u64>();
+            }
+            _ => {}
+        }
+    }
+    let (qk, v) = (u64::from(plan.problem.dim_qk), u64::from(plan.problem.dim_v));
+    a.flops =
+        a.pairs * if plan.pass == Pass::Forward { 2 * (qk + v) } else { 2 * (3 * qk + 2 * v) };
+    a
+}
+
+/// Where every slot that is not the caller's lies: offsets into the workspace, or into the saved buffer.
+pub fn layout(plan: &Plan) -> HashMap<Slot, usize> {
+    let (mut workspace, mut saved) = (0, 0);
+    let mut out = HashMap::new();
+    for s in plan.slots.iter().filter(|s| s.slot.kind != Kind::Caller) {
+        let at = if s.saved { &mut saved } else { &mut workspace };
+        out.insert(s.slot, *at);
+        *at += s.bytes().next_multiple_of(ALIGN);
+    }
+    out
+}
+
+/// Bytes of workspace that a pass needs beside the caller's tensors.
+pub fn workspace_bytes(plan: &Plan) -> usize {
+    size(plan, false)
+}
+
+/// Bytes that forward leaves for backward.
+pub fn saved_bytes(plan: &Plan) -> usize {
+    size(plan, true)
+}
+
+fn size(plan: &Plan, saved: bool) -> usize {
+    let own = plan.slots.iter().filter(|s| s.slot.kind != Kind::Caller && s.saved == saved);
+    own.map(|s| s.bytes().next_multiple_of(ALIGN)).sum()
+}

@@ -1,0 +1,292 @@
+//! The builder that the planner's parts push steps into, and the order in which they do it.
+
+use super::stages::Stages;
+use super::team::{HeadShare, Team};
+use super::{
+    Event, Kind, Lane, Message, Op, Options, Pass, Plan, Rows, Slot, SlotInfo, Step, Tensor, Value,
+};
+use crate::backend::Run;
+use crate::dtype::DType;
+use crate::partition::{Side, holding};
+use crate::problem::{Problem, Wire};
+use std::sync::Arc;
+
+/// Plans one rank: trade heads, go through the stages, trade back.
+pub(super) fn plan(problem: &Arc<Problem>, rank: u32, pass: Pass, options: Options) -> Plan {
+    let mut b = Builder::new(problem, rank, options);
+    match pass {
+        Pass::Forward => {
+            b.trade_in(&[Tensor::Q, Tensor::K, Tensor::V]);
+            b.forward_stages();
+            b.trade_out(&[Tensor::Out, Tensor::Lse]);
+        }
+        Pass::Backward => {
+            b.delta();
+            match options.saved {
+                true => b.trade_in(&[Tensor::DOut, Tensor::Delta]),
+                false => b.trade_in(&[
+                    Tensor::Q,
+                    Tensor::K,
+                    Tensor::V,
+                    Tensor::DOut,
+                    Tensor::Lse,
+                    Tensor::Delta,
+                ]),
+            }
+            b.backward_stages();
+            b.trade_out(&[Tensor::DQ, Tensor::DK, Tensor::DV]);
+        }
+    }
+    b.slots.sort_by_key(|s| s.slot);
+    Plan {
+        problem: problem.clone(),
+        rank,
+        pass,
+        options,
+        share: b.share(b.member),
+        slots: b.slots,
+        steps: b.steps,
+        events: b.events,
+    }
+}
+
+pub(super) struct Builder<'a> {
+    pub problem: &'a Problem,
+    pub options: Options,
+    /// This rank's team, and all others.
+    pub team: u32,
+    pub teams: Vec<Team>,
+    /// This rank's place in its team.
+    pub member: u32,
+    /// Rows of the caller's tensors.
+    local_rows: [u32; 2],
+    slots: Vec<SlotInfo>,
+    steps: Vec<Step>,
+    events: u32,
+    /// Stage that new steps are marked with.
+    pub stage: u32,
+    /// What each stage moves.
+    pub stages: Stages,
+}
+
+impl<'a> Builder<'a> {
+    fn new(problem: &'a Problem, rank: u32, options: Options) -> Builder<'a> {
+        let (team, member) = (rank / problem.inner, rank % problem.inner);
+        // Other teams' keys are only counted and numbered, so how they lie there does not matter, but every rank must number
+        // its own as it sends them.
+        let teams = (0..problem.teams())
+            .map(|t| Team::new(problem, t, options.pack && t == team))
+            .collect();
+        let rows = |side| holding(problem, rank, side).rows;
+        let local_rows = [rows(Side::Query), rows(Side::Key)];
+        let (slots, steps, stages) = (Vec::new(), Vec::new(), Stages::new());
+        let mut b = Builder {
+            problem,
+            options,
+            team,
+            teams,
+            member,
+            local_rows,
+            slots,
+            steps,
+            events: 0,
+            stage: 0,
+            stages,
+        };
+        b.list_stages();
+        b
+    }
+
+    pub fn mine(&self) -> &Team {
+        &self.teams[self.team as usize]
+    }
+
+    pub fn share(&self, member: u32) -> HeadShare {
+        HeadShare::of(self.problem, member)
+    }
+
+    /// The rank in this rank's place of another team.
+    pub fn peer_in(&self, team: u32) -> u32 {
+        team * self.problem.inner + self.member
+    }
+
+    /// Are the rows of this side gathered into team buffers, or used where the caller has them?
+    pub fn gathered(&self, tensor: Tensor) -> bool {
+        self.problem.inner > 1 || (self.options.pack && tensor.key_side())
+    }
+
+    /// Where the stages find an input: the caller's tensor, or the team's.
+    pub fn input(&mut self, tensor: Tensor) -> Slot {
+        match self.gathered(tensor) {
+            true => self.slot(Kind::Team, tensor, 0),
+            false if tensor == Tensor::Delta => self.slot(Kind::Sum, tensor, 0),
+            false => self.slot(Kind::Caller, tensor, 0),
+        }
+    }
+
+    /// A slot with as many rows as its kind always has.
+    pub fn slot(&mut self, kind: Kind, tensor: Tensor, index: u32) -> Slot {
+        let key = usize::from(tensor.key_side());
+        let rows = match kind {
+            Kind::Caller | Kind::Sum => self.local_rows[key],
+            Kind::Team | Kind::Acc => {
+                if key == 1 {
+                    self.mine().k.rows
+                } else {
+                    self.mine().q.rows
+                }
+            }
+            Kind::Split | Kind::Merge => {
+                self.member_runs(self.member, tensor).iter().map(|r| r.rows).sum()
+            }
+            Kind::Recv | Kind::Part | Kind::Wire | Kind::Return => 0,
+        };
+        self.slot_rows(kind, tensor, index, rows)
+    }
+
+    /// A slot with at least this many rows.
+    pub fn slot_rows(&mut self, kind: Kind, tensor: Tensor, index: u32, rows: u32) -> Slot {
+        let slot = Slot::indexed(kind, tensor, index);
+        if let Some(known) = self.slots.iter_mut().find(|s| s.slot == slot) {
+            known.rows = known.rows.max(rows);
+            return slot;
+        }
+        let p = self.problem;
+        let share = match kind {
+            Kind::Caller | Kind::Sum => HeadShare { q: 0..p.heads, kv: 0..p.kv_heads },
+            Kind::Split | Kind::Merge => self.share(index),
+            _ => self.share(self.member),
+        };
+        let dim = match tensor {
+            Tensor::Q | Tensor::K | Tensor::DQ | Tensor::DK => p.dim_qk,
+            Tensor::V | Tensor::Out | Tensor::DOut | Tensor::DV => p.dim_v,
+            Tensor::Lse | Tensor::Delta | Tensor::Max | Tensor::Sum => 1,
+        };
+        let wired = matches!(tensor, Tensor::DK | Tensor::DV) && kind != Kind::Caller;
+        let dtype = match kind {
+            Kind::Part | Kind::Acc | Kind::Sum => DType::F32,
+            _ if dim == 1 => DType::F32,
+            _ if wired && p.wire == Wire::F32 => DType::F32,
+            _ => p.dtype,
+        };
+        let kept = matches!(tensor, Tensor::Q | Tensor::K | Tensor::V | Tensor::Lse);
+        let saved = self.options.saved && p.inner > 1 && kind == Kind::Team && kept;
+        let heads = share.side(tensor.key_side()).len() as u32;
+        self.slots.push(SlotInfo { slot, rows, heads, dim, dtype, saved });
+        slot
+    }
+
+    pub fn info(&self, slot: Slot) -> SlotInfo {
+        *self.slots.iter().find(|s| s.slot == slot).expect("slot was made before it is used")
+    }
+
+    /// Local row → team row of a member of this rank's team.
+    pub fn member_runs(&self, member: u32, tensor: Tensor) -> &[Run] {
+        let side = if tensor.key_side() { &self.mine().k } else { &self.mine().q };
+        &side.members[member as usize]
+    }
+
+    /// Pushes a compute step.
+    pub fn compute(&mut self, waits: &[Option<Event>], op: Op) {
+        let waits = waits.iter().flatten().copied().collect();
+        self.steps.push(Step { lane: Lane::Compute, stage: self.stage, waits, signal: None, op });
+    }
+
+    /// An event for "everything on the compute lane up to here".
+    pub fn computed(&mut self) -> Option<Event> {
+        let step = self.steps.iter_mut().rev().find(|s| s.lane == Lane::Compute)?;
+        let event = *step.signal.get_or_insert(self.events);
+        self.events = self.events.max(event + 1);
+        Some(event)
+    }
+
+    /// The head exchange's event, if there was one: the last on the comm lane so far.
+    pub fn trade_event(&self) -> Option<Event> {
+        self.steps.iter().rev().find(|s| s.lane == Lane::Comm).and_then(|s| s.signal)
+    }
+
+    /// Pushes a grouped exchange; messages without bytes are left out on both sides. `None` if nothing is left.
+    pub fn exchange(
+        &mut self,
+        waits: &[Option<Event>],
+        sends: Vec<Message>,
+        recvs: Vec<Message>,
+    ) -> Option<Event> {
+        let full = |list: Vec<Message>| -> Vec<Message> {
+            list.into_iter().filter(|m| m.count() > 0 && self.info(m.slot).heads > 0).collect()
+        };
+        let (sends, recvs) = (full(sends), full(recvs));
+        if sends.is_empty() && recvs.is_empty() {
+            return None;
+        }
+        let waits = waits.iter().flatten().copied().collect();
+        let signal = Some(self.events);
+        self.events += 1;
+        self.steps.push(Step {
+            lane: Lane::Comm,
+            stage: self.stage,
+            waits,
+            signal,
+            op: Op::Exchange { sends, recvs },
+        });
+        signal
+    }
+
+    /// Copies all heads of some rows.
+    pub fn copy(
+        &mut self,
+        waits: &[Option<Event>],
+        src: Slot,
+        dst: Slot,
+        runs: Vec<Run>,
+        add: bool,
+    ) {
+        let heads = self.info(src).heads;
+        self.copy_heads(waits, (src, 0), (dst, 0), heads, runs, add);
+    }
+
+    /// Copies some heads of some rows.
+    pub fn copy_heads(
+        &mut self,
+        waits: &[Option<Event>],
+        src: (Slot, u32),
+        dst: (Slot, u32),
+        heads: u32,
+        runs: Vec<Run>,
+        add: bool,
+    ) {
+        if heads > 0 && runs.iter().any(|r| r.rows > 0) {
+            self.compute(
+                waits,
+                Op::Copy {
+                    src: src.0,
+                    src_head: src.1,
+                    dst: dst.0,
+                    dst_head: dst.1,
+                    heads,
+                    runs,
+                    add,
+                },
+            );
+        }
+    }
+
+    /// Fills all rows of a slot.
+    pub fn clear(&mut self, waits: &[Option<Event>], slot: Slot, count: u32) {
+        if count > 0 && self.info(slot).heads > 0 {
+            self.compute(
+                waits,
+                Op::Fill { slot, rows: vec![Rows::range(0, count)], value: Value::Zero },
+            );
+        }
+    }
+
+    /// Backward's Σ O∘dO, over the caller's rows.
+    fn delta(&mut self) {
+        for tensor in [Tensor::Out, Tensor::DOut] {
+            self.slot(Kind::Caller, tensor, 0);
+        }
+        self.slot(Kind::Sum, Tensor::Delta, 0);
+        self.compute(&[], Op::Delta);
+    }
+}

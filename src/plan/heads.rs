@@ -1,0 +1,162 @@
+//! Head exchange: inside a team, every member gives away the heads of the others and receives their rows of its own heads.
+//!
+//! ```text
+//!   caller, local rows × all heads          team rows × own heads
+//!   ┌────┬────┐ member 0                    ┌────┐┌────┐
+//!   │ a0 │ a1 │          trade_in  ──▶       │ a0 ││ a1 │
+//!   ├────┼────┤ member 1  ◀── trade_out     │ b0 ││ b1 │
+//!   │ b0 │ b1 │                             └────┘└────┘
+//! ```
+//! Giving away needs a copy (heads are interleaved); what arrives lands in place. Trading out is the reverse. With a team of one
+//! nothing is exchanged, and rows are gathered only where a launch asks for it.
+
+use super::build::Builder;
+use super::{Event, Kind, Message, Op, Rows, Slot, Tensor, Value};
+use crate::backend::Run;
+
+impl Builder<'_> {
+    /// Brings the caller's tensors into team buffers.
+    pub fn trade_in(&mut self, tensors: &[Tensor]) {
+        let (mut sends, mut recvs) = (Vec::new(), Vec::new());
+        for &tensor in tensors {
+            if !self.gathered(tensor) {
+                continue;
+            }
+            let from = if tensor == Tensor::Delta { Kind::Sum } else { Kind::Caller };
+            let src = self.slot(from, tensor, 0);
+            let team = self.slot(Kind::Team, tensor, 0);
+            for member in 0..self.problem.inner {
+                let heads = self.share(member).side(tensor.key_side());
+                let count = heads.len() as u32;
+                if member == self.member {
+                    let runs = self.member_runs(member, tensor).to_vec();
+                    self.copy_heads(&[], (src, heads.start), (team, 0), count, runs, false);
+                    continue;
+                }
+                let split = self.slot(Kind::Split, tensor, member);
+                let runs = packed(self.member_runs(self.member, tensor), false);
+                self.copy_heads(&[], (src, heads.start), (split, 0), count, runs, false);
+                sends.push(self.to_member(member, split));
+                recvs.push(self.team_rows(member, tensor, team));
+            }
+        }
+        let packed = self.computed();
+        self.exchange(&[packed], sends, recvs);
+    }
+
+    /// Brings results from team buffers to the caller's tensors; gradients of shared key heads are summed in member order.
+    pub fn trade_out(&mut self, tensors: &[Tensor]) {
+        let tensors: Vec<Tensor> = tensors.iter().copied().filter(|t| self.gathered(*t)).collect();
+        let (mut sends, mut recvs) = (Vec::new(), Vec::new());
+        let me = self.member;
+        for &tensor in &tensors {
+            let team = self.result(tensor);
+            for member in (0..self.problem.inner).filter(|m| *m != me) {
+                let merge = self.slot(Kind::Merge, tensor, member);
+                sends.push(self.team_rows(member, tensor, team));
+                recvs.push(self.to_member(member, merge));
+            }
+        }
+        let computed = self.computed();
+        let arrived = self.exchange(&[computed], sends, recvs);
+        for tensor in tensors {
+            self.merge(arrived, tensor);
+        }
+    }
+
+    /// Puts the members' heads of a tensor side by side.
+    fn merge(&mut self, arrived: Option<Event>, tensor: Tensor) {
+        let caller = self.slot(Kind::Caller, tensor, 0);
+        let local = self.info(caller).rows;
+        let shared = self.heads_are_shared(tensor);
+        let dst = if shared { self.slot(Kind::Sum, tensor, 0) } else { caller };
+        match shared {
+            true => self.clear(&[], dst, local),
+            false => self.fill_padding(tensor, caller),
+        }
+        for member in 0..self.problem.inner {
+            let heads = self.share(member).side(tensor.key_side());
+            let (count, to) = (heads.len() as u32, (dst, heads.start));
+            if member == self.member {
+                let runs = self.member_runs(member, tensor).iter().map(reverse).collect();
+                let team = self.result(tensor);
+                self.copy_heads(&[], (team, 0), to, count, runs, shared);
+            } else {
+                let merge = self.slot(Kind::Merge, tensor, member);
+                let runs = packed(self.member_runs(self.member, tensor), true);
+                self.copy_heads(&[arrived], (merge, 0), to, count, runs, shared);
+            }
+        }
+        if shared {
+            let all = Run { src: 0, src_step: 1, dst: 0, dst_step: 1, rows: local };
+            self.copy(&[], dst, caller, vec![all], false);
+        }
+    }
+
+    /// Where the stages left a result: the team buffer, or the fp32 accumulator where that is what travels.
+    fn result(&mut self, tensor: Tensor) -> Slot {
+        let only_packed = self.problem.inner == 1;
+        self.slot(if only_packed { Kind::Acc } else { Kind::Team }, tensor, 0)
+    }
+
+    /// Does a key head belong to several members' shares?
+    fn heads_are_shared(&self, tensor: Tensor) -> bool {
+        let total: u32 = (0..self.problem.inner).map(|m| self.share(m).kv.len() as u32).sum();
+        tensor.key_side() && total > self.problem.kv_heads
+    }
+
+    /// A whole Split or Merge buffer, to or from the member it is for.
+    fn to_member(&self, member: u32, slot: Slot) -> Message {
+        Message {
+            peer: self.team * self.problem.inner + member,
+            slot,
+            rows: vec![Rows::range(0, self.info(slot).rows)],
+        }
+    }
+
+    /// A member's rows of a team buffer.
+    fn team_rows(&self, member: u32, tensor: Tensor, slot: Slot) -> Message {
+        let rows = self.member_runs(member, tensor).iter().map(|r| Rows {
+            first: r.dst,
+            step: r.dst_step,
+            count: r.rows,
+        });
+        Message { peer: self.team * self.problem.inner + member, slot, rows: rows.collect() }
+    }
+
+    /// Results of padding rows are exactly 0, their LSE −∞.
+    fn fill_padding(&mut self, tensor: Tensor, caller: Slot) {
+        let mut rows = Vec::new();
+        let mut at = 0;
+        for run in self.member_runs(self.member, tensor) {
+            if run.src > at {
+                rows.push(Rows::range(at, run.src - at));
+            }
+            at = run.src + run.rows;
+        }
+        let total = self.info(caller).rows;
+        if total > at {
+            rows.push(Rows::range(at, total - at));
+        }
+        if !rows.is_empty() {
+            let value = if tensor == Tensor::Lse { Value::NegInf } else { Value::Zero };
+            self.compute(&[], Op::Fill { slot: caller, rows, value });
+        }
+    }
+}
+
+/// Local rows ↔ the same rows without gaps.
+fn packed(runs: &[Run], back: bool) -> Vec<Run> {
+    let mut at = 0;
+    let mut out = Vec::new();
+    for r in runs {
+        let run = Run { src: r.src, src_step: 1, dst: at, dst_step: 1, rows: r.rows };
+        out.push(if back { reverse(&run) } else { run });
+        at += r.rows;
+    }
+    out
+}
+
+fn reverse(r: &Run) -> Run {
+    Run { src: r.dst, src_step: r.dst_step, dst: r.src, dst_step: r.src_step, rows: r.rows }
+}

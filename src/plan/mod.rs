@@ -1,0 +1,410 @@
+//! A [`Plan`] is what one rank does, as data: steps on two lanes, joined only by events, over named slots.
+//!
+//! ```text
+//!   Problem, rank ──▶ team     who is in which team, which heads and rows a rank works on
+//!                     needs    which key rows one team needs of another; the slices they make
+//!                     heads    head exchange: trade heads for sequence, and back
+//!                     stages   KV exchange: arrive, attend, return; forward and backward
+//!                  ──▶ Plan ──▶ check (proves all ranks' plans together), account (bytes, FLOPs, memory), print
+//! ```
+//! A plan is a pure function of (problem, rank, [`Options`]). It holds no pointers: slots are bound to memory at launch.
+
+pub mod account;
+mod build;
+pub mod check;
+mod heads;
+mod needs;
+pub mod print;
+mod stages;
+pub mod svg;
+mod team;
+
+use crate::backend::{HeadMap, Run};
+use crate::dtype::DType;
+use crate::error::Result;
+use crate::mask::Slice;
+use crate::problem::Problem;
+use std::fmt;
+use std::sync::Arc;
+
+pub use team::{HeadShare, Team};
+
+/// Which half of a training step.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Pass {
+    /// Q, K, V → O, LSE.
+    Forward,
+    /// Q, K, V, O, LSE, dO → dQ, dK, dV.
+    Backward,
+}
+
+/// What a launch knows beside the problem; it changes no message, so ranks may differ in `pack`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Options {
+    /// The caller's K and V are not dense in memory: gather their rows before sending.
+    pub pack: bool,
+    /// Forward leaves the head-split Q, K, V and LSE for backward, which then exchanges only what is new. Only matters when u > 1.
+    pub saved: bool,
+}
+
+/// A tensor's role.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Tensor {
+    /// Queries.
+    Q,
+    /// Keys.
+    K,
+    /// Values.
+    V,
+    /// Output.
+    Out,
+    /// Log-sum-exp of the scores, fp32.
+    Lse,
+    /// Gradient of the output.
+    DOut,
+    /// Σ O∘dO, fp32.
+    Delta,
+    /// Gradient of Q.
+    DQ,
+    /// Gradient of K.
+    DK,
+    /// Gradient of V.
+    DV,
+    /// Running maximum.
+    Max,
+    /// Running sum.
+    Sum,
+}
+
+impl Tensor {
+    /// Has one row per key instead of one per query.
+    pub fn key_side(self) -> bool {
+        matches!(self, Tensor::K | Tensor::V | Tensor::DK | Tensor::DV)
+    }
+}
+
+/// Where a buffer comes from and what it is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Kind {
+    /// The caller's tensor: local rows, all heads.
+    Caller,
+    /// After the head exchange: the team's rows, this rank's heads.
+    Team,
+    /// Packed for member `index` of the team: local rows, that member's heads.
+    Split,
+    /// Received from member `index`: local rows, that member's heads.
+    Merge,
+    /// Keys or values of a stage, `index` = stage mod 2.
+    Recv,
+    /// fp32 gradients of a stage's keys or values, `index` = stage mod 2.
+    Part,
+    /// The same in wire type.
+    Wire,
+    /// Gradients that came back from other teams, `index` = stage mod 2.
+    Return,
+    /// fp32 accumulator over all stages: the team's rows, this rank's heads.
+    Acc,
+    /// fp32 sum over members that share a key head: local rows, all heads.
+    Sum,
+}
+
+/// A named buffer. Printed as e.g. `RecvK1`, `SplitQ.3`, `AccDQ`; the caller's tensors by their bare name.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Slot {
+    /// What it is for.
+    pub kind: Kind,
+    /// What it holds.
+    pub tensor: Tensor,
+    /// Which of several.
+    pub index: u16,
+}
+
+impl Slot {
+    /// A slot without an index.
+    pub const fn of(kind: Kind, tensor: Tensor) -> Slot {
+        Slot { kind, tensor, index: 0 }
+    }
+
+    /// The caller's tensor.
+    pub const fn caller(tensor: Tensor) -> Slot {
+        Slot::of(Kind::Caller, tensor)
+    }
+
+    /// One of several.
+    pub const fn indexed(kind: Kind, tensor: Tensor, index: u32) -> Slot {
+        Slot { kind, tensor, index: index as u16 }
+    }
+}
+
+impl fmt::Debug for Slot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self.kind {
+            Kind::Caller => write!(f, "{:?}", self.tensor),
+            Kind::Split | Kind::Merge => {
+                write!(f, "{:?}{:?}.{}", self.kind, self.tensor, self.index)
+            }
+            Kind::Recv | Kind::Part | Kind::Wire | Kind::Return => {
+                write!(f, "{:?}{:?}{}", self.kind, self.tensor, self.index)
+            }
+            Kind::Team | Kind::Acc | Kind::Sum => write!(f, "{:?}{:?}", self.kind, self.tensor),
+        }
+    }
+}
+
+/// Shape and type of a slot: dense `[rows, heads, dim]` unless it is the caller's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct SlotInfo {
+    /// Which.
+    pub slot: Slot,
+    /// Rows.
+    pub rows: u32,
+    /// Heads.
+    pub heads: u32,
+    /// Elements per row and head.
+    pub dim: u32,
+    /// Storage type.
+    pub dtype: DType,
+    /// Lives in the caller's saved buffer between forward and backward, not in the workspace.
+    pub saved: bool,
+}
+
+impl SlotInfo {
+    /// Bytes of one row.
+    pub fn row_bytes(&self) -> usize {
+        self.heads as usize * self.dim as usize * self.dtype.size()
+    }
+
+    /// Bytes of all rows.
+    pub fn bytes(&self) -> usize {
+        self.rows as usize * self.row_bytes()
+    }
+}
+
+/// Rows `first`, `first + step`, … of a slot.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Rows {
+    /// First row.
+    pub first: u32,
+    /// Rows between two rows.
+    pub step: u32,
+    /// Number of rows.
+    pub count: u32,
+}
+
+impl Rows {
+    /// Consecutive rows.
+    pub fn range(first: u32, count: u32) -> Rows {
+        Rows { first, step: 1, count }
+    }
+
+    /// The rows one by one.
+    pub fn iter(self) -> impl Iterator<Item = u32> {
+        (0..self.count).map(move |i| self.first + i * self.step)
+    }
+}
+
+/// Rows of a slot that go to, or come from, one peer. Messages between two ranks are matched in order.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Message {
+    /// The other rank, in the numbering of the problem (0 … P−1).
+    pub peer: u32,
+    /// The buffer; dense, never the caller's unless it is dense.
+    pub slot: Slot,
+    /// The rows, in order.
+    pub rows: Vec<Rows>,
+}
+
+impl Message {
+    /// Number of rows.
+    pub fn count(&self) -> u32 {
+        self.rows.iter().map(|r| r.count).sum()
+    }
+}
+
+/// An ordered queue of steps.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Lane {
+    /// Kernels and copies.
+    Compute,
+    /// Exchanges: one host-ordered queue per communicator.
+    Comm,
+}
+
+/// A point that one step signals and others wait for.
+pub type Event = u32;
+
+/// What a fill writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Value {
+    /// 0 in the slot's type.
+    Zero,
+    /// −∞ in fp32.
+    NegInf,
+}
+
+/// What a step does. No variant knows the name of a communication type or a mask.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Op {
+    /// One grouped exchange: all sends and receives progress together.
+    Exchange {
+        /// What leaves.
+        sends: Vec<Message>,
+        /// What arrives.
+        recvs: Vec<Message>,
+    },
+    /// Forward attention of all rows of `q` over `slices` of a key buffer; state in `AccOut`, `AccMax`, `AccSum`.
+    Attend {
+        /// Queries.
+        q: Slot,
+        /// Keys; the values lie in the same kind of slot.
+        k: Slot,
+        /// The work.
+        slices: Vec<Slice>,
+        /// Start from the empty state.
+        first: bool,
+        /// Normalise and write O and LSE here.
+        last: Option<(Slot, Slot)>,
+    },
+    /// Backward attention: adds to dQ and to the key gradients.
+    AttendBackward {
+        /// Queries; dO and dQ have the same rows.
+        q: Slot,
+        /// Gradient of the output.
+        d_out: Slot,
+        /// LSE.
+        lse: Slot,
+        /// Σ O∘dO.
+        delta: Slot,
+        /// Keys; the values lie in the same kind of slot.
+        k: Slot,
+        /// fp32 gradient of the keys, same rows as `k`; that of the values lies in the same kind of slot.
+        dk: Slot,
+        /// The work.
+        slices: Vec<Slice>,
+    },
+    /// `Delta` = Σ O∘dO over the caller's rows.
+    Delta,
+    /// Copies, converts or adds rows.
+    Copy {
+        /// From.
+        src: Slot,
+        /// First head read.
+        src_head: u32,
+        /// To.
+        dst: Slot,
+        /// First head written.
+        dst_head: u32,
+        /// Number of heads.
+        heads: u32,
+        /// Which rows.
+        runs: Vec<Run>,
+        /// Add in fp32 instead of overwriting.
+        add: bool,
+    },
+    /// Writes a constant.
+    Fill {
+        /// Where.
+        slot: Slot,
+        /// Which rows.
+        rows: Vec<Rows>,
+        /// What.
+        value: Value,
+    },
+}
+
+/// One step: waits for events, does one thing, may signal an event.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Step {
+    /// Its queue.
+    pub lane: Lane,
+    /// KV stage that it serves; 0 is the rank's own keys, and everything outside the stages.
+    pub stage: u32,
+    /// Events that come first.
+    pub waits: Vec<Event>,
+    /// Event that it signals when done.
+    pub signal: Option<Event>,
+    /// What it does.
+    pub op: Op,
+}
+
+/// What one rank does in one pass. Steps are in an order that respects all events, so a single queue may run them too.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    /// The problem, shared by all ranks.
+    pub problem: Arc<Problem>,
+    /// This rank, 0 … P−1.
+    pub rank: u32,
+    /// Which pass.
+    pub pass: Pass,
+    /// What the launch told.
+    pub options: Options,
+    /// All slots, the caller's first.
+    pub slots: Vec<SlotInfo>,
+    /// The steps.
+    pub steps: Vec<Step>,
+    /// Number of events.
+    pub events: u32,
+    /// Which heads this rank computes.
+    pub share: HeadShare,
+}
+
+impl Plan {
+    /// Plans one rank. The problem is validated before.
+    pub fn new(problem: &Arc<Problem>, rank: u32, pass: Pass, options: Options) -> Plan {
+        build::plan(problem, rank, pass, options)
+    }
+
+    /// The plans of all ranks.
+    pub fn all(problem: &Arc<Problem>, pass: Pass, options: Options) -> Vec<Plan> {
+        (0..problem.ranks).map(|rank| Plan::new(problem, rank, pass, options)).collect()
+    }
+
+    /// Shape of a slot; every slot that a step names is there.
+    pub fn info(&self, slot: Slot) -> &SlotInfo {
+        let found = self.slots.iter().find(|s| s.slot == slot);
+        found.unwrap_or_else(|| panic!("plan has no slot {slot:?}"))
+    }
+
+    /// Query head → key head for this rank's share.
+    pub fn head_map(&self) -> HeadMap {
+        HeadMap {
+            q_first: self.share.q.start,
+            group: self.problem.group(),
+            kv_first: self.share.kv.start,
+        }
+    }
+}
+
+/// Resolves a stage count that the caller left open: the fewest stages with which every rank's workspace, forward and backward,
+/// stays within `cap` bytes. More stages never need more memory.
+pub fn fewest_stages(problem: &Problem, cap: u64) -> Result<u32> {
+    let most = problem.teams() - 1;
+    let peak = |stages: u32| -> u64 {
+        let p = Arc::new(Problem { stages, ..problem.clone() });
+        let plans = |pass| Plan::all(&p, pass, Options::default());
+        let bytes = |plan: &Plan| account::workspace_bytes(plan) as u64;
+        plans(Pass::Forward).iter().chain(&plans(Pass::Backward)).map(bytes).max().unwrap_or(0)
+    };
+    if most == 0 {
+        return Ok(0);
+    }
+    if peak(most) > cap {
+        return Err(crate::error::Error::new(
+            crate::error::Status::OutOfMemory,
+            format!(
+                "memory cap: got {cap} bytes; with the most stages ({most}) a rank needs {}",
+                peak(most)
+            ),
+        ));
+    }
+    let (mut low, mut high) = (1, most);
+    while low < high {
+        let middle = (low + high) / 2;
+        if peak(middle) <= cap {
+            high = middle;
+        } else {
+            low = middle + 1;
+        }
+    }
+    Ok(low)
+}
