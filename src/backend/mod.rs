@@ -1,5 +1,7 @@
 //! Computing: what a plan's compute steps mean, as plain structs over raw memory. `cpu` carries them out.
 
+pub mod cpu;
+
 use crate::dtype::DType;
 use crate::mask::Slice;
 

@@ -4,7 +4,13 @@
 //! `ncclGroupStart … ncclGroupEnd`. Between one pair of ranks messages are matched in the order they were given, across groups
 //! too. At most one group is in flight per transport: all communication is one queue (design §2.3).
 
-use crate::error::Result;
+pub mod delay;
+pub mod local;
+mod streams;
+#[cfg(test)]
+mod tests;
+
+use crate::error::{Error, Result};
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -16,6 +22,9 @@ pub struct Piece {
     /// Number of bytes; may be 0.
     pub len: usize,
 }
+
+// SAFETY: a piece is an address and a length; whoever reads or writes through it answers for it (`Transport::start`).
+unsafe impl Send for Piece {}
 
 /// What goes to, or comes from, one peer: pieces that are one byte stream, cut differently on the two sides if need be.
 #[derive(Clone, Debug)]
@@ -35,7 +44,9 @@ impl Message {
 
 /// One way of moving bytes.
 ///
-/// After an error of a kind that [`crate::error::Status::loses_group`], every later call fails with the same error.
+/// After an error of a kind that [`crate::error::Status::loses_group`], every later call fails with the same error. An error of `test` or `wait`, of
+/// whatever kind, gives up the group in flight as [`Transport::give_up`] does, so that the first cause reaches every rank. A rank that cancelled, or
+/// whose transport was dropped, is lost to the peers that wait for it.
 pub trait Transport: Send {
     /// This process's or thread's rank, 0 … size−1.
     fn rank(&self) -> u32;
@@ -61,7 +72,14 @@ pub trait Transport: Send {
     /// leaves the processor to others. A dead peer of the group in flight is reported here as `PeerLost`, named.
     fn wait(&mut self) -> Result<bool>;
 
-    /// Gives up the group in flight. When it returns no piece is touched any more. The transport is unusable afterwards.
+    /// The first peer whose bytes the group in flight still waits for (to come, or to be taken), to name it when the caller's deadline passes.
+    fn waiting_for(&self) -> Option<u32>;
+
+    /// Gives up the group in flight because of `why`. When it returns no piece is touched any more. The transport is unusable afterwards:
+    /// later calls fail with `why`, and so do peers that wait for this rank, where the transport can tell them (`local`, `shm`).
+    fn give_up(&mut self, why: Error);
+
+    /// Gives up without a reason: later calls fail with `Aborted`, peers that wait for this rank with `PeerLost`.
     fn cancel(&mut self);
 
     /// Small allgather among `members` (ranks, ascending, this one included): every member gives the same number of bytes (at most 4096);
