@@ -2,6 +2,7 @@
 pub mod backend;
 pub mod dtype;
 pub mod error;
+pub mod exec;
 pub mod mask;
 pub mod partition;
 pub mod plan;
