@@ -1,1 +1,2 @@
-
+//! The one Rust integration binary: what is right (`oracle`), and everything that is compared to it.
+mod oracle;
