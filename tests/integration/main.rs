@@ -1,3 +1,6 @@
+//! The one Rust integration binary: what is right (`oracle`), and everything that is compared to it.
+
 mod numbers;
+mod oracle;
 mod plans;
 mod ranks;
