@@ -6,6 +6,8 @@
 
 pub mod delay;
 pub mod local;
+mod segment;
+pub mod shm;
 mod streams;
 #[cfg(test)]
 mod tests;
