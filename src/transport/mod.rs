@@ -4,7 +4,9 @@
 //! `ncclGroupStart … ncclGroupEnd`. Between one pair of ranks messages are matched in the order they were given, across groups
 //! too. At most one group is in flight per transport: all communication is one queue (design §2.3).
 
+pub mod bootstrap;
 pub mod delay;
+mod environment;
 pub mod local;
 mod segment;
 pub mod shm;

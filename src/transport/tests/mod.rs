@@ -1,5 +1,8 @@
 //! One set of checks for every transport: random groups against expected bytes, and what happens when a rank misbehaves.
 
+mod bootstrap;
+mod processes;
+
 use super::delay::delay;
 use super::local::{join, local_group};
 use super::{Message, Piece, Transport, shm};
@@ -488,22 +491,4 @@ fn shm_64_ranks() {
     let took = began.elapsed();
     eprintln!("shm: 64 ranks, 3 exchanges and 3 allgathers: {took:?}");
     assert!(took < Duration::from_secs(3), "{took:?}");
-}
-
-#[test]
-fn speed() {
-    for (name, ranks) in [("local", local_group(2)), ("shm", shm_group(2))] {
-        let began = Instant::now();
-        on_all(ranks, |mut t| all_pairs(&mut *t, 16 << 20, 8));
-        let seconds = began.elapsed().as_secs_f64();
-        eprintln!(
-            "{name}: 2 ranks, 8 swaps of 16 MiB with checks: {:.2} GB/s",
-            2.0 * 8.0 * 16.777 / 1e3 / seconds
-        );
-    }
-    for (name, ranks) in [("local", local_group(2)), ("shm", shm_group(2))] {
-        let began = Instant::now();
-        on_all(ranks, |mut t| all_pairs(&mut *t, 8, 2000));
-        eprintln!("{name}: a swap of 8 bytes: {:?}", began.elapsed() / 2000);
-    }
 }
