@@ -13,6 +13,7 @@ pub mod shm;
 mod streams;
 #[cfg(test)]
 mod tests;
+pub mod user;
 
 use crate::error::{Error, Result};
 use std::sync::Arc;

@@ -99,20 +99,20 @@ impl Shm {
             let here = segment.is_here(s.peer);
             let ring = segment.ring(Lane::Data, s.peer, me);
             let mut heard = 0;
-            if s.begun.is_none() {
-                if let Some(head) = ring.peek::<HEAD>()? {
-                    let (mark, bytes) = (word(&head, 0), word(&head, 8));
-                    if mark != DATA_MARK {
-                        return Err(damaged(s.peer, me));
-                    }
-                    if bytes != s.bytes as u64 {
-                        ring.refuse(s.bytes);
-                        segment.wake(s.peer);
-                        return Err(streams::lengths_differ(s.peer, bytes as usize, me, s.bytes));
-                    }
-                    s.begun = Some(ring.skip(HEAD));
-                    heard = HEAD;
+            if s.begun.is_none()
+                && let Some(head) = ring.peek::<HEAD>()?
+            {
+                let (mark, bytes) = (word(&head, 0), word(&head, 8));
+                if mark != DATA_MARK {
+                    return Err(damaged(s.peer, me));
                 }
+                if bytes != s.bytes as u64 {
+                    ring.refuse(s.bytes);
+                    segment.wake(s.peer);
+                    return Err(streams::lengths_differ(s.peer, bytes as usize, me, s.bytes));
+                }
+                s.begun = Some(ring.skip(HEAD));
+                heard = HEAD;
             }
             if s.begun.is_some() {
                 // SAFETY: the caller of `start` keeps the pieces valid while in flight.

@@ -2,6 +2,7 @@
 
 mod bootstrap;
 mod processes;
+mod user;
 
 use super::delay::delay;
 use super::local::{join, local_group};
