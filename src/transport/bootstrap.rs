@@ -151,7 +151,7 @@ pub fn init_from_env(kind: Kind, timeout: Duration) -> Result<Box<dyn Transport>
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let deadline = Instant::now() + timeout;
     let get = |name: &str| std::env::var_os(name).map(|v| v.to_string_lossy().into_owned());
-    let place = environment::place(&get, std::os::unix::process::parent_id())?;
+    let place = environment::place(&get, environment::launcher_process())?;
     let (rank, size) = (place.rank, place.size);
     if size == 1 {
         return Ok(alone());

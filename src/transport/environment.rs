@@ -30,7 +30,26 @@ const LAUNCHERS: [Launcher; 3] = [
     Launcher { name: "MPICH", rank: "PMI_RANK", size: "PMI_SIZE", here: "MPI_LOCALNRANKS" },
 ];
 
-/// Reads the variables of the first launcher whose rank and size are both set. `get` reads a variable; `parent` is the parent's process id.
+/// The process id of the launcher on this host: the nearest ancestor with a launcher's name, for ranks may run below a shell, else the parent.
+pub(super) fn launcher_process() -> u32 {
+    let parent = std::os::unix::process::parent_id();
+    let mut ancestor = parent;
+    while ancestor > 1 {
+        let Ok(stat) = std::fs::read_to_string(format!("/proc/{ancestor}/stat")) else { break };
+        // "pid (name) state parent …", where the name may hold anything.
+        let Some((before, after)) = stat.rsplit_once(')') else { break };
+        let name = before.split_once('(').map_or("", |(_, name)| name);
+        if ["hydra_pmi_proxy", "mpirun", "mpiexec", "mpiexec.hydra", "orted", "prted", "prterun"]
+            .contains(&name)
+        {
+            return ancestor;
+        }
+        ancestor = after.split_whitespace().nth(1).and_then(|p| p.parse().ok()).unwrap_or(0);
+    }
+    parent
+}
+
+/// Reads the variables of the first launcher whose rank and size are both set. `get` reads a variable; `parent` is `launcher_process`.
 pub(super) fn place(get: &dyn Fn(&str) -> Option<String>, parent: u32) -> Result<Place> {
     let is_set = |v: &str| get(v).is_some();
     let Some(l) = LAUNCHERS.iter().find(|l| is_set(l.rank) && is_set(l.size)) else {
