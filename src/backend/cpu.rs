@@ -81,3 +81,6 @@ impl Cpu {
         unsafe { rows::zero(view) }
     }
 }
+
+#[cfg(test)]
+mod tests;
