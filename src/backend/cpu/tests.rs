@@ -272,7 +272,7 @@ impl Case {
     fn keys_of(&self, row: usize) -> Vec<usize> {
         let row = row as u32;
         let of = |s: &Slice| {
-            (s.q..s.q + s.q_len).contains(&row).then(|| s.keys_of(row - s.q)).unwrap_or(0..0)
+            if (s.q..s.q + s.q_len).contains(&row) { s.keys_of(row - s.q) } else { 0..0 }
         };
         self.slices.iter().flat_map(of).map(|k| k as usize).collect()
     }

@@ -1,0 +1,2 @@
+pub use super::scalar::KERNELS;
+pub use super::scalar::KERNELS as KERNELS_BF16;
