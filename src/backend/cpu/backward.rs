@@ -287,7 +287,7 @@ impl Task<'_> {
                 let own = unsafe { stat(&self.step.lse, at.0, at.1) };
                 if own != f32::NEG_INFINITY {
                     source[lane] = Some(at);
-                    lse[lane] = own * self.kernels.unit;
+                    lse[lane] = own;
                     // SAFETY: as above.
                     delta[lane] = unsafe { stat(&self.step.delta, at.0, at.1) };
                 }
@@ -339,7 +339,7 @@ impl Task<'_> {
                 d_p,
                 stride: stride(KEYS),
                 keys: keys.len(),
-                scale: self.step.scale * self.kernels.unit,
+                scale: self.step.scale,
                 lse: lse.as_ptr(),
                 delta: delta.as_ptr(),
                 lo: lo.as_ptr(),

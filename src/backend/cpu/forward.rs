@@ -197,7 +197,7 @@ impl Task<'_> {
         let to = bounds.keys.end.next_multiple_of(pairs);
         let (lo, hi) = bounds.relative_to(from);
         let mut shrink = [0f32; LANES];
-        let scale = self.step.scale * self.kernels.unit;
+        let scale = self.step.scale;
         // SAFETY: keys `from .. to` are packed, the panel's queries too, and the buffers do not overlap.
         unsafe {
             (self.kernels.gemm)(&Gemm {
@@ -262,7 +262,7 @@ impl Task<'_> {
                     } else {
                         let norm = 1.0 / sum;
                         out.iter_mut().for_each(|x| *x *= norm);
-                        (f64::from(max) / f64::from(self.kernels.unit) + f64::from(sum.ln())) as f32
+                        max + sum.ln()
                     };
                     store(last.out.dtype, out, last.out.at(row, head));
                     set_stat(&last.lse, row, head, lse);

@@ -58,7 +58,7 @@ pub struct Gemm {
     pub into: Into,
 }
 
-/// One step of the online softmax for a panel of 32 query rows. Exponents are in the table's unit.
+/// One step of the online softmax for a panel of 32 query rows.
 #[derive(Clone, Copy)]
 pub struct Softmax {
     /// q·k as `[keys][32]` fp32; becomes P, as units `[keys/pairs][32]`.
@@ -92,9 +92,9 @@ pub struct Gradient {
     pub stride: usize,
     /// Number of keys, a multiple of 32.
     pub keys: usize,
-    /// Multiplies the scores; includes the table's unit.
+    /// Multiplies the scores.
     pub scale: f32,
-    /// LSE in the table's unit, 32 numbers.
+    /// LSE, 32 numbers.
     pub lse: *const f32,
     /// Σ O∘dO, 32 numbers.
     pub delta: *const f32,
@@ -116,8 +116,6 @@ pub struct Gradient {
 pub struct Kernels {
     /// Numbers per unit: 1 (fp32) or 2 (bf16).
     pub pairs: usize,
-    /// Exponents are kept in this unit: log of e to the base that `softmax` and `gradient` raise, 1 or log₂ e.
-    pub unit: f32,
     /// See [`Gemm`].
     pub gemm: unsafe fn(&Gemm),
     /// See [`Softmax`].
@@ -141,5 +139,46 @@ impl Kernels {
             Simd::Avx512Bf16 if dtype == DType::Bf16 => &simd_avx512::KERNELS_BF16,
             Simd::Avx512 | Simd::Avx512Bf16 => &simd_avx512::KERNELS,
         }
+    }
+}
+
+/// 2^f for f in [−½, ½] as a polynomial, highest power first; relative error 2e-9 (own least-maximum fit, constant term 1).
+pub const EXP2: [f32; 7] = [
+    1.535_336e-4,
+    1.339_887_5e-3,
+    9.618_437e-3,
+    5.550_332_4e-2,
+    0.240_226_48,
+    std::f32::consts::LN_2,
+    1.0,
+];
+
+/// What log₂ e is more than its fp32 value: exp(x) = 2^n · 2^f with n whole and n + f = x · log₂ e in two steps.
+pub const LOG2_E_REST: f32 = 1.925_963e-8;
+
+/// Below this exp would be subnormal and becomes 0.
+pub const EXP_MIN: f32 = -87.336_54;
+
+#[cfg(test)]
+pub mod tests {
+    use super::EXP_MIN;
+
+    /// All of `EXP_MIN` … 0 in steps far below the distance of the polynomial's extrema, and what lies beyond.
+    pub fn sweep<const N: usize>(exp: impl Fn([f32; N]) -> [f32; N]) {
+        let mut worst = 0f64;
+        for block in 0..4_000_000 / N {
+            let x: [f32; N] = std::array::from_fn(|i| EXP_MIN * ((block * N + i) as f32 / 4e6));
+            for (x, y) in x.into_iter().zip(exp(x)) {
+                let want = f64::from(x).exp();
+                let ulp =
+                    f64::from(f32::from_bits((want as f32).to_bits() + 1)) - f64::from(want as f32);
+                worst = worst.max((f64::from(y) - want).abs() / ulp);
+            }
+        }
+        assert!(worst <= 2.0, "{worst} ulp");
+        assert_eq!(exp([0.0; N]), [1.0; N]);
+        assert_eq!(exp([-87.4; N]), [0.0; N]);
+        assert_eq!(exp([f32::NEG_INFINITY; N]), [0.0; N]);
+        assert!(exp([f32::NAN; N]).iter().all(|y| y.is_nan()));
     }
 }

@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 /// For every storage type; operands are fp32.
 pub static KERNELS: Kernels =
-    Kernels { pairs: 1, unit: 1.0, gemm, softmax, gradient, widen, transpose, interleave };
+    Kernels { pairs: 1, gemm, softmax, gradient, widen, transpose, interleave };
 
 /// # Safety
 /// The tiles are as [`Gemm`] says; C overlaps neither A nor B.
