@@ -1,4 +1,4 @@
-//! Proves all ranks' plans together, without tensors. Four proofs, one a file:
+//! Proves all ranks' plans together, without tensors. Four proofs, each in its file:
 //!
 //! * [`form`] **Form.** A plan is well formed by itself: named slots exist and are as large as what is touched, sums are in fp32, slices are
 //!   sorted and tight, an event has one signal, and steps only wait for steps listed before them.
@@ -14,6 +14,7 @@
 mod flow;
 mod form;
 mod hazards;
+mod memory;
 mod needs;
 
 use super::{Kind, Op, Plan, Rows, Slot, Step, Tensor};
