@@ -1,43 +1,44 @@
 //! The C ABI's data: constants and structs, exactly as C sees them.
 
 use crate::error::Status;
-use libc::{c_char, c_void};
+use crate::transport::user::CpTransportOps;
+use libc::c_void;
 
 /// Outcome of a call: one of the CP_ERR_* numbers, or CP_OK.
 pub type cp_status = i32;
 
 /// Success.
-pub const CP_OK: cp_status = 0;
+pub const CP_OK: i32 = 0;
 /// An argument is wrong. Nothing changed; everything stays usable.
-pub const CP_ERR_INVALID_ARGUMENT: cp_status = 1;
+pub const CP_ERR_INVALID_ARGUMENT: i32 = 1;
 /// A handle is null, destroyed, or of another kind.
-pub const CP_ERR_INVALID_HANDLE: cp_status = 2;
+pub const CP_ERR_INVALID_HANDLE: i32 = 2;
 /// Calls in an order that makes no sense, or from two threads at once. Everything stays usable.
-pub const CP_ERR_INVALID_USAGE: cp_status = 3;
+pub const CP_ERR_INVALID_USAGE: i32 = 3;
 /// Valid, but not offered here; the text says what and why. Everything stays usable.
-pub const CP_ERR_UNSUPPORTED: cp_status = 4;
+pub const CP_ERR_UNSUPPORTED: i32 = 4;
 /// Cannot be captured in a CUDA graph. Everything stays usable.
-pub const CP_ERR_NOT_CAPTURABLE: cp_status = 5;
+pub const CP_ERR_NOT_CAPTURABLE: i32 = 5;
 /// Memory, a given buffer, or a declared limit is too small. Everything stays usable.
-pub const CP_ERR_OUT_OF_MEMORY: cp_status = 6;
+pub const CP_ERR_OUT_OF_MEMORY: i32 = 6;
 /// A struct is longer than this library knows, with a tail that is not zero.
-pub const CP_ERR_VERSION: cp_status = 7;
+pub const CP_ERR_VERSION: i32 = 7;
 /// The ranks disagree, or another rank refused its arguments; the text names it. Nothing moved; everything stays usable.
-pub const CP_ERR_MISMATCH: cp_status = 8;
+pub const CP_ERR_MISMATCH: i32 = 8;
 /// The CUDA driver reported an error. The group is lost.
-pub const CP_ERR_CUDA: cp_status = 9;
+pub const CP_ERR_CUDA: i32 = 9;
 /// NCCL reported an error. The group is lost.
-pub const CP_ERR_NCCL: cp_status = 10;
+pub const CP_ERR_NCCL: i32 = 10;
 /// A transport failed. The group is lost.
-pub const CP_ERR_TRANSPORT: cp_status = 11;
+pub const CP_ERR_TRANSPORT: i32 = 11;
 /// A deadline passed; the text names who was waited for. The group is lost.
-pub const CP_ERR_TIMEOUT: cp_status = 12;
+pub const CP_ERR_TIMEOUT: i32 = 12;
 /// A peer died; the text names it. The group is lost.
-pub const CP_ERR_PEER_LOST: cp_status = 13;
+pub const CP_ERR_PEER_LOST: i32 = 13;
 /// The group was aborted. The group is lost.
-pub const CP_ERR_ABORTED: cp_status = 14;
+pub const CP_ERR_ABORTED: i32 = 14;
 /// A bug in this library. The handle is poisoned.
-pub const CP_ERR_INTERNAL: cp_status = 15;
+pub const CP_ERR_INTERNAL: i32 = 15;
 
 const _: () = {
     assert!(CP_ERR_INVALID_ARGUMENT == Status::InvalidArgument as i32);
@@ -53,11 +54,11 @@ pub const CP_DEVICE_CUDA: i32 = 2;
 /// Type of a tensor's elements.
 pub type cp_dtype = u32;
 /// fp32.
-pub const CP_DTYPE_F32: cp_dtype = 1;
+pub const CP_DTYPE_F32: u32 = 1;
 /// bfloat16.
-pub const CP_DTYPE_BF16: cp_dtype = 2;
+pub const CP_DTYPE_BF16: u32 = 2;
 /// fp16.
-pub const CP_DTYPE_F16: cp_dtype = 3;
+pub const CP_DTYPE_F16: u32 = 3;
 
 /// Type code of IEEE floats in cp_tensor (DLPack's kDLFloat).
 pub const CP_CODE_FLOAT: u8 = 2;
@@ -67,20 +68,20 @@ pub const CP_CODE_BFLOAT: u8 = 4;
 /// How sequences lie in the tensors.
 pub type cp_format = u32;
 /// One sequence per batch entry, `[batch, seq, heads, dim]`. bshd, sbhd and bhsd differ only in strides.
-pub const CP_FORMAT_DENSE: cp_format = 0;
+pub const CP_FORMAT_DENSE: u32 = 0;
 /// Sequences one after another, `[tokens, heads, dim]` (thd).
-pub const CP_FORMAT_PACKED: cp_format = 1;
+pub const CP_FORMAT_PACKED: u32 = 1;
 
 /// Communication type: the four names that Megatron uses.
 pub type cp_comm_type = u32;
 /// Ring attention: keys and values of one peer per stage.
-pub const CP_COMM_P2P: cp_comm_type = 0;
+pub const CP_COMM_P2P: u32 = 0;
 /// Keys and values of all peers in one stage.
-pub const CP_COMM_ALL_GATHER: cp_comm_type = 1;
+pub const CP_COMM_ALL_GATHER: u32 = 1;
 /// Heads are traded for sequence (Ulysses).
-pub const CP_COMM_A2A: cp_comm_type = 2;
+pub const CP_COMM_A2A: u32 = 2;
 /// Heads are traded inside teams of consecutive ranks, keys and values between teams (USP).
-pub const CP_COMM_A2A_P2P: cp_comm_type = 3;
+pub const CP_COMM_A2A_P2P: u32 = 3;
 
 /// Stage count in cp_comm_config: the fewest stages whose workspace stays within `memory_cap_bytes` on every rank.
 pub const CP_STAGES_AUTO: u32 = 0xffff_ffff;
@@ -88,13 +89,13 @@ pub const CP_STAGES_AUTO: u32 = 0xffff_ffff;
 /// How tokens are dealt out to ranks.
 pub type cp_partition = u32;
 /// Chunks r and 2P-1-r of 2P chunks of every sequence: even work under a causal mask.
-pub const CP_PARTITION_ZIGZAG: cp_partition = 0;
+pub const CP_PARTITION_ZIGZAG: u32 = 0;
 /// Slice r of every sequence, or of the whole packed buffer.
-pub const CP_PARTITION_CONTIGUOUS: cp_partition = 1;
+pub const CP_PARTITION_CONTIGUOUS: u32 = 1;
 /// Every P-th token from r.
-pub const CP_PARTITION_STRIPED: cp_partition = 2;
+pub const CP_PARTITION_STRIPED: u32 = 2;
 /// The caller's own list, given with the sequences of every call.
-pub const CP_PARTITION_LIST: cp_partition = 3;
+pub const CP_PARTITION_LIST: u32 = 3;
 
 /// cp_attention_config.flags: no query sees a later key.
 pub const CP_ATTENTION_CAUSAL: u32 = 1;
@@ -119,18 +120,18 @@ pub const CP_COMM_MOVE_QUERIES: u32 = 2;
 /// How a group's ranks find each other.
 pub type cp_bootstrap = u32;
 /// From what is given: `id`, `allgather` or `transport`, whichever is not NULL; with none, a group of one.
-pub const CP_BOOTSTRAP_AUTO: cp_bootstrap = 0;
+pub const CP_BOOTSTRAP_AUTO: u32 = 0;
 /// From the environment of torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) or mpirun (OMPI_*, PMI_*); `rank` and `size` are ignored.
-pub const CP_BOOTSTRAP_ENV: cp_bootstrap = 1;
+pub const CP_BOOTSTRAP_ENV: u32 = 1;
 
 /// How a group moves bytes.
 pub type cp_transport_kind = u32;
 /// `local` if all ranks are threads of one process, `shm` if they are processes.
-pub const CP_TRANSPORT_AUTO: cp_transport_kind = 0;
+pub const CP_TRANSPORT_AUTO: u32 = 0;
 /// Ranks are threads of one process.
-pub const CP_TRANSPORT_LOCAL: cp_transport_kind = 1;
+pub const CP_TRANSPORT_LOCAL: u32 = 1;
 /// Ranks are processes of one host, over shared memory without a name.
-pub const CP_TRANSPORT_SHM: cp_transport_kind = 2;
+pub const CP_TRANSPORT_SHM: u32 = 2;
 
 /// Names a new group; rank 0 makes it, all ranks get a copy.
 #[repr(C)]
@@ -142,7 +143,14 @@ pub struct cp_unique_id {
 
 /// The caller's own allgather: every rank gives `bytes` bytes at `mine`; `all` (room for size × bytes) gets those of all ranks in
 /// rank order. Returns 0 on success. Must not throw, and must not call this library.
-pub type cp_allgather_fn = Option<unsafe extern "C" fn(ctx: *mut c_void, mine: *const c_void, all: *mut c_void, bytes: usize) -> i32>;
+pub type cp_allgather_fn = Option<
+    unsafe extern "C" fn(
+        ctx: *mut c_void,
+        mine: *const c_void,
+        all: *mut c_void,
+        bytes: usize,
+    ) -> i32,
+>;
 
 /// How to make a group. Zero everywhere but `struct_size`, `rank` and `size` is a good default.
 #[repr(C)]
@@ -166,8 +174,8 @@ pub struct cp_group_config {
     pub allgather: cp_allgather_fn,
     /// First argument of `allgather`.
     pub allgather_ctx: *mut c_void,
-    /// The caller's transport, or NULL; context_parallel_mpi.h makes one from an MPI_Comm. The group takes it over and destroys it, also when cp_group_init fails.
-    pub transport: *const cp_transport_ops,
+    /// The caller's transport, or NULL; context_parallel_mpi.h makes one from an MPI_Comm. On success the group owns it and destroys it; after an error it is still the caller's.
+    pub transport: *const CpTransportOps,
     /// Deadline of every wait in milliseconds; 0 = 300,000.
     pub timeout_ms: u64,
     /// CP_DEVICE_CPU, or 0 for the same. CP_DEVICE_CUDA is refused by this build.
@@ -176,7 +184,9 @@ pub struct cp_group_config {
     pub device_id: i32,
 }
 
-pub use crate::transport::user::{CpMessage as cp_message, CpPiece as cp_piece, CpTransportOps as cp_transport_ops};
+pub use crate::transport::user::{
+    CpMessage as cp_message, CpPiece as cp_piece, CpTransportOps as cp_transport_ops,
+};
 
 /// A tensor: memory of the caller's, with shape and element strides. The numbers are DLPack's. Frozen: it never grows.
 ///
@@ -463,23 +473,20 @@ pub struct cp_statistics {
 /// Which half of a training step a plan is for.
 pub type cp_pass = u32;
 /// Forward.
-pub const CP_PASS_FORWARD: cp_pass = 0;
+pub const CP_PASS_FORWARD: u32 = 0;
 /// Backward.
-pub const CP_PASS_BACKWARD: cp_pass = 1;
+pub const CP_PASS_BACKWARD: u32 = 1;
 
 /// How a plan is written.
 pub type cp_plan_format = u32;
 /// Steps of this rank, a line each.
-pub const CP_PLAN_TEXT: cp_plan_format = 0;
+pub const CP_PLAN_TEXT: u32 = 0;
 /// The same as JSON.
-pub const CP_PLAN_JSON: cp_plan_format = 1;
+pub const CP_PLAN_JSON: u32 = 1;
 
 /// Which side of attention: queries or keys.
 pub type cp_side = u32;
 /// Q, O, LSE and their gradients.
-pub const CP_SIDE_Q: cp_side = 0;
+pub const CP_SIDE_Q: u32 = 0;
 /// K, V and their gradients.
-pub const CP_SIDE_K: cp_side = 1;
-
-/// Text for callers; valid as long as its function says.
-pub type cp_text = *const c_char;
+pub const CP_SIDE_K: u32 = 1;

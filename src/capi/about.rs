@@ -20,7 +20,9 @@ pub extern "C" fn cp_version() -> u32 {
         }
         value
     }
-    number(env!("CARGO_PKG_VERSION_MAJOR")) * 1_000_000 + number(env!("CARGO_PKG_VERSION_MINOR")) * 1_000 + number(env!("CARGO_PKG_VERSION_PATCH"))
+    number(env!("CARGO_PKG_VERSION_MAJOR")) * 1_000_000
+        + number(env!("CARGO_PKG_VERSION_MINOR")) * 1_000
+        + number(env!("CARGO_PKG_VERSION_PATCH"))
 }
 
 /// What the library was built with and what it found, as one line of JSON: version, backends, simd. The text lives as long as the
@@ -34,7 +36,8 @@ pub extern "C" fn cp_build_info() -> *const c_char {
 
 /// The text of [`cp_build_info`].
 pub fn build_info() -> String {
-    let simd: Vec<String> = Simd::available().iter().map(|s| format!("\"{}\"", s.name())).collect();
+    let simd: Vec<String> =
+        Simd::ALL.iter().filter(|s| s.available()).map(|s| format!("\"{}\"", s.name())).collect();
     format!(
         "{{\"version\":\"{}\",\"backends\":[\"cpu\"],\"transports\":[\"local\",\"shm\",\"user\"],\"simd\":\"{}\",\"simd_available\":[{}],\"cuda\":null,\"nccl\":null,\"profile\":\"{}\",\"target\":\"{}-{}\"}}",
         env!("CARGO_PKG_VERSION"),

@@ -3,7 +3,9 @@
 use super::abi::*;
 use super::decode;
 use super::group::cp_group;
-use super::guard::{Opaque, create, destroy, enter, extensible, guard, object, output, report, zero};
+use super::guard::{
+    Opaque, create, destroy, enter, extensible, guard, object, output, report, zero,
+};
 use crate::attention::{Args, Attention, Context};
 use crate::backend::cpu::{Cpu, Simd};
 use crate::dtype::DType;
@@ -39,7 +41,10 @@ unsafe fn layer<'a>(attention: *const cp_attention) -> Result<MutexGuard<'a, Att
 /// # Safety
 /// `config` points to `struct_size` bytes; `attention` has room for a pointer.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cp_attention_create(config: *const cp_attention_config, attention: *mut *mut cp_attention) -> cp_status {
+pub unsafe extern "C" fn cp_attention_create(
+    config: *const cp_attention_config,
+    attention: *mut *mut cp_attention,
+) -> cp_status {
     guard(|| {
         let out = output("attention", attention)?;
         // SAFETY: the caller's promise.
@@ -71,7 +76,11 @@ fn thread_count(asked: u32) -> Result<usize> {
 /// # Safety
 /// `config` points to `struct_size` bytes; `comm` is NULL (p2p) or likewise.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cp_query_support(config: *const cp_attention_config, comm: *const cp_comm_config, ranks: u32) -> cp_status {
+pub unsafe extern "C" fn cp_query_support(
+    config: *const cp_attention_config,
+    comm: *const cp_comm_config,
+    ranks: u32,
+) -> cp_status {
     guard(|| {
         // SAFETY: the caller's promise.
         let (config, threads) = unsafe { decode::attention_config(config)? };
@@ -93,7 +102,11 @@ pub unsafe extern "C" fn cp_query_support(config: *const cp_attention_config, co
 /// # Safety
 /// `attention` is a handle, `group` NULL or a handle, `comm` NULL or points to `struct_size` bytes.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cp_set_group(attention: *mut cp_attention, group: *const cp_group, comm: *const cp_comm_config) -> cp_status {
+pub unsafe extern "C" fn cp_set_group(
+    attention: *mut cp_attention,
+    group: *const cp_group,
+    comm: *const cp_comm_config,
+) -> cp_status {
     guard(|| {
         // SAFETY: the caller's promise.
         let mut layer = unsafe { layer(attention)? };
@@ -117,7 +130,11 @@ pub unsafe extern "C" fn cp_set_group(attention: *mut cp_attention, group: *cons
 /// # Safety
 /// `attention` is a handle; `bytes` has room for a number.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cp_attention_workspace_size(attention: *const cp_attention, tokens_per_rank: u32, bytes: *mut usize) -> cp_status {
+pub unsafe extern "C" fn cp_attention_workspace_size(
+    attention: *const cp_attention,
+    tokens_per_rank: u32,
+    bytes: *mut usize,
+) -> cp_status {
     guard(|| {
         // SAFETY: the caller's promise.
         let layer = unsafe { layer(attention)? };
@@ -132,7 +149,11 @@ pub unsafe extern "C" fn cp_attention_workspace_size(attention: *const cp_attent
 /// # Safety
 /// `attention` is a handle; `sequences` as its docs say; `bytes` has room for a number.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cp_attention_saved_size(attention: *const cp_attention, sequences: *const cp_sequences, bytes: *mut usize) -> cp_status {
+pub unsafe extern "C" fn cp_attention_saved_size(
+    attention: *const cp_attention,
+    sequences: *const cp_sequences,
+    bytes: *mut usize,
+) -> cp_status {
     guard(|| {
         // SAFETY: the caller's promise.
         let layer = unsafe { layer(attention)? };
@@ -148,13 +169,18 @@ pub unsafe extern "C" fn cp_attention_saved_size(attention: *const cp_attention,
 /// # Safety
 /// `attention` is a handle; `sequences` as its docs say; `out` points to `struct_size` bytes.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cp_attention_report(attention: *const cp_attention, sequences: *const cp_sequences, out: *mut cp_report) -> cp_status {
+pub unsafe extern "C" fn cp_attention_report(
+    attention: *const cp_attention,
+    sequences: *const cp_sequences,
+    out: *mut cp_report,
+) -> cp_status {
     guard(|| {
         // SAFETY: the caller's promise.
-        let layer = unsafe { layer(attention)? };
+        let mut layer = unsafe { layer(attention)? };
         // SAFETY: the caller's promise.
         let problem = unsafe { problem(&layer, sequences)? };
-        let (f, b) = (layer.account(&problem, Pass::Forward), layer.account(&problem, Pass::Backward));
+        let (f, b) =
+            (layer.account(&problem, Pass::Forward), layer.account(&problem, Pass::Backward));
         let filled = cp_report {
             forward_workspace: f.workspace,
             backward_workspace: b.workspace,
@@ -185,7 +211,11 @@ pub unsafe extern "C" fn cp_attention_report(attention: *const cp_attention, seq
 /// # Safety
 /// `attention` is a handle; `args` points to `struct_size` bytes; its tensors' memory is as their shapes and strides say, and outputs overlap nothing.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cp_attention_forward(attention: *mut cp_attention, args: *const cp_forward_args, stream: *mut c_void) -> cp_status {
+pub unsafe extern "C" fn cp_attention_forward(
+    attention: *mut cp_attention,
+    args: *const cp_forward_args,
+    stream: *mut c_void,
+) -> cp_status {
     guard(|| {
         // SAFETY: the caller's promise.
         let mut layer = unsafe { layer(attention)? };
@@ -199,7 +229,14 @@ pub unsafe extern "C" fn cp_attention_forward(attention: *mut cp_attention, args
         let made = unsafe { layer.forward(args)? };
         if !context.is_null() {
             // SAFETY: checked below to be aligned; room for one by the caller's promise.
-            unsafe { context.write(cp_context { problem: made.problem, attached: made.attached, dropout_seed: 0, reserved: 0 }) };
+            unsafe {
+                context.write(cp_context {
+                    problem: made.problem,
+                    attached: made.attached,
+                    dropout_seed: 0,
+                    reserved: 0,
+                })
+            };
         }
         Ok(())
     })
@@ -207,7 +244,11 @@ pub unsafe extern "C" fn cp_attention_forward(attention: *mut cp_attention, args
 
 /// # Safety
 /// As [`cp_attention_forward`].
-unsafe fn forward_args(layer: &Attention, args: *const cp_forward_args, stream: *mut c_void) -> Result<(Args, *mut cp_context)> {
+unsafe fn forward_args(
+    layer: &Attention,
+    args: *const cp_forward_args,
+    stream: *mut c_void,
+) -> Result<(Args, *mut cp_context)> {
     no_stream(stream)?;
     // SAFETY: the caller's promise.
     let a = unsafe { extensible("args", args)? };
@@ -220,7 +261,9 @@ unsafe fn forward_args(layer: &Attention, args: *const cp_forward_args, stream: 
     let workspace = buffer("workspace", a.workspace, a.workspace_bytes)?;
     let saved = buffer("saved", a.saved, a.saved_bytes)?;
     // SAFETY: the caller's promise.
-    let args = unsafe { pass_args(layer, a.sequences, layer.group().size(), &inputs, &outputs, workspace, saved)? };
+    let args = unsafe {
+        pass_args(layer, a.sequences, layer.group().size(), &inputs, &outputs, workspace, saved)?
+    };
     Ok((args, a.context))
 }
 
@@ -232,7 +275,11 @@ unsafe fn forward_args(layer: &Attention, args: *const cp_forward_args, stream: 
 /// # Safety
 /// As cp_attention_forward.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cp_attention_backward(attention: *mut cp_attention, args: *const cp_backward_args, stream: *mut c_void) -> cp_status {
+pub unsafe extern "C" fn cp_attention_backward(
+    attention: *mut cp_attention,
+    args: *const cp_backward_args,
+    stream: *mut c_void,
+) -> cp_status {
     guard(|| {
         // SAFETY: the caller's promise.
         let mut layer = unsafe { layer(attention)? };
@@ -245,23 +292,41 @@ pub unsafe extern "C" fn cp_attention_backward(attention: *mut cp_attention, arg
 
 /// # Safety
 /// As [`cp_attention_backward`].
-unsafe fn backward_args(layer: &Attention, args: *const cp_backward_args, stream: *mut c_void) -> (Result<Context>, Result<Args>) {
+unsafe fn backward_args(
+    layer: &Attention,
+    args: *const cp_backward_args,
+    stream: *mut c_void,
+) -> (Result<Context>, Result<Args>) {
     // SAFETY: the caller's promise.
     let a = match no_stream(stream).and_then(|()| unsafe { extensible("args", args) }) {
         Ok(a) => a,
         Err(e) => return (Err(e.clone()), Err(e)),
     };
     let context = if a.context.is_null() || !a.context.is_aligned() {
-        Err(Error::argument(format!("args.context: got {:p}, must be what forward wrote", a.context)))
+        Err(Error::argument(format!(
+            "args.context: got {:p}, must be what forward wrote",
+            a.context
+        )))
     } else {
         // SAFETY: not null and aligned; readable by the caller's promise.
         let c = unsafe { a.context.read() };
         Ok(Context { problem: c.problem, attached: c.attached })
     };
-    let ranks = context.as_ref().ok().and_then(|c| layer.ranks_of(c)).unwrap_or_else(|| layer.group().size());
+    let ranks = context
+        .as_ref()
+        .ok()
+        .and_then(|c| layer.ranks_of(c))
+        .unwrap_or_else(|| layer.group().size());
     let read = || {
         zero("args.flags", a.flags.into())?;
-        let inputs = [(Tensor::Q, &a.q), (Tensor::K, &a.k), (Tensor::V, &a.v), (Tensor::Out, &a.out), (Tensor::Lse, &a.lse), (Tensor::DOut, &a.d_out)];
+        let inputs = [
+            (Tensor::Q, &a.q),
+            (Tensor::K, &a.k),
+            (Tensor::V, &a.v),
+            (Tensor::Out, &a.out),
+            (Tensor::Lse, &a.lse),
+            (Tensor::DOut, &a.d_out),
+        ];
         let outputs = [(Tensor::DQ, &a.dq), (Tensor::DK, &a.dk), (Tensor::DV, &a.dv)];
         let workspace = buffer("workspace", a.workspace, a.workspace_bytes)?;
         let saved = buffer("saved", a.saved.cast_mut(), a.saved_bytes)?;
@@ -306,7 +371,11 @@ unsafe fn pass_args(
 }
 
 fn no_stream(stream: *mut c_void) -> Result<()> {
-    if stream.is_null() { Ok(()) } else { Err(Error::argument(format!("stream: got {stream:p}, must be NULL on the CPU"))) }
+    if stream.is_null() {
+        Ok(())
+    } else {
+        Err(Error::argument(format!("stream: got {stream:p}, must be NULL on the CPU")))
+    }
 }
 
 fn buffer(name: &str, ptr: *mut c_void, bytes: usize) -> Result<Option<(*mut u8, usize)>> {
@@ -325,7 +394,8 @@ unsafe fn problem(layer: &Attention, sequences: *const cp_sequences) -> Result<A
     let config = layer.config();
     let list = matches!(config.partition, Partition::List { .. });
     // SAFETY: the caller's promise.
-    let (seqs, list) = unsafe { decode::sequences(sequences, config.packed, list, layer.group().size())? };
+    let (seqs, list) =
+        unsafe { decode::sequences(sequences, config.packed, list, layer.group().size())? };
     layer.problem(seqs, list)
 }
 
@@ -351,7 +421,11 @@ pub unsafe extern "C" fn cp_attention_plan(
         let pass = match pass {
             CP_PASS_FORWARD => Pass::Forward,
             CP_PASS_BACKWARD => Pass::Backward,
-            other => return Err(Error::argument(format!("pass: got {other}, allowed CP_PASS_FORWARD (0), CP_PASS_BACKWARD (1)"))),
+            other => {
+                return Err(Error::argument(format!(
+                    "pass: got {other}, allowed CP_PASS_FORWARD (0), CP_PASS_BACKWARD (1)"
+                )));
+            }
         };
         // SAFETY: the caller's promise.
         let problem = unsafe { problem(&layer, sequences)? };
@@ -359,7 +433,11 @@ pub unsafe extern "C" fn cp_attention_plan(
         let written = match format {
             CP_PLAN_TEXT => plan.to_string(),
             CP_PLAN_JSON => json::plan(&plan),
-            other => return Err(Error::argument(format!("format: got {other}, allowed CP_PLAN_TEXT (0), CP_PLAN_JSON (1)"))),
+            other => {
+                return Err(Error::argument(format!(
+                    "format: got {other}, allowed CP_PLAN_TEXT (0), CP_PLAN_JSON (1)"
+                )));
+            }
         };
         if !text.is_null() {
             if capacity == 0 {
@@ -388,7 +466,10 @@ pub unsafe extern "C" fn cp_attention_destroy(attention: *mut cp_attention) -> c
             // SAFETY: the caller's promise.
             match unsafe { object(attention.cast_const())? }.try_lock() {
                 Err(TryLockError::WouldBlock) => {
-                    return Err(Error::new(Status::InvalidUsage, "attention: is in use by another thread; it was not destroyed"));
+                    return Err(Error::new(
+                        Status::InvalidUsage,
+                        "attention: is in use by another thread; it was not destroyed",
+                    ));
                 }
                 Ok(_) | Err(TryLockError::Poisoned(_)) => {}
             }

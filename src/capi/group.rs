@@ -44,7 +44,10 @@ pub unsafe extern "C" fn cp_get_unique_id(id: *mut cp_unique_id) -> cp_status {
 /// # Safety
 /// `config` points to `struct_size` bytes; its pointers are as its docs say; `group` has room for a pointer.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cp_group_init(config: *const cp_group_config, group: *mut *mut cp_group) -> cp_status {
+pub unsafe extern "C" fn cp_group_init(
+    config: *const cp_group_config,
+    group: *mut *mut cp_group,
+) -> cp_status {
     guard(|| {
         let out = output("group", group)?;
         // SAFETY: the caller's promise.
@@ -61,35 +64,58 @@ unsafe fn init(config: *const cp_group_config) -> Result<Group> {
     let c = unsafe { extensible("config", config)? };
     zero("config.flags", c.flags.into())?;
     let timeout = Duration::from_millis(if c.timeout_ms == 0 { 300_000 } else { c.timeout_ms });
-    // SAFETY: the caller's promise; taking the transport over first means that it is destroyed on every later error.
-    let user = if c.transport.is_null() { None } else { Some(unsafe { user::transport(c.transport, c.rank, c.size)? }) };
     if c.device_type == CP_DEVICE_CUDA {
-        return Err(Error::unsupported("config.device_type: got CP_DEVICE_CUDA (2); this build computes on the CPU only"));
+        return Err(Error::unsupported(
+            "config.device_type: got CP_DEVICE_CUDA (2); this build computes on the CPU only",
+        ));
     }
     if c.device_type != 0 && c.device_type != CP_DEVICE_CPU || c.device_id != 0 {
-        return Err(Error::argument(format!("config.device: got type {} id {}, allowed CP_DEVICE_CPU (1) id 0", c.device_type, c.device_id)));
+        return Err(Error::argument(format!(
+            "config.device: got type {} id {}, allowed CP_DEVICE_CPU (1) id 0",
+            c.device_type, c.device_id
+        )));
     }
     let kind = match c.transport_kind {
         CP_TRANSPORT_AUTO => Kind::Auto,
         CP_TRANSPORT_LOCAL => Kind::Local,
         CP_TRANSPORT_SHM => Kind::Shm,
-        other => return Err(Error::argument(format!("config.transport_kind: got {other}, allowed CP_TRANSPORT_AUTO (0), _LOCAL (1), _SHM (2)"))),
+        other => {
+            return Err(Error::argument(format!(
+                "config.transport_kind: got {other}, allowed CP_TRANSPORT_AUTO (0), _LOCAL (1), _SHM (2)"
+            )));
+        }
     };
-    let doors = usize::from(!c.id.is_null()) + usize::from(c.allgather.is_some()) + usize::from(user.is_some());
+    let doors = usize::from(!c.id.is_null())
+        + usize::from(c.allgather.is_some())
+        + usize::from(!c.transport.is_null());
     if doors > 1 {
         return Err(Error::argument("config: give one of id, allgather, transport"));
     }
     match c.bootstrap {
         CP_BOOTSTRAP_AUTO => {}
-        CP_BOOTSTRAP_ENV if doors == 0 => return Ok(Group::new(bootstrap::init_from_env(kind, timeout)?, timeout)),
-        CP_BOOTSTRAP_ENV => return Err(Error::argument("config.bootstrap: CP_BOOTSTRAP_ENV with an id, allgather or transport; give one way")),
-        other => return Err(Error::argument(format!("config.bootstrap: got {other}, allowed CP_BOOTSTRAP_AUTO (0), CP_BOOTSTRAP_ENV (1)"))),
+        CP_BOOTSTRAP_ENV if doors == 0 => {
+            return Ok(Group::new(bootstrap::init_from_env(kind, timeout)?, timeout));
+        }
+        CP_BOOTSTRAP_ENV => {
+            return Err(Error::argument(
+                "config.bootstrap: CP_BOOTSTRAP_ENV with an id, allgather or transport; give one way",
+            ));
+        }
+        other => {
+            return Err(Error::argument(format!(
+                "config.bootstrap: got {other}, allowed CP_BOOTSTRAP_AUTO (0), CP_BOOTSTRAP_ENV (1)"
+            )));
+        }
     }
     if c.size == 0 || c.rank >= c.size {
-        return Err(Error::argument(format!("config.rank: got {} of size {}, allowed 0 … size-1", c.rank, c.size)));
+        return Err(Error::argument(format!(
+            "config.rank: got {} of size {}, allowed 0 … size-1",
+            c.rank, c.size
+        )));
     }
-    let transport: Box<dyn Transport> = if let Some(t) = user {
-        t
+    let transport: Box<dyn Transport> = if !c.transport.is_null() {
+        // SAFETY: the caller's promise.
+        unsafe { user::from_ops(c.transport, c.rank, c.size)? }
     } else if !c.id.is_null() {
         // SAFETY: the caller's promise; bytes have no alignment.
         let id = unsafe { c.id.read_unaligned() };
@@ -99,14 +125,23 @@ unsafe fn init(config: *const cp_group_config) -> Result<Group> {
         let mut gather = |mine: &[u8]| {
             let mut all = vec![0u8; mine.len() * size];
             // SAFETY: the callback's contract: `mine` has that many bytes, `all` room for size times as many.
-            let status = unsafe { call(c.allgather_ctx, mine.as_ptr().cast(), all.as_mut_ptr().cast(), mine.len()) };
-            if status == 0 { Ok(all) } else { Err(Error::new(Status::Transport, format!("config.allgather: returned {status}"))) }
+            let status = unsafe {
+                call(c.allgather_ctx, mine.as_ptr().cast(), all.as_mut_ptr().cast(), mine.len())
+            };
+            if status == 0 {
+                Ok(all)
+            } else {
+                Err(Error::new(Status::Transport, format!("config.allgather: returned {status}")))
+            }
         };
         bootstrap::init_from_allgather(c.rank, c.size, kind, timeout, &mut gather)?
     } else if c.size == 1 {
         return Ok(Group::solo());
     } else {
-        return Err(Error::argument(format!("config: size {} needs an id, an allgather, a transport, or CP_BOOTSTRAP_ENV", c.size)));
+        return Err(Error::argument(format!(
+            "config: size {} needs an id, an allgather, a transport, or CP_BOOTSTRAP_ENV",
+            c.size
+        )));
     };
     Ok(Group::new(transport, timeout))
 }
@@ -118,7 +153,12 @@ unsafe fn init(config: *const cp_group_config) -> Result<Group> {
 /// # Safety
 /// `group` is a handle; `ranks` points to `count` numbers; `subset` has room for a pointer.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cp_group_subset(group: *const cp_group, ranks: *const u32, count: usize, subset: *mut *mut cp_group) -> cp_status {
+pub unsafe extern "C" fn cp_group_subset(
+    group: *const cp_group,
+    ranks: *const u32,
+    count: usize,
+    subset: *mut *mut cp_group,
+) -> cp_status {
     guard(|| {
         // SAFETY: the caller's promise.
         let parent = unsafe { object(group)? };
@@ -166,14 +206,21 @@ pub unsafe extern "C" fn cp_group_size(group: *const cp_group, size: *mut u32) -
 /// # Safety
 /// `group` is a handle; `ranks` has room for `capacity` numbers.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cp_group_global_ranks(group: *const cp_group, ranks: *mut u32, capacity: usize) -> cp_status {
+pub unsafe extern "C" fn cp_group_global_ranks(
+    group: *const cp_group,
+    ranks: *mut u32,
+    capacity: usize,
+) -> cp_status {
     guard(|| {
         // SAFETY: the caller's promise.
         let group = unsafe { object(group)? };
         let members = group.members();
         output("ranks", ranks)?;
         if capacity < members.len() {
-            return Err(Error::argument(format!("capacity: got {capacity}, the group has {} ranks", members.len())));
+            return Err(Error::argument(format!(
+                "capacity: got {capacity}, the group has {} ranks",
+                members.len()
+            )));
         }
         // SAFETY: room for at least as many numbers.
         unsafe { std::ptr::copy_nonoverlapping(members.as_ptr(), ranks, members.len()) };
@@ -212,12 +259,20 @@ pub unsafe extern "C" fn cp_group_abort(group: *mut cp_group) -> cp_status {
 /// # Safety
 /// `group` is a handle; `statistics` points to `struct_size` bytes.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cp_group_statistics(group: *const cp_group, statistics: *mut cp_statistics) -> cp_status {
+pub unsafe extern "C" fn cp_group_statistics(
+    group: *const cp_group,
+    statistics: *mut cp_statistics,
+) -> cp_status {
     guard(|| {
         // SAFETY: the caller's promise.
         let group = unsafe { object(group)? };
         let stats = group.stats();
-        let filled = cp_statistics { sent_bytes: stats.sent, received_bytes: stats.received, exposed_ns: stats.exposed_ns, ..cp_statistics::default() };
+        let filled = cp_statistics {
+            sent_bytes: stats.sent,
+            received_bytes: stats.received,
+            exposed_ns: stats.exposed_ns,
+            ..cp_statistics::default()
+        };
         // SAFETY: the caller's promise.
         unsafe { report("statistics", statistics, filled) }
     })

@@ -1,6 +1,6 @@
 //! The boundary: panics become a status, errors become text, handles are checked, structs of other sizes are read.
 
-use super::abi::{cp_status, CP_OK};
+use super::abi::{CP_OK, cp_status};
 use crate::error::{Error, Result, Status};
 use std::cell::RefCell;
 use std::ffi::CString;
@@ -22,7 +22,10 @@ pub fn guard(f: impl FnOnce() -> Result<()>) -> cp_status {
         Ok(Ok(())) => return CP_OK,
         Ok(Err(e)) => e,
         Err(payload) => {
-            let text = payload.downcast_ref::<String>().cloned().or_else(|| payload.downcast_ref::<&str>().map(|s| s.to_string()));
+            let text = payload
+                .downcast_ref::<String>()
+                .cloned()
+                .or_else(|| payload.downcast_ref::<&str>().map(|s| s.to_string()));
             Error::internal(text.unwrap_or_else(|| "panic".into()))
         }
     };
@@ -60,7 +63,8 @@ pub fn create<H: Opaque>(object: H::Object) -> *mut H {
 /// # Safety
 /// `handle` is null, or was made by `create`; if it was destroyed its memory may be gone (the check is best effort).
 pub unsafe fn object<'a, H: Opaque>(handle: *const H) -> Result<&'a H::Object> {
-    let bad = |what: &str| Err(Error::new(Status::InvalidHandle, format!("{}: got {what}", H::NAME)));
+    let bad =
+        |what: &str| Err(Error::new(Status::InvalidHandle, format!("{}: got {what}", H::NAME)));
     let handle: *const Handle<H::Object> = handle.cast();
     if handle.is_null() {
         return bad("NULL");
@@ -75,7 +79,10 @@ pub unsafe fn object<'a, H: Opaque>(handle: *const H) -> Result<&'a H::Object> {
     // SAFETY: the magic number says that it is a live handle of this kind.
     let this = unsafe { &*handle };
     if this.pid != std::process::id() {
-        return Err(Error::new(Status::InvalidUsage, format!("{}: was made before fork; a child makes its own", H::NAME)));
+        return Err(Error::new(
+            Status::InvalidUsage,
+            format!("{}: was made before fork; a child makes its own", H::NAME),
+        ));
     }
     Ok(&this.object)
 }
@@ -100,8 +107,13 @@ pub unsafe fn destroy<H: Opaque>(handle: *mut H) -> Result<()> {
 pub fn enter<'a, T>(name: &str, object: &'a Mutex<T>) -> Result<MutexGuard<'a, T>> {
     match object.try_lock() {
         Ok(object) => Ok(object),
-        Err(TryLockError::WouldBlock) => Err(Error::new(Status::InvalidUsage, format!("{name}: is in use by another thread; one call at a time"))),
-        Err(TryLockError::Poisoned(_)) => Err(Error::internal(format!("{name}: an earlier call ended in a bug; destroy it"))),
+        Err(TryLockError::WouldBlock) => Err(Error::new(
+            Status::InvalidUsage,
+            format!("{name}: is in use by another thread; one call at a time"),
+        )),
+        Err(TryLockError::Poisoned(_)) => {
+            Err(Error::internal(format!("{name}: an earlier call ended in a bug; destroy it")))
+        }
     }
 }
 
@@ -116,22 +128,34 @@ pub unsafe fn extensible<T: Copy>(name: &str, ptr: *const T) -> Result<T> {
         return Err(Error::argument(format!("{name}: got NULL")));
     }
     if !ptr.is_aligned() {
-        return Err(Error::argument(format!("{name}: got a pointer that is not aligned to {}", align_of::<T>())));
+        return Err(Error::argument(format!(
+            "{name}: got a pointer that is not aligned to {}",
+            align_of::<T>()
+        )));
     }
     // SAFETY: the struct starts with its size, which the caller promises is readable.
     let size = unsafe { ptr.cast::<u32>().read() } as usize;
     if size < 8 {
-        return Err(Error::argument(format!("{name}.struct_size: got {size}, set it to sizeof the struct ({})", size_of::<T>())));
+        return Err(Error::argument(format!(
+            "{name}.struct_size: got {size}, set it to sizeof the struct ({})",
+            size_of::<T>()
+        )));
     }
     let known = size.min(size_of::<T>());
     // SAFETY: all zeros is valid for T, by the caller's promise.
     let mut value: T = unsafe { std::mem::zeroed() };
     // SAFETY: `known` bytes are readable at `ptr` and fit in `value`.
-    unsafe { std::ptr::copy_nonoverlapping(ptr.cast::<u8>(), (&raw mut value).cast::<u8>(), known) };
+    unsafe {
+        std::ptr::copy_nonoverlapping(ptr.cast::<u8>(), (&raw mut value).cast::<u8>(), known)
+    };
     for i in known..size {
         // SAFETY: within the size that the caller stated.
         if unsafe { ptr.cast::<u8>().add(i).read() } != 0 {
-            let text = format!("{name}: byte {i} beyond the {} that version {} knows is not 0", size_of::<T>(), env!("CARGO_PKG_VERSION"));
+            let text = format!(
+                "{name}: byte {i} beyond the {} that version {} knows is not 0",
+                size_of::<T>(),
+                env!("CARGO_PKG_VERSION")
+            );
             return Err(Error::new(Status::Version, text));
         }
     }
@@ -149,7 +173,13 @@ pub unsafe fn report<T: Copy>(name: &str, ptr: *mut T, value: T) -> Result<()> {
     let size = unsafe { ptr.cast::<u32>().read() } as usize;
     let known = size.min(size_of::<T>());
     // SAFETY: `known` bytes are writable; the first four, the size, stay as they are.
-    unsafe { std::ptr::copy_nonoverlapping((&raw const value).cast::<u8>().add(4), ptr.cast::<u8>().add(4), known - 4) };
+    unsafe {
+        std::ptr::copy_nonoverlapping(
+            (&raw const value).cast::<u8>().add(4),
+            ptr.cast::<u8>().add(4),
+            known - 4,
+        )
+    };
     Ok(())
 }
 
@@ -170,5 +200,11 @@ pub fn zero(name: &str, got: u64) -> Result<()> {
 /// Flags outside those known.
 pub fn known_flags(name: &str, got: u32, known: u32) -> Result<()> {
     let unknown = got & !known;
-    if unknown == 0 { Ok(()) } else { Err(Error::argument(format!("{name}: got unknown flag(s) {unknown:#x}, known are {known:#x}"))) }
+    if unknown == 0 {
+        Ok(())
+    } else {
+        Err(Error::argument(format!(
+            "{name}: got unknown flag(s) {unknown:#x}, known are {known:#x}"
+        )))
+    }
 }

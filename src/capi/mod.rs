@@ -5,8 +5,8 @@
 
 #![allow(non_camel_case_types)]
 
-pub mod about;
 pub mod abi;
+pub mod about;
 pub mod attention;
 mod decode;
 pub mod group;

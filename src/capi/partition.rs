@@ -15,12 +15,19 @@ use crate::problem::{Problem, Wire};
 /// # Safety
 /// `padded` has room for a number.
 #[unsafe(no_mangle)]
-pub unsafe extern "C" fn cp_partition_padded_length(partition: cp_partition, ranks: u32, length: u64, padded: *mut u64) -> cp_status {
+pub unsafe extern "C" fn cp_partition_padded_length(
+    partition: cp_partition,
+    ranks: u32,
+    length: u64,
+    padded: *mut u64,
+) -> cp_status {
     guard(|| {
         let out = output("padded", padded)?;
         let partition = decode::partition("partition", partition)?;
         if matches!(partition, Partition::List { .. }) || ranks == 0 || length > 1 << 60 {
-            return Err(Error::argument(format!("partition: got {partition:?}, {ranks} ranks, length {length}; a caller's list has no padded length")));
+            return Err(Error::argument(format!(
+                "partition: got {partition:?}, {ranks} ranks, length {length}; a caller's list has no padded length"
+            )));
         }
         out.write(padded_length(length, ranks, &partition));
         Ok(())
@@ -55,13 +62,19 @@ pub unsafe extern "C" fn cp_partition_tokens(
         let side = match side {
             CP_SIDE_Q => Side::Query,
             CP_SIDE_K => Side::Key,
-            other => return Err(Error::argument(format!("side: got {other}, allowed CP_SIDE_Q (0), CP_SIDE_K (1)"))),
+            other => {
+                return Err(Error::argument(format!(
+                    "side: got {other}, allowed CP_SIDE_Q (0), CP_SIDE_K (1)"
+                )));
+            }
         };
         let held = tokens(&problem, rank, side);
         if !indices.is_null() {
             output("indices", indices)?;
             // SAFETY: room for `capacity` numbers, by the caller's promise.
-            unsafe { std::ptr::copy_nonoverlapping(held.as_ptr(), indices, held.len().min(capacity)) };
+            unsafe {
+                std::ptr::copy_nonoverlapping(held.as_ptr(), indices, held.len().min(capacity))
+            };
         }
         out.write(held.len());
         Ok(())
@@ -70,18 +83,29 @@ pub unsafe extern "C" fn cp_partition_tokens(
 
 /// # Safety
 /// The sequences are as their docs say.
-unsafe fn problem(partition: cp_partition, format: cp_format, sequences: *const cp_sequences, ranks: u32) -> Result<Problem> {
+unsafe fn problem(
+    partition: cp_partition,
+    format: cp_format,
+    sequences: *const cp_sequences,
+    ranks: u32,
+) -> Result<Problem> {
     let partition = decode::partition("partition", partition)?;
     let packed = match format {
         CP_FORMAT_DENSE => false,
         CP_FORMAT_PACKED => true,
-        other => return Err(Error::argument(format!("format: got {other}, allowed CP_FORMAT_DENSE (0), CP_FORMAT_PACKED (1)"))),
+        other => {
+            return Err(Error::argument(format!(
+                "format: got {other}, allowed CP_FORMAT_DENSE (0), CP_FORMAT_PACKED (1)"
+            )));
+        }
     };
     if ranks == 0 || ranks > 1 << 20 {
         return Err(Error::argument(format!("ranks: got {ranks}, allowed 1 … {}", 1 << 20)));
     }
     // SAFETY: the caller's promise.
-    let (seqs, list) = unsafe { decode::sequences(sequences, packed, matches!(partition, Partition::List { .. }), ranks)? };
+    let (seqs, list) = unsafe {
+        decode::sequences(sequences, packed, matches!(partition, Partition::List { .. }), ranks)?
+    };
     let p = Problem {
         ranks,
         inner: ranks,
