@@ -5,3 +5,4 @@ mod numbers;
 mod oracle;
 mod plans;
 mod ranks;
+mod tidy;
