@@ -6,7 +6,7 @@
 use super::Scratch;
 use super::kernels::{Gemm, Into, Kernels, LANES, Softmax};
 use super::rows::{set_stat, stat};
-use super::tile::{Bounds, KEYS, Packer, Tiling, heads_of, store, stride};
+use super::tile::{Bounds, KEYS, Packer, Tiling, heads_of, stride};
 use crate::backend::Forward;
 use std::ops::Range;
 
@@ -264,7 +264,8 @@ impl Task<'_> {
                         out.iter_mut().for_each(|x| *x *= norm);
                         max + sum.ln()
                     };
-                    store(last.out.dtype, out, last.out.at(row, head));
+                    let to = last.out.at(row, head);
+                    (self.kernels.narrow)(last.out.dtype, out.as_ptr(), to, dv);
                     set_stat(&last.lse, row, head, lse);
                 } else if let Some(state) = &self.step.state {
                     let to = state.out.at(row, head).cast::<f32>();

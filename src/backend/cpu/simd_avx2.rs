@@ -1,13 +1,14 @@
 //! AVX2 with FMA: fp32 operands for all storage types. See `simd_avx512.rs`, which does the same twice as wide.
 
 use super::kernels::{EXP_MIN, EXP2, Gemm, Gradient, Into, Kernels, LANES, LOG2_E_REST, Softmax};
+use super::scalar;
 use super::scalar::{interleave, transpose};
 use crate::dtype::DType;
 use std::arch::x86_64::*;
 
 /// For every storage type; operands are fp32.
 pub static KERNELS: Kernels =
-    Kernels { pairs: 1, gemm, softmax, gradient, widen, transpose, interleave };
+    Kernels { pairs: 1, gemm, softmax, gradient, widen, narrow, transpose, interleave };
 
 /// Vectors of a panel.
 const QUARTERS: usize = LANES / 8;
@@ -184,10 +185,13 @@ unsafe fn gradient(g: &Gradient) {
 }
 
 /// # Safety
-/// `from` has `len` (a multiple of 8) readable elements of the type and `to` has room for as many.
+/// `from` has `len` readable elements of the type and `to` has room for as many.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn widen(dtype: DType, from: *const u8, to: *mut f32, len: usize) {
-    for i in (0..len).step_by(8) {
+    let whole = len / 8 * 8;
+    // SAFETY: the caller's promise.
+    unsafe { scalar::widen(dtype, from.add(whole * dtype.size()), to.add(whole), len - whole) };
+    for i in (0..whole).step_by(8) {
         // SAFETY: the caller's promise.
         unsafe {
             let half = from.cast::<i16>().add(i).cast::<__m128i>();
@@ -200,6 +204,42 @@ unsafe fn widen(dtype: DType, from: *const u8, to: *mut f32, len: usize) {
                 DType::F16 => _mm256_cvtph_ps(_mm_loadu_si128(half)),
             };
             _mm256_storeu_ps(to.add(i), x);
+        }
+    }
+}
+
+/// # Safety
+/// `from` has `len` readable numbers and `to` has room for as many elements of the type.
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn narrow(dtype: DType, from: *const f32, to: *mut u8, len: usize) {
+    let whole = len / 8 * 8;
+    // SAFETY: the caller's promise.
+    unsafe { scalar::narrow(dtype, from.add(whole), to.add(whole * dtype.size()), len - whole) };
+    for i in (0..whole).step_by(8) {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let x = _mm256_loadu_ps(from.add(i));
+            let half = match dtype {
+                DType::F32 => {
+                    _mm256_storeu_ps(to.cast::<f32>().add(i), x);
+                    continue;
+                }
+                DType::Bf16 => {
+                    // Half a unit of the last place, less when the result is even already; NaN only becomes quiet.
+                    let bits = _mm256_castps_si256(x);
+                    let odd = _mm256_and_si256(_mm256_srli_epi32::<16>(bits), _mm256_set1_epi32(1));
+                    let half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+                    let quiet = _mm256_or_si256(bits, _mm256_set1_epi32(0x40_0000));
+                    let nan = _mm256_castps_si256(_mm256_cmp_ps::<_CMP_UNORD_Q>(x, x));
+                    let rounded = _mm256_blendv_epi8(_mm256_add_epi32(bits, half), quiet, nan);
+                    let rounded = _mm256_srli_epi32::<16>(rounded);
+                    let (low, high) =
+                        (_mm256_castsi256_si128(rounded), _mm256_extracti128_si256::<1>(rounded));
+                    _mm_packus_epi32(low, high)
+                }
+                DType::F16 => _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x),
+            };
+            _mm_storeu_si128(to.cast::<u16>().add(i).cast(), half);
         }
     }
 }

@@ -77,14 +77,16 @@ impl Tensor {
     }
 
     fn set(&mut self, row: usize, head: usize, values: &[f32]) {
+        let (to, len) = (self.view.at(row, head), values.len());
         // SAFETY: (row, head) lies in the tensor's memory.
-        unsafe { rows::store(&self.view, row, head, values) }
+        unsafe { scalar::narrow(self.view.dtype, values.as_ptr(), to, len) }
     }
 
     fn get(&self, row: usize, head: usize) -> Vec<f32> {
         let mut values = vec![0f32; self.view.dim];
+        let (from, len) = (self.view.at(row, head), values.len());
         // SAFETY: (row, head) lies in the tensor's memory.
-        unsafe { rows::load(&self.view, row, head, &mut values) };
+        unsafe { scalar::widen(self.view.dtype, from, values.as_mut_ptr(), len) };
         values
     }
 

@@ -6,7 +6,6 @@
 
 use super::kernels::{Kernels, LANES};
 use crate::backend::{HeadMap, View};
-use crate::dtype::DType;
 use crate::mask::Slice;
 use std::ops::Range;
 
@@ -364,24 +363,6 @@ impl Packer<'_> {
                     to.add(i / 2 * stride),
                 );
             }
-        }
-    }
-}
-
-/// Narrowing on the way out.
-///
-/// # Safety
-/// `to` has room for `from.len()` elements of the type.
-pub unsafe fn store(dtype: DType, from: &[f32], to: *mut u8) {
-    use half::slice::HalfFloatSliceExt;
-    // SAFETY: the caller's promise; elements are aligned as the caller's tensor is.
-    unsafe {
-        match dtype {
-            DType::F32 => from.as_ptr().copy_to_nonoverlapping(to.cast::<f32>(), from.len()),
-            DType::Bf16 => std::slice::from_raw_parts_mut(to.cast::<half::bf16>(), from.len())
-                .convert_from_f32_slice(from),
-            DType::F16 => std::slice::from_raw_parts_mut(to.cast::<half::f16>(), from.len())
-                .convert_from_f32_slice(from),
         }
     }
 }
