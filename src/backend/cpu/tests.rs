@@ -614,6 +614,33 @@ fn an_error_of_progress_stops_the_step_and_is_returned() {
 }
 
 #[test]
+fn rows_without_lse_have_no_gradient() {
+    let case = base("no LSE", 40, 40, whole(40, 40, Mask::CAUSAL));
+    let (inputs, mut results) = (case.inputs(), case.results());
+    results.lse.fill(|| f32::NEG_INFINITY);
+    for simd in Simd::ALL.into_iter().filter(|s| s.available()) {
+        let step = Backward {
+            q: inputs.q.view,
+            k: inputs.k.view,
+            v: inputs.v.view,
+            d_out: inputs.d_out.view,
+            lse: results.lse.view,
+            delta: results.lse.view,
+            slices: &case.slices,
+            heads: case.map,
+            scale: case.scale,
+            dq: results.dq.view,
+            dk: results.dk.view,
+            dv: results.dv.view,
+        };
+        // SAFETY: the tensors outlive the call.
+        unsafe { Cpu::new(1, simd).unwrap().backward(&step, &mut || Ok(())) }.unwrap();
+        let zero = |t: &Tensor| t.values().iter().flatten().flatten().all(|&x| x == 0.0);
+        assert!(zero(&results.dq) && zero(&results.dk) && zero(&results.dv), "{}", simd.name());
+    }
+}
+
+#[test]
 fn scratch_grows_once() {
     fn is_send<T: Send>(_: &T) {}
     let case = base("scratch", 300, 300, whole(300, 300, Mask::CAUSAL));
