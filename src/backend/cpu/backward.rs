@@ -7,7 +7,7 @@ use super::Scratch;
 use super::forward::lanes_of;
 use super::kernels::{Gemm, Gradient, Into, Kernels, LANES};
 use super::rows::{add, stat};
-use super::tile::{Bounds, Groups, KEYS, Packer, Tiling, heads_of, stride};
+use super::tile::{Bounds, Groups, KEYS, Packer, Tiling, heads_of, prefetch, stride};
 use crate::backend::Backward;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -299,6 +299,18 @@ impl Task<'_> {
             head += 1;
             if head == heads.len() {
                 (row, head) = (row + 1, 0);
+            }
+        }
+        for lane in panel * LANES..(panel + 1) * LANES {
+            let at =
+                |lane: usize| (rows.start + lane / heads.len(), heads.start + lane % heads.len());
+            let ((row, head), (next_row, next_head)) = (at(lane), at(lane + LANES));
+            if next_row < self.step.q.rows {
+                prefetch(&self.step.q, next_row, next_head);
+                prefetch(&self.step.d_out, next_row, next_head);
+            }
+            if row < self.step.q.rows {
+                prefetch(&self.step.dq, row, head);
             }
         }
         let (lo, hi) = bounds.relative_to(keys.start);
