@@ -87,8 +87,9 @@ fn gathered_side(problem: &Problem, team: u32, side: Side) -> TeamSide {
         .flat_map(|(a, list)| list.iter().map(move |s| (a as u32, *s)))
         .collect();
     pieces.sort_by_key(|(_, s)| (s.seq, s.start));
-    // A team that is the whole group holds whole sequences: stripes interleave into step 1.
-    let whole = problem.teams() == 1;
+    // A team that is the whole group holds whole sequences: stripes interleave into step 1. (Not a team of one: its queries are
+    // left as they are, and both sides must have the same step.)
+    let whole = problem.teams() == 1 && u > 1;
     let mut out = TeamSide { members: vec![Vec::new(); u as usize], ..TeamSide::default() };
     let mut at = 0;
     while at < pieces.len() {

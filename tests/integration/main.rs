@@ -1,3 +1,4 @@
 mod numbers;
 mod plans;
+mod plans_random;
 mod ranks;
