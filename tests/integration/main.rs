@@ -1,4 +1,5 @@
 mod numbers;
 mod plans;
 mod plans_random;
+mod plans_time;
 mod ranks;

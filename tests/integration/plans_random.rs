@@ -3,9 +3,13 @@
 
 use crate::plans::prove;
 use context_parallel::dtype::DType;
+use context_parallel::error::Status;
 use context_parallel::mask::Mask;
 use context_parallel::partition::{Partition, Stretch};
+use context_parallel::plan::account::workspace_bytes;
+use context_parallel::plan::{self, Options, Plan};
 use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
+use std::sync::Arc;
 
 /// Xorshift (Marsaglia, 2003), 64 bits.
 pub struct Random(u64);
@@ -52,6 +56,33 @@ fn random_plans() {
     for case in 0..cases {
         let p = any_problem(&mut Random::new(seed.wrapping_mul(1_000_003).wrapping_add(case)));
         prove(&p);
+    }
+}
+
+/// The cheap answer about memory against the plans themselves, and the way that it is not: monotone.
+#[test]
+fn peaks_are_those_of_the_plans() {
+    let two_sided = Problem {
+        partition: Partition::Contiguous,
+        mask: Mask { left: Some(10), right: Some(10), ..Mask::FULL },
+        ..crate::plans::problem(5, CommType::P2p, 0, 50, 4, 2)
+    };
+    let peaks = plan::peaks(&two_sided);
+    assert!(peaks[2] < peaks[3], "with 4 stages, distances 1 and 4 do not share a slot: {peaks:?}");
+    assert_eq!(plan::fewest_stages(&two_sided, peaks[2]), Ok(3));
+    assert_eq!(plan::fewest_stages(&two_sided, 0).unwrap_err().status, Status::OutOfMemory);
+    let random = (0..60).map(|case| any_problem(&mut Random::new(case)));
+    for p in random.filter(|p| p.ranks <= 16).chain([two_sided]) {
+        let most = p.teams() - 1;
+        let counts = if p.relay { most..=most } else { 1..=most };
+        let want: Vec<u64> = counts
+            .map(|stages| {
+                let p = Arc::new(Problem { stages, ..p.clone() });
+                let plans = (0..p.ranks).flat_map(|r| Plan::both(&p, r, Options::default()));
+                plans.map(|plan| workspace_bytes(&plan) as u64).max().unwrap()
+            })
+            .collect();
+        assert_eq!(plan::peaks(&p), want, "{p:?}");
     }
 }
 
