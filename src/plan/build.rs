@@ -22,7 +22,8 @@ pub(super) fn plan(problem: &Arc<Problem>, rank: u32, pass: Pass, options: Optio
         }
         Pass::Backward => {
             b.delta();
-            match options.saved {
+            // A team of one saves nothing: rows that a launch asked to pack are packed again.
+            match options.saved && problem.inner > 1 {
                 true => b.trade_in(&[Tensor::DOut, Tensor::Delta]),
                 false => b.trade_in(&[
                     Tensor::Q,
