@@ -1,0 +1,105 @@
+//! Times the CPU kernels alone, without plans or ranks: `cargo run --release --example kernel_bench [-- seq heads dim kv_heads threads]`.
+//!
+//! GFLOP/s count 4·S²·H·D forward and 2.5 times that backward, half of it for a causal mask, whatever the kernel really does.
+//! Every figure is the median of five runs; the instruction set is the widest one, or `CP_SIMD`.
+
+use context_parallel::backend::cpu::{Cpu, Simd};
+use context_parallel::backend::{Backward, Delta, Forward, HeadMap, Output, View};
+use context_parallel::dtype::DType;
+use context_parallel::error::Result;
+use context_parallel::mask::Slice;
+use std::time::Instant;
+
+fn main() -> Result<()> {
+    let mut args = std::env::args().skip(1).map(|a| a.parse::<usize>().expect("a whole number"));
+    let mut next = |default| args.next().unwrap_or(default);
+    let (seq, heads, dim) = (next(4096), next(8), next(128));
+    let (kv_heads, threads) = (next(heads), next(1));
+    let mut cpu = Cpu::new(threads, Simd::from_env()?)?;
+    println!("{}, {threads} thread(s), S={seq} H={heads}/{kv_heads} D={dim}", cpu.simd().name());
+    println!("{:5} {:7} {:>12} {:>12}   GFLOP/s", "type", "mask", "forward", "backward");
+    for dtype in DType::ALL {
+        for causal in [false, true] {
+            let (forward, backward) = measure(&mut cpu, seq, heads, dim, kv_heads, dtype, causal)?;
+            let mask = if causal { "causal" } else { "full" };
+            println!("{:5} {mask:7} {forward:>12.1} {backward:>12.1}", dtype.name());
+        }
+    }
+    println!("scratch: {} KiB", cpu.scratch_bytes() / 1024);
+    Ok(())
+}
+
+/// Memory for a dense tensor, filled with small numbers that are valid in every type.
+fn tensor(dtype: DType, rows: usize, heads: usize, dim: usize) -> (Vec<u32>, View) {
+    let count = (rows * heads * dim * dtype.size()).div_ceil(4);
+    let mut state = 1u32;
+    let mut number = || {
+        state = state.wrapping_mul(1_664_525).wrapping_add(1_013_904_223);
+        let x = (state >> 16) as f32 / 32768.0 - 1.0;
+        match dtype {
+            DType::F32 => x.to_bits(),
+            DType::Bf16 => u32::from(half::bf16::from_f32(x).to_bits()) * 0x1_0001,
+            DType::F16 => u32::from(half::f16::from_f32(x).to_bits()) * 0x1_0001,
+        }
+    };
+    let mut memory: Vec<u32> = (0..count).map(|_| number()).collect();
+    let view = View::dense(memory.as_mut_ptr().cast(), dtype, rows, heads, dim);
+    (memory, view)
+}
+
+fn measure(
+    cpu: &mut Cpu,
+    seq: usize,
+    heads: usize,
+    dim: usize,
+    kv_heads: usize,
+    dtype: DType,
+    causal: bool,
+) -> Result<(f64, f64)> {
+    let (_q, q) = tensor(dtype, seq, heads, dim);
+    let (_k, k) = tensor(dtype, seq, kv_heads, dim);
+    let (_v, v) = tensor(dtype, seq, kv_heads, dim);
+    let (_o, out) = tensor(dtype, seq, heads, dim);
+    let (_d, d_out) = tensor(dtype, seq, heads, dim);
+    let (_l, lse) = tensor(DType::F32, seq, heads, 1);
+    let (_e, delta) = tensor(DType::F32, seq, heads, 1);
+    let (_dq, dq) = tensor(DType::F32, seq, heads, dim);
+    let (_dk, dk) = tensor(DType::F32, seq, kv_heads, dim);
+    let (_dv, dv) = tensor(DType::F32, seq, kv_heads, dim);
+    let n = seq as u32;
+    let hi = if causal { 0 } else { n as i32 };
+    let slices = [Slice { q: 0, q_len: n, k: 0, k_len: n, lo: -(n as i32), hi }];
+    let map = HeadMap { q_first: 0, group: (heads / kv_heads) as u32, kv_first: 0 };
+    let scale = 1.0 / (dim as f32).sqrt();
+    let forward = Forward {
+        q,
+        k,
+        v,
+        slices: &slices,
+        heads: map,
+        scale,
+        state: None,
+        first: true,
+        last: Some(Output { out, lse }),
+    };
+    let backward =
+        Backward { q, k, v, d_out, lse, delta, slices: &slices, heads: map, scale, dq, dk, dv };
+    let mut progress = || Ok(());
+    let (mut times_forward, mut times_backward) = ([0f64; 5], [0f64; 5]);
+    for run in 0..5 {
+        let start = Instant::now();
+        // SAFETY: all tensors are dense, of the shapes named, and alive.
+        unsafe { cpu.forward(&forward, &mut progress)? };
+        times_forward[run] = start.elapsed().as_secs_f64();
+        // SAFETY: as above.
+        unsafe { cpu.delta(&Delta { out, d_out, delta }) };
+        let start = Instant::now();
+        // SAFETY: as above.
+        unsafe { cpu.backward(&backward, &mut progress)? };
+        times_backward[run] = start.elapsed().as_secs_f64();
+    }
+    times_forward.sort_by(f64::total_cmp);
+    times_backward.sort_by(f64::total_cmp);
+    let work = 4.0 * (seq * seq * heads * dim) as f64 / 1e9 * if causal { 0.5 } else { 1.0 };
+    Ok((work / times_forward[2], 2.5 * work / times_backward[2]))
+}
