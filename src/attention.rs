@@ -44,6 +44,44 @@ pub struct Config {
     pub save: bool,
 }
 
+impl Config {
+    /// The problem of a call on a group of `ranks`.
+    fn problem(&self, comm: Comm, ranks: u32, seqs: Vec<Sequence>, partition: &Partition) -> Result<Arc<Problem>> {
+        let inner = comm.kind.inner(ranks, comm.inner)?;
+        let teams = ranks / inner;
+        let mut p = Problem {
+            ranks,
+            inner,
+            stages: comm.kind.default_stages(teams),
+            relay: comm.relay && teams > 1,
+            partition: partition.clone(),
+            mask: self.mask,
+            packed: self.packed,
+            seqs,
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            dim_qk: self.dim_qk,
+            dim_v: self.dim_v,
+            dtype: self.dtype,
+            wire: self.wire,
+            scale: if self.scale == 0.0 { 1.0 / (self.dim_qk as f32).sqrt() } else { self.scale },
+        };
+        if let Stages::Count(n) = comm.stages {
+            p.stages = n;
+        }
+        p.validate()?;
+        if let Stages::Within(cap) = comm.stages {
+            p.stages = fewest_stages(&p, cap)?;
+        }
+        Ok(Arc::new(p))
+    }
+
+    /// Would a layer accept this on a group of `ranks`? The error is the one that it would give.
+    pub fn supports(&self, comm: Comm, ranks: u32) -> Result<()> {
+        self.problem(comm, ranks, vec![Sequence::square(ranks)], &Partition::Contiguous).map(|_| ())
+    }
+}
+
 /// How a group communicates for a layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Comm {
@@ -163,26 +201,25 @@ impl Attention {
     }
 
     /// Attaches a group. Collective on a parent group the first time (the configuration is agreed); local afterwards and for subsets.
-    pub fn set_group(&mut self, group: &Group, comm: Comm) -> Result<()> {
+    /// A `comm` that could not be read comes as an error: it is posted to the other ranks, who would wait otherwise.
+    pub fn set_group(&mut self, group: &Group, comm: Result<Comm>) -> Result<()> {
         group.usable()?;
-        let attached = Attached { group: group.clone(), comm };
-        let fits = self
-            .problem_for(
-                &attached,
-                vec![Sequence::square(group.size().max(1))],
-                &Partition::Contiguous,
-            )
-            .map(|_| ());
+        let fits = comm.and_then(|comm| self.config.supports(comm, group.size()).map(|()| comm));
         let new = !self.known.values().any(|a| a.group.same_parent(group) && a.group.is_parent());
-        if group.is_parent() && new {
+        let comm = if group.is_parent() && new {
             let mut h = Fnv::default();
-            (format!("{:?}", self.config), comm).hash(&mut h);
-            group.agree(Header { call: Call::SetGroup, hash: h.finish() }, fits)?;
+            (format!("{:?}", self.config), fits.as_ref().ok()).hash(&mut h);
+            group.agree(Header { call: Call::SetGroup, hash: h.finish() }, fits)?
         } else {
-            fits?;
-        }
+            fits?
+        };
         self.attach(group.clone(), comm);
         Ok(())
+    }
+
+    /// Size of the group that a context's forward used.
+    pub fn ranks_of(&self, context: &Context) -> Option<u32> {
+        self.known.get(&context.attached).map(|a| a.group.size())
     }
 
     fn attach(&mut self, group: Group, comm: Comm) {
@@ -192,43 +229,8 @@ impl Attention {
         self.known.insert(self.current, Attached { group, comm });
     }
 
-    /// The problem of a call.
-    fn problem_for(
-        &self,
-        at: &Attached,
-        seqs: Vec<Sequence>,
-        partition: &Partition,
-    ) -> Result<Arc<Problem>> {
-        let c = &self.config;
-        let ranks = at.group.size();
-        let inner = at.comm.kind.inner(ranks, at.comm.inner)?;
-        let teams = ranks / inner;
-        let named = at.comm.kind.default_stages(teams);
-        let mut p = Problem {
-            ranks,
-            inner,
-            stages: named,
-            relay: at.comm.relay && teams > 1,
-            partition: partition.clone(),
-            mask: c.mask,
-            packed: c.packed,
-            seqs,
-            heads: c.heads,
-            kv_heads: c.kv_heads,
-            dim_qk: c.dim_qk,
-            dim_v: c.dim_v,
-            dtype: c.dtype,
-            wire: c.wire,
-            scale: if c.scale == 0.0 { 1.0 / (c.dim_qk as f32).sqrt() } else { c.scale },
-        };
-        if let Stages::Count(n) = at.comm.stages {
-            p.stages = n;
-        }
-        p.validate()?;
-        if let Stages::Within(cap) = at.comm.stages {
-            p.stages = fewest_stages(&p, cap)?;
-        }
-        Ok(Arc::new(p))
+    fn problem_for(&self, at: &Attached, seqs: Vec<Sequence>, partition: &Partition) -> Result<Arc<Problem>> {
+        self.config.problem(at.comm, at.group.size(), seqs, partition)
     }
 
     /// The current problem for these sequences.
