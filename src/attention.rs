@@ -46,7 +46,13 @@ pub struct Config {
 
 impl Config {
     /// The problem of a call on a group of `ranks`.
-    fn problem(&self, comm: Comm, ranks: u32, seqs: Vec<Sequence>, partition: &Partition) -> Result<Arc<Problem>> {
+    fn problem(
+        &self,
+        comm: Comm,
+        ranks: u32,
+        seqs: Vec<Sequence>,
+        partition: &Partition,
+    ) -> Result<Arc<Problem>> {
         let inner = comm.kind.inner(ranks, comm.inner)?;
         let teams = ranks / inner;
         let mut p = Problem {
@@ -191,8 +197,8 @@ impl Attention {
     }
 
     /// Bytes of scratch memory that the kernels hold.
-    pub fn kernel_bytes(&self) -> usize {
-        0
+    pub fn kernel_bytes(&mut self) -> usize {
+        self.cpu.scratch_bytes()
     }
 
     /// Turns context parallelism off: the layer computes alone.
@@ -229,7 +235,12 @@ impl Attention {
         self.known.insert(self.current, Attached { group, comm });
     }
 
-    fn problem_for(&self, at: &Attached, seqs: Vec<Sequence>, partition: &Partition) -> Result<Arc<Problem>> {
+    fn problem_for(
+        &self,
+        at: &Attached,
+        seqs: Vec<Sequence>,
+        partition: &Partition,
+    ) -> Result<Arc<Problem>> {
         self.config.problem(at.comm, at.group.size(), seqs, partition)
     }
 

@@ -146,10 +146,11 @@ pub fn holding(problem: &Problem, rank: u32, side: Side) -> Holding {
     Holding { rows, segments }
 }
 
-/// Does `b` continue `a`, in positions and in rows?
+/// Does `b` continue `a`, in positions and in rows? The step of a single token says nothing, so two of them are left apart.
 pub fn joins(a: &Segment, b: &Segment) -> bool {
     a.seq == b.seq
         && a.step == b.step
+        && a.len.max(b.len) > 1
         && a.start + a.len * a.step == b.start
         && a.offset + a.len == b.offset
 }

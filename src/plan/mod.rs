@@ -13,6 +13,7 @@ pub mod account;
 mod build;
 pub mod check;
 mod heads;
+pub mod json;
 mod needs;
 pub mod print;
 mod stages;

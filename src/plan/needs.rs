@@ -159,5 +159,7 @@ pub fn halve(slices: &[Slice]) -> (Vec<Slice>, Vec<Slice>) {
         }
         done += pairs;
     }
+    // The rest of a cut slice may start after slices of the same rows.
+    sort(&mut b);
     (a, b)
 }

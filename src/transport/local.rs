@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 
 /// Longest sleep of one `wait`.
 const NAP: Duration = Duration::from_millis(4);
+/// Rounds of `test` before a sleep, if every rank can have a core.
+const SPINS: u32 = 200;
 const NOBODY: u32 = u32::MAX;
 
 const HERE: u8 = 0;
@@ -143,6 +145,7 @@ struct Local {
     recvs: Streams,
     in_flight: bool,
     failed: Option<Error>,
+    spins: u32,
 }
 
 impl Local {
@@ -353,8 +356,11 @@ impl Transport for Local {
     }
 
     fn wait(&mut self) -> Result<bool> {
-        if self.test()? {
-            return Ok(true);
+        for _ in 0..=self.spins {
+            if self.test()? {
+                return Ok(true);
+            }
+            std::hint::spin_loop();
         }
         self.hub.bells[self.rank as usize].sleep(NAP);
         self.test()
@@ -430,6 +436,7 @@ unsafe fn copy_pieces(from: &[Piece], to: &[Piece]) {
 }
 
 fn handle(hub: &Arc<Hub>, rank: u32) -> Box<dyn Transport> {
+    let cores = std::thread::available_parallelism().map_or(1, |n| n.get());
     Box::new(Local {
         hub: Arc::clone(hub),
         rank,
@@ -437,6 +444,7 @@ fn handle(hub: &Arc<Hub>, rank: u32) -> Box<dyn Transport> {
         recvs: Streams::default(),
         in_flight: false,
         failed: None,
+        spins: if hub.size as usize <= cores { SPINS } else { 0 },
     })
 }
 

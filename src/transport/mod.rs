@@ -4,11 +4,16 @@
 //! `ncclGroupStart … ncclGroupEnd`. Between one pair of ranks messages are matched in the order they were given, across groups
 //! too. At most one group is in flight per transport: all communication is one queue (design §2.3).
 
+pub mod bootstrap;
 pub mod delay;
+mod environment;
 pub mod local;
+mod segment;
+pub mod shm;
 mod streams;
 #[cfg(test)]
 mod tests;
+pub mod user;
 
 use crate::error::{Error, Result};
 use std::sync::Arc;

@@ -3,6 +3,7 @@
 use context_parallel::dtype::DType;
 use context_parallel::mask::Mask;
 use context_parallel::partition::Partition;
+use context_parallel::plan::account::layout;
 use context_parallel::plan::{Options, Pass, Plan, check::check};
 use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
 use std::sync::Arc;
@@ -48,6 +49,17 @@ pub fn prove(p: &Problem) {
                     println!("{plan}");
                 }
                 panic!("{e}\n{pass:?} pack {pack} saved {saved} {p:?}");
+            }
+        }
+        if saved {
+            for rank in 0..p.ranks {
+                let [forward, backward] = [Pass::Forward, Pass::Backward].map(|pass| {
+                    let plan = Plan::new(&p, rank, pass, Options { pack, saved });
+                    let offsets = layout(&plan);
+                    let kept = plan.slots.into_iter().filter(|s| s.saved);
+                    kept.map(|s| (s, offsets[&s.slot])).collect::<Vec<_>>()
+                });
+                assert_eq!(forward, backward, "what forward saves is what backward finds: {p:?}");
             }
         }
     }

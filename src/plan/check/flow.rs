@@ -1,0 +1,230 @@
+//! All ranks' plans run over 64-bit integers instead of numbers.
+//!
+//! Every element of an input carries its identity: which tensor, head, token. Attending a (head, query, key) triple adds a
+//! pseudo-random weight that belongs to the triple. In the end every output must be the sum of exactly the allowed triples' weights:
+//! then each pair was computed once, with the right head, row and mask, and every copy, exchange, return and sum went where it
+//! should (a wrong plan passes with probability 2⁻⁶⁴). Rows that nobody wrote are poison, and so are rows that are being received.
+
+use super::memory::{self, Memory, POISON, factor, first_token, initial, side_of, weight};
+use crate::partition::{Side, holding};
+use crate::plan::{Message, Op, Pass, Plan, Slot, SlotInfo, Tensor};
+use crate::problem::{Problem, Sequence};
+use std::collections::{HashMap, VecDeque};
+
+/// Runs all ranks and compares every result with the definition of the mask.
+pub(super) fn check(plans: &[Plan]) -> Result<(), String> {
+    let mut flow =
+        Flow { plans, memory: plans.iter().map(initial).collect(), posted: HashMap::new() };
+    flow.run()?;
+    let sums = Sums::new(&plans[0].problem);
+    (0..plans.len()).try_for_each(|rank| flow.results(rank, &sums))
+}
+
+/// The mask in words, for query `i` and key `j` of a sequence; on purpose not the planner's [`crate::mask::Band`].
+pub(super) fn may_see(p: &Problem, seq: &Sequence, i: u32, j: u32) -> bool {
+    let mut diagonal = i64::from(i);
+    if p.mask.bottom_right {
+        diagonal += i64::from(seq.k.len) - i64::from(seq.q.len);
+    }
+    let after = i64::from(j) - diagonal;
+    !(p.mask.causal && after > 0)
+        && p.mask.left.is_none_or(|left| after >= -i64::from(left))
+        && p.mask.right.is_none_or(|right| after <= i64::from(right))
+}
+
+/// What every output must be, before its factor: sums of the weights of all allowed triples, `[token][head]`.
+struct Sums {
+    query: Vec<u64>,
+    key: Vec<u64>,
+}
+
+impl Sums {
+    fn new(p: &Problem) -> Sums {
+        let tokens =
+            |side: Side| p.seqs.iter().map(|s| s.extent(side).padded as usize).sum::<usize>();
+        let mut out = Sums {
+            query: vec![0; tokens(Side::Query) * p.heads as usize],
+            key: vec![0; tokens(Side::Key) * p.kv_heads as usize],
+        };
+        for (index, seq) in p.seqs.iter().enumerate() {
+            let (q_base, k_base) =
+                (first_token(p, index, Side::Query), first_token(p, index, Side::Key));
+            for (i, j) in (0..seq.q.len).flat_map(|i| (0..seq.k.len).map(move |j| (i, j))) {
+                if !may_see(p, seq, i, j) {
+                    continue;
+                }
+                for head in 0..p.heads {
+                    let w = weight(head, q_base + i, k_base + j);
+                    let query = &mut out.query[((q_base + i) * p.heads + head) as usize];
+                    *query = query.wrapping_add(w);
+                    let kv_head = head / (p.heads / p.kv_heads);
+                    let key = &mut out.key[((k_base + j) * p.kv_heads + kv_head) as usize];
+                    *key = key.wrapping_add(w);
+                }
+            }
+        }
+        out
+    }
+}
+
+/// A posted send or receive.
+#[derive(Clone, Copy)]
+struct Posted<'a> {
+    rank: usize,
+    message: &'a Message,
+}
+
+struct Flow<'a> {
+    plans: &'a [Plan],
+    memory: Vec<Memory>,
+    /// Per (sender, receiver): sends and receives that wait for each other.
+    posted: HashMap<(usize, usize), [VecDeque<Posted<'a>>; 2]>,
+}
+
+impl<'a> Flow<'a> {
+    /// Runs all ranks to the end, or says who waits for what.
+    fn run(&mut self) -> Result<(), String> {
+        let ranks = self.plans.len();
+        let mut at = vec![0; ranks];
+        // Messages of the exchange that a rank is in; none when it is in none.
+        let mut open: Vec<Option<usize>> = vec![None; ranks];
+        loop {
+            let mut moved = false;
+            for rank in 0..ranks {
+                let steps = &self.plans[rank].steps;
+                while let Some(step) = steps.get(at[rank]) {
+                    match (&step.op, open[rank]) {
+                        (Op::Exchange { sends, recvs }, None) => {
+                            open[rank] = Some(sends.len() + recvs.len());
+                            self.post(rank, sends, recvs, &mut open)?;
+                            moved = true;
+                        }
+                        (Op::Exchange { .. }, Some(0)) => {
+                            open[rank] = None;
+                            at[rank] += 1;
+                            moved = true;
+                        }
+                        (Op::Exchange { .. }, Some(_)) => break,
+                        _ => {
+                            memory::compute(&self.plans[rank], &mut self.memory[rank], step)
+                                .map_err(|e| {
+                                    format!("rank {rank}, step {} ({step}): {e}", at[rank])
+                                })?;
+                            at[rank] += 1;
+                            moved = true;
+                        }
+                    }
+                }
+            }
+            if (0..ranks).all(|rank| at[rank] == self.plans[rank].steps.len()) {
+                return Ok(());
+            }
+            if !moved {
+                return Err(self.stuck(&at));
+            }
+        }
+    }
+
+    fn stuck(&self, at: &[usize]) -> String {
+        let mut text = String::from("deadlock:");
+        for (plan, at) in self.plans.iter().zip(at) {
+            if let Some(step) = plan.steps.get(*at) {
+                text += &format!("\n  rank {} waits at step {at}: {step}", plan.rank);
+            }
+        }
+        text
+    }
+
+    /// Posts an exchange and moves every message that has its counterpart, in order between two ranks.
+    fn post(
+        &mut self,
+        rank: usize,
+        sends: &'a [Message],
+        recvs: &'a [Message],
+        open: &mut [Option<usize>],
+    ) -> Result<(), String> {
+        for m in recvs {
+            self.memory[rank].of_mut(m.slot).set(&m.rows, POISON);
+        }
+        let all = sends.iter().map(|m| (m, 0)).chain(recvs.iter().map(|m| (m, 1)));
+        for (message, direction) in all {
+            let peer = message.peer as usize;
+            let pair = if direction == 0 { (rank, peer) } else { (peer, rank) };
+            let queues = self.posted.entry(pair).or_default();
+            queues[direction].push_back(Posted { rank, message });
+            let [out, into] = queues;
+            if let (Some(s), Some(r)) = (out.front().copied(), into.front().copied()) {
+                out.pop_front();
+                into.pop_front();
+                self.transfer(s, r)?;
+                for rank in [s.rank, r.rank] {
+                    open[rank] = open[rank].map(|n| n - 1);
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Moves one matched message.
+    fn transfer(&mut self, s: Posted, r: Posted) -> Result<(), String> {
+        let (from, to) =
+            (self.plans[s.rank].info(s.message.slot), self.plans[r.rank].info(r.message.slot));
+        let shape = |m: &Message, info: &SlotInfo| (m.count(), info.heads, info.dim, info.dtype);
+        let tensor = (from.slot.tensor, to.slot.tensor);
+        if tensor.0 != tensor.1 || shape(s.message, from) != shape(r.message, to) {
+            return Err(format!(
+                "mismatch: rank {} sends {} as {from:?}, rank {} receives {} as {to:?}",
+                s.rank, s.message, r.rank, r.message
+            ));
+        }
+        let values = self.memory[s.rank].of(s.message.slot).rows(&s.message.rows);
+        if values.contains(&POISON) {
+            return Err(format!("rank {} sends rows that nobody wrote: {}", s.rank, s.message));
+        }
+        self.memory[r.rank].of_mut(r.message.slot).put_rows(&r.message.rows, &values);
+        Ok(())
+    }
+
+    /// Every result of a rank: all rows, padding too.
+    fn results(&self, rank: usize, sums: &Sums) -> Result<(), String> {
+        let plan = &self.plans[rank];
+        let p = &*plan.problem;
+        let outputs: &[Tensor] = match plan.pass {
+            Pass::Forward => &[Tensor::Out, Tensor::Lse],
+            Pass::Backward => &[Tensor::DQ, Tensor::DK, Tensor::DV],
+        };
+        for &tensor in outputs {
+            let (side, slot) = (side_of(tensor), Slot::caller(tensor));
+            let held = holding(p, rank as u32, side);
+            let (heads, sums) = match side {
+                Side::Query => (p.heads, &sums.query),
+                Side::Key => (p.kv_heads, &sums.key),
+            };
+            let mut want = vec![0; (held.rows * heads) as usize];
+            for s in &held.segments {
+                let first = first_token(p, s.seq as usize, side) + s.start;
+                for (i, head) in (0..s.len).flat_map(|i| (0..heads).map(move |h| (i, h))) {
+                    want[((s.offset + i) * heads + head) as usize] = sums
+                        [((first + i * s.step) * heads + head) as usize]
+                        .wrapping_mul(factor(tensor));
+                }
+            }
+            let Some(buffer) = self.memory[rank].find(slot) else {
+                match want.is_empty() {
+                    true => continue,
+                    false => return Err(format!("rank {rank}: nobody wrote {tensor:?}")),
+                }
+            };
+            for (at, want) in want.into_iter().enumerate() {
+                let (row, head) = (at as u32 / heads, at as u32 % heads);
+                let got = buffer.read(row, head).map_err(|e| format!("rank {rank}: {e}"))?;
+                if got != want {
+                    return Err(format!(
+                        "rank {rank}: {tensor:?} row {row} head {head} is not the sum of the allowed pairs, each once"
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,154 @@
+//! A plan is well formed by itself.
+
+use super::Access;
+use crate::dtype::DType;
+use crate::mask::Slice;
+use crate::plan::{Event, Kind, Lane, Op, Plan, Slot, SlotInfo, Step, Tensor, Value};
+use std::collections::HashSet;
+
+/// The plans are those of all ranks of one problem and pass, in rank order.
+pub(super) fn same_problem(plans: &[Plan]) -> Result<(), String> {
+    let Some(first) = plans.first() else { return Err("no plans".into()) };
+    if plans.len() != first.problem.ranks as usize {
+        return Err(format!("{} plans for {} ranks", plans.len(), first.problem.ranks));
+    }
+    for (rank, plan) in plans.iter().enumerate() {
+        let same = plan.rank as usize == rank
+            && plan.problem == first.problem
+            && plan.pass == first.pass
+            && plan.options.saved == first.options.saved;
+        if !same {
+            return Err(format!("plan {rank} is not rank {rank}'s of the same problem and pass"));
+        }
+    }
+    Ok(())
+}
+
+/// Everything that needs no other rank and no data.
+pub(super) fn check(plan: &Plan, touched: &[Vec<Access>]) -> Result<(), String> {
+    if !plan.slots.is_sorted_by(|a, b| a.slot < b.slot) {
+        return Err(format!("rank {}: slots are not sorted", plan.rank));
+    }
+    let mut signaled = HashSet::new();
+    for (index, step) in plan.steps.iter().enumerate() {
+        let wrong =
+            |what: String| Err(format!("rank {}, step {index} ({step}): {what}", plan.rank));
+        if let Err(what) = events(plan, step, &mut signaled)
+            .and_then(|()| bounds(plan, &touched[index]))
+            .and_then(|()| meaning(plan, step))
+        {
+            return wrong(what);
+        }
+    }
+    no_waste(plan, touched)
+}
+
+/// One signal an event, and it comes before every wait.
+fn events(plan: &Plan, step: &Step, signaled: &mut HashSet<Event>) -> Result<(), String> {
+    if let Some(event) = step.waits.iter().find(|e| !signaled.contains(e)) {
+        return Err(format!("waits for e{event} before it is signaled"));
+    }
+    if let Some(event) = step.signal {
+        if event >= plan.events {
+            return Err(format!("e{event} is beyond the plan's {} events", plan.events));
+        }
+        if !signaled.insert(event) {
+            return Err(format!("e{event} is signaled twice"));
+        }
+    }
+    Ok(())
+}
+
+fn find(plan: &Plan, slot: Slot) -> Result<&SlotInfo, String> {
+    plan.slots.iter().find(|s| s.slot == slot).ok_or_else(|| format!("no slot {slot:?}"))
+}
+
+/// Named slots exist and have the rows.
+fn bounds(plan: &Plan, touched: &[Access]) -> Result<(), String> {
+    for access in touched {
+        let info = find(plan, access.slot)?;
+        for r in access.rows.iter().filter(|r| r.count > 0) {
+            let last = u64::from(r.first) + u64::from(r.count - 1) * u64::from(r.step);
+            if last >= u64::from(info.rows) {
+                return Err(format!("{:?} has {} rows, not row {last}", access.slot, info.rows));
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What no data would show: lanes, types, the order and tightness of slices.
+fn meaning(plan: &Plan, step: &Step) -> Result<(), String> {
+    let lane = if matches!(step.op, Op::Exchange { .. }) { Lane::Comm } else { Lane::Compute };
+    if step.lane != lane {
+        return Err("is on the wrong lane".into());
+    }
+    match &step.op {
+        Op::Exchange { sends, recvs } => {
+            for m in sends.iter().chain(recvs) {
+                if m.peer >= plan.problem.ranks || m.peer == plan.rank {
+                    return Err(format!("rank {} is no peer", m.peer));
+                }
+                if m.count() == 0 || find(plan, m.slot)?.row_bytes() == 0 {
+                    return Err(format!("{m} is empty"));
+                }
+            }
+            Ok(())
+        }
+        Op::Attend { slices, .. } | Op::AttendBackward { slices, .. } => {
+            if !slices.is_sorted_by_key(|s| (s.q, s.k)) {
+                return Err("slices are not sorted by (q, k)".into());
+            }
+            slices.iter().try_for_each(tight)
+        }
+        Op::Delta => Ok(()),
+        Op::Copy { src, src_head, dst, dst_head, heads, add, .. } => {
+            let (from, to) = (find(plan, *src)?, find(plan, *dst)?);
+            if src_head + heads > from.heads || dst_head + heads > to.heads {
+                return Err(format!("{src:?} has {} heads, {dst:?} {}", from.heads, to.heads));
+            }
+            if from.dim != to.dim {
+                return Err(format!("{src:?} and {dst:?} have rows of different lengths"));
+            }
+            if *add && to.dtype != DType::F32 {
+                return Err(format!("adds into {dst:?}, which is not fp32"));
+            }
+            Ok(())
+        }
+        Op::Fill { slot, value, .. } => {
+            let empty = if slot.tensor == Tensor::Lse { Value::NegInf } else { Value::Zero };
+            if *value == empty { Ok(()) } else { Err(format!("{slot:?} must be {empty:?}")) }
+        }
+    }
+}
+
+/// Every row of a slice sees a key, every key is seen.
+fn tight(s: &Slice) -> Result<(), String> {
+    let rows_see = (0..s.q_len).all(|i| !s.keys_of(i).is_empty());
+    // Bounds grow with the row, so the first key is seen by the first row, if at all, and the last by the last.
+    let keys_seen =
+        s.q_len > 0 && s.keys_of(0).start == s.k && s.keys_of(s.q_len - 1).end == s.k + s.k_len;
+    if rows_see && keys_seen { Ok(()) } else { Err(format!("{s:?} is not tight")) }
+}
+
+/// No slot is larger than the rows that steps touch: the account's memory is what is needed. (What is saved is as large as forward
+/// leaves it.)
+fn no_waste(plan: &Plan, touched: &[Vec<Access>]) -> Result<(), String> {
+    let mut used = vec![0; plan.slots.len()];
+    for access in touched.iter().flatten() {
+        let index = plan.slots.binary_search_by_key(&access.slot, |s| s.slot);
+        let used = &mut used[index.expect("bounds found it")];
+        let end = |r: &crate::plan::Rows| r.first + (r.count - 1) * r.step + 1;
+        *used = access.rows.iter().filter(|r| r.count > 0).map(end).fold(*used, u32::max);
+    }
+    for (info, used) in plan.slots.iter().zip(used) {
+        let ours = info.slot.kind != Kind::Caller && !info.saved;
+        if ours && info.bytes() > 0 && info.rows > used {
+            return Err(format!(
+                "rank {}: {:?} has {} rows, but only {used} are used",
+                plan.rank, info.slot, info.rows
+            ));
+        }
+    }
+    Ok(())
+}

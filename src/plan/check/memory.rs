@@ -1,0 +1,317 @@
+//! One rank's buffers, holding identities, and what compute steps do to them.
+
+use crate::mask::Slice;
+use crate::partition::{Segment, Side, holding};
+use crate::plan::{Kind, Op, Pass, Plan, Rows, Slot, Step, Team, Tensor};
+use crate::problem::Problem;
+
+/// What a row holds that nobody wrote.
+pub(super) const POISON: u64 = 0x7fff_dead_dead_dead;
+
+/// Padding has this token.
+const PAD: u32 = u32::MAX;
+
+/// Identity of an element of an input; its low half is the token.
+fn identity(tensor: Tensor, head: u32, token: u32) -> u64 {
+    (tensor as u64) << 56 | u64::from(head) << 32 | u64::from(token)
+}
+
+/// Weight of a triple (splitmix64's finaliser).
+pub(super) fn weight(head: u32, query: u32, key: u32) -> u64 {
+    let mut z = (u64::from(head) << 32 | u64::from(query)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+        ^ u64::from(key).wrapping_mul(0xd1b5_4a32_d192_ed03);
+    z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+    z ^ (z >> 31)
+}
+
+/// What a sum of weights is multiplied by, so that results of different tensors differ.
+pub(super) fn factor(tensor: Tensor) -> u64 {
+    2 * tensor as u64 + 1
+}
+
+/// Global token index of the first true token of a sequence.
+pub(super) fn first_token(p: &Problem, seq: usize, side: Side) -> u32 {
+    p.seqs[..seq].iter().map(|s| s.extent(side).padded).sum::<u32>()
+        + p.seqs[seq].extent(side).before
+}
+
+pub(super) fn side_of(tensor: Tensor) -> Side {
+    if tensor.key_side() { Side::Key } else { Side::Query }
+}
+
+/// One slot's elements, `[row][head]`.
+pub(super) struct Buffer {
+    slot: Slot,
+    heads: u32,
+    data: Vec<u64>,
+}
+
+impl Buffer {
+    fn new(slot: Slot, rows: u32, heads: u32, value: u64) -> Buffer {
+        Buffer { slot, heads, data: vec![value; (rows * heads) as usize] }
+    }
+
+    /// All heads of some rows, in order.
+    pub fn rows(&self, rows: &[Rows]) -> Vec<u64> {
+        elements(rows, self.heads).map(|(row, head)| self.at(row, head)).collect()
+    }
+
+    /// Overwrites all heads of some rows, in order.
+    pub fn put_rows(&mut self, rows: &[Rows], values: &[u64]) {
+        for ((row, head), value) in elements(rows, self.heads).zip(values) {
+            self.put(row, head, *value);
+        }
+    }
+
+    /// Overwrites all heads of some rows with one value.
+    pub fn set(&mut self, rows: &[Rows], value: u64) {
+        elements(rows, self.heads).for_each(|(row, head)| self.put(row, head, value));
+    }
+
+    fn at(&self, row: u32, head: u32) -> u64 {
+        self.data[row as usize * self.heads as usize + head as usize]
+    }
+
+    pub fn read(&self, row: u32, head: u32) -> Result<u64, String> {
+        match self.at(row, head) {
+            POISON => {
+                Err(format!("reads {:?} row {row} head {head}, which nobody wrote", self.slot))
+            }
+            value => Ok(value),
+        }
+    }
+
+    fn add(&mut self, row: u32, head: u32, value: u64) -> Result<(), String> {
+        let sum = self.read(row, head)?.wrapping_add(value);
+        self.put(row, head, sum);
+        Ok(())
+    }
+
+    fn put(&mut self, row: u32, head: u32, value: u64) {
+        self.data[row as usize * self.heads as usize + head as usize] = value;
+    }
+}
+
+/// A rank's buffers, in the order of its plan's slots, which are sorted.
+pub(super) struct Memory(Vec<Buffer>);
+
+impl Memory {
+    pub fn find(&self, slot: Slot) -> Option<&Buffer> {
+        Some(&self.0[self.0.binary_search_by_key(&slot, |b| b.slot).ok()?])
+    }
+
+    fn index(&self, slot: Slot) -> usize {
+        self.0.binary_search_by_key(&slot, |b| b.slot).expect("form check found it")
+    }
+
+    pub fn of(&self, slot: Slot) -> &Buffer {
+        &self.0[self.index(slot)]
+    }
+
+    pub fn of_mut(&mut self, slot: Slot) -> &mut Buffer {
+        let index = self.index(slot);
+        &mut self.0[index]
+    }
+}
+
+/// Inputs carry identities, everything else is poison.
+pub(super) fn initial(plan: &Plan) -> Memory {
+    let p = &*plan.problem;
+    let inputs: &[Tensor] = match plan.pass {
+        Pass::Forward => &[Tensor::Q, Tensor::K, Tensor::V],
+        Pass::Backward => {
+            &[Tensor::Q, Tensor::K, Tensor::V, Tensor::Out, Tensor::Lse, Tensor::DOut]
+        }
+    };
+    let team = Team::new(p, plan.rank / p.inner, plan.options.pack);
+    let mut out = Vec::new();
+    for info in &plan.slots {
+        let tensor = info.slot.tensor;
+        let mut buffer = Buffer::new(info.slot, info.rows, info.heads, POISON);
+        let side = side_of(tensor);
+        let mut fill = |segments: &[Segment], first_head: u32| {
+            for s in segments {
+                let first = first_token(p, s.seq as usize, side) + s.start;
+                for (i, head) in (0..s.len).flat_map(|i| (0..info.heads).map(move |h| (i, h))) {
+                    buffer.put(
+                        s.offset + i,
+                        head,
+                        identity(tensor, first_head + head, first + i * s.step),
+                    );
+                }
+            }
+        };
+        if info.slot.kind == Kind::Caller && inputs.contains(&tensor) {
+            fill(&holding(p, plan.rank, side).segments, 0);
+            for (at, value) in buffer.data.iter_mut().enumerate().filter(|(_, v)| **v == POISON) {
+                *value = identity(tensor, at as u32 % info.heads, PAD);
+            }
+        } else if info.saved && plan.pass == Pass::Backward {
+            // What forward left: the team's rows, this rank's heads.
+            let segments = if tensor.key_side() { &team.k.segments } else { &team.q.segments };
+            fill(segments, plan.share.side(tensor.key_side()).start);
+        }
+        out.push(buffer);
+    }
+    Memory(out)
+}
+
+/// One (head, query, key), in local rows and heads.
+struct Triple {
+    q_row: u32,
+    k_row: u32,
+    head: u32,
+    kv_head: u32,
+    weight: u64,
+}
+
+/// (row, head) of some rows, in order.
+pub(super) fn elements(rows: &[Rows], heads: u32) -> impl Iterator<Item = (u32, u32)> {
+    rows.iter().flat_map(|r| r.iter()).flat_map(move |row| (0..heads).map(move |h| (row, h)))
+}
+
+/// Runs one compute step of a rank.
+pub(super) fn compute(plan: &Plan, memory: &mut Memory, step: &Step) -> Result<(), String> {
+    match &step.op {
+        Op::Exchange { .. } => unreachable!("exchanges are posted"),
+        // Empty is 0 for sums and for −∞ alike.
+        Op::Fill { slot, rows, .. } => {
+            memory.of_mut(*slot).set(rows, 0);
+            Ok(())
+        }
+        Op::Copy { src, src_head, dst, dst_head, heads, runs, add } => {
+            let (src, dst) = (memory.index(*src), memory.index(*dst));
+            for (r, i) in runs.iter().flat_map(|r| (0..r.rows).map(move |i| (r, i))) {
+                for head in 0..*heads {
+                    let value = memory.0[src].read(r.src + i * r.src_step, src_head + head)?;
+                    let (row, head) = (r.dst + i * r.dst_step, dst_head + head);
+                    match add {
+                        true => memory.0[dst].add(row, head, value)?,
+                        false => memory.0[dst].put(row, head, value),
+                    }
+                }
+            }
+            Ok(())
+        }
+        Op::Delta => {
+            let inputs = [Tensor::Out, Tensor::DOut].map(|t| (Slot::caller(t), t));
+            let delta = memory.index(Slot::of(Kind::Sum, Tensor::Delta));
+            let info = plan.info(memory.0[delta].slot);
+            for (row, head) in elements(&[Rows::range(0, info.rows)], info.heads) {
+                let token = memory.token(&inputs, row, head, head)?;
+                memory.0[delta].put(row, head, identity(Tensor::Delta, head, token));
+            }
+            Ok(())
+        }
+        Op::Attend { q, k, slices, first, last } => {
+            let info = plan.info(*q);
+            let all = [Rows::range(0, info.rows)];
+            let acc = Slot::of(Kind::Acc, Tensor::Out);
+            let mut state = Buffer::new(*q, info.rows, info.heads, 0);
+            if !first {
+                for (row, head) in elements(&all, info.heads) {
+                    state.put(row, head, memory.of(acc).read(row, head)?);
+                }
+            }
+            for s in slices {
+                memory.triples(plan, s, &[(*q, Tensor::Q)], *k, |_, t| {
+                    state.add(t.q_row, t.head, t.weight)
+                })?;
+            }
+            for (row, head) in elements(&all, info.heads) {
+                let sum = state.at(row, head);
+                match last {
+                    Some((out, lse)) => {
+                        memory.of_mut(*out).put(row, head, sum.wrapping_mul(factor(Tensor::Out)));
+                        memory.of_mut(*lse).put(row, head, sum.wrapping_mul(factor(Tensor::Lse)));
+                    }
+                    None => memory.of_mut(acc).put(row, head, sum),
+                }
+            }
+            Ok(())
+        }
+        Op::AttendBackward { q, d_out, lse, delta, k, dk, slices } => {
+            let queries = [
+                (*q, Tensor::Q),
+                (*d_out, Tensor::DOut),
+                (*lse, Tensor::Lse),
+                (*delta, Tensor::Delta),
+            ];
+            let [dq, dk, dv] =
+                [Slot::of(Kind::Acc, Tensor::DQ), *dk, Slot { tensor: Tensor::DV, ..*dk }]
+                    .map(|slot| memory.index(slot));
+            for s in slices {
+                memory.triples(plan, s, &queries, *k, |memory, t| {
+                    let weight = |tensor| t.weight.wrapping_mul(factor(tensor));
+                    memory.0[dq].add(t.q_row, t.head, weight(Tensor::DQ))?;
+                    memory.0[dk].add(t.k_row, t.kv_head, weight(Tensor::DK))?;
+                    memory.0[dv].add(t.k_row, t.kv_head, weight(Tensor::DV))
+                })?;
+            }
+            Ok(())
+        }
+    }
+}
+
+impl Memory {
+    /// Calls `f` for the triples of a slice, after checking that all named slots hold the same query, or key, of the right head.
+    fn triples(
+        &mut self,
+        plan: &Plan,
+        s: &Slice,
+        queries: &[(Slot, Tensor)],
+        k: Slot,
+        mut f: impl FnMut(&mut Memory, Triple) -> Result<(), String>,
+    ) -> Result<(), String> {
+        let map = plan.head_map();
+        let keys = [(k, Tensor::K), (Slot { tensor: Tensor::V, ..k }, Tensor::V)];
+        for head in 0..plan.share.q.len() as u32 {
+            let kv_head = map.kv_of(head as usize) as u32;
+            let tokens = (s.k..s.k + s.k_len)
+                .map(|row| self.true_token(&keys, row, kv_head, map.kv_first + kv_head))
+                .collect::<Result<Vec<u32>, String>>()?;
+            for i in 0..s.q_len {
+                let q_row = s.q + i;
+                let query = self.true_token(queries, q_row, head, map.q_first + head)?;
+                for k_row in s.keys_of(i) {
+                    let weight = weight(map.q_first + head, query, tokens[(k_row - s.k) as usize]);
+                    f(self, Triple { q_row, k_row, head, kv_head, weight })?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn true_token(
+        &self,
+        slots: &[(Slot, Tensor)],
+        row: u32,
+        head: u32,
+        global: u32,
+    ) -> Result<u32, String> {
+        match self.token(slots, row, head, global)? {
+            PAD => Err(format!("{:?} row {row} is padding", slots[0].0)),
+            token => Ok(token),
+        }
+    }
+
+    /// The token in a row, after checking that every slot has it there, with this global head.
+    fn token(
+        &self,
+        slots: &[(Slot, Tensor)],
+        row: u32,
+        head: u32,
+        global: u32,
+    ) -> Result<u32, String> {
+        let token = self.of(slots[0].0).read(row, head)? as u32;
+        for (slot, tensor) in slots {
+            if self.of(*slot).read(row, head)? != identity(*tensor, global, token) {
+                return Err(format!(
+                    "{slot:?} row {row} head {head} is not {tensor:?} of head {global}, token {token}"
+                ));
+            }
+        }
+        Ok(token)
+    }
+}

@@ -1,0 +1,5 @@
+//! Plans as JSON.
+/// One plan.
+pub fn plan(plan: &super::Plan) -> String {
+    format!("{{\"rank\":{}}}", plan.rank)
+}
