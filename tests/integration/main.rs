@@ -1,4 +1,5 @@
 mod numbers;
+mod plan_faults;
 mod plans;
 mod plans_random;
 mod plans_time;
