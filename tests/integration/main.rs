@@ -1,6 +1,7 @@
 mod numbers;
 mod plan_faults;
 mod plans;
+mod plans_account;
 mod plans_random;
 mod plans_time;
 mod ranks;
