@@ -3,7 +3,9 @@
 mod header;
 mod numbers;
 mod oracle;
+mod plan_faults;
 mod plans;
+mod plans_account;
 mod plans_random;
 mod plans_time;
 mod ranks;
