@@ -386,9 +386,6 @@ pub fn fewest_stages(problem: &Problem, cap: u64) -> Result<u32> {
         let bytes = |plan: &Plan| account::workspace_bytes(plan) as u64;
         plans(Pass::Forward).iter().chain(&plans(Pass::Backward)).map(bytes).max().unwrap_or(0)
     };
-    if most == 0 {
-        return Ok(0);
-    }
     if peak(most) > cap {
         return Err(crate::error::Error::new(
             crate::error::Status::OutOfMemory,
@@ -398,7 +395,7 @@ pub fn fewest_stages(problem: &Problem, cap: u64) -> Result<u32> {
             ),
         ));
     }
-    let (mut low, mut high) = (1, most);
+    let (mut low, mut high) = (most.min(1), most);
     while low < high {
         let middle = (low + high) / 2;
         if peak(middle) <= cap {
