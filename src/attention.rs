@@ -77,12 +77,6 @@ impl Config {
         }
         p.validate()?;
         if let Stages::Within(cap) = comm.stages {
-            if p.relay {
-                return Err(Error::unsupported(format!(
-                    "stages: got a memory cap, but the neighbour ring always has {} stages",
-                    p.stages
-                )));
-            }
             p.stages = fewest_stages(&p, cap)?;
         }
         Ok(Arc::new(p))
@@ -277,14 +271,16 @@ impl Attention {
         let total = u32::try_from(total).map_err(|_| {
             Error::argument(format!("tokens per rank: got {rows}, {total} in all is too many"))
         })?;
-        let cap = match at.comm.stages {
-            Stages::Within(cap) => Some(usize::try_from(cap).unwrap_or(usize::MAX)),
-            _ => None,
+        let named = Comm { stages: Stages::Named, ..at.comm };
+        let (comm, cap) = match at.comm.stages {
+            Stages::Within(cap) => (named, Some(usize::try_from(cap).unwrap_or(usize::MAX))),
+            _ => (at.comm, None),
         };
-        let comm = if cap.is_some() { Comm { stages: Stages::Named, ..at.comm } } else { at.comm };
         let seqs = vec![Sequence::square(total)];
         let p = self.config.problem(comm, at.group.size(), seqs, &Partition::Contiguous)?;
-        let stages = if cap.is_some() { p.stages.min(1) } else { p.stages };
+        // The cap bounds what depends on the number of stages; a call may have any number, and one needs most.
+        let cap = cap.filter(|_| p.teams() > 1 && !p.relay);
+        let stages = if cap.is_some() { 1 } else { p.stages };
         let full = Arc::new(Problem { mask: Mask::FULL, stages, ..(*p).clone() });
         let most = |options| {
             let bytes = |pass| at.group.prepare(&full, pass, options).workspace;
