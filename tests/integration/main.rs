@@ -1,6 +1,8 @@
 //! The one Rust integration binary: what is right (`oracle`), and everything that is compared to it.
 
 mod header;
+mod layers;
+mod memory;
 mod numbers;
 mod oracle;
 mod plan_faults;
