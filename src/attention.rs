@@ -45,8 +45,8 @@ pub struct Config {
 }
 
 impl Config {
-    /// The problem of a call on a group of `ranks`.
-    fn problem(
+    /// The problem of a call on a group of `ranks`; the error names what does not fit.
+    pub fn problem(
         &self,
         comm: Comm,
         ranks: u32,
