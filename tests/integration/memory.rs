@@ -267,7 +267,7 @@ fn memory_is_proportional_to_the_rows() {
     };
     let mut table = format!(
         "\np2p, causal zigzag, S = {TOKENS}, {HEADS} query heads, {KV_HEADS} key heads, dimension {DIM}, bf16: bytes of the rank with most\n\
-         | P | pass | own tensors | workspace (account) | kernel scratch | transport | plans and the rest | measured peak | × P / S |\n\
+         | P | pass | own tensors | workspace (account) | kernel scratch | transport | plans and the rest | measured peak | peak per local row |\n\
          |---|---|---|---|---|---|---|---|---|\n"
     );
     let mut all = Vec::new();
