@@ -15,6 +15,7 @@ mod build;
 pub mod check;
 mod fit;
 mod heads;
+pub mod json;
 mod needs;
 pub mod print;
 mod stages;

@@ -2,6 +2,7 @@ mod numbers;
 mod plan_faults;
 mod plans;
 mod plans_account;
+mod plans_json;
 mod plans_random;
 mod plans_snapshots;
 mod plans_time;
