@@ -1,6 +1,7 @@
-//! Times the CPU kernels alone, without plans or ranks: `cargo run --release --example kernel_bench [-- seq heads dim kv_heads threads]`.
+//! Times the CPU kernels alone, without plans or ranks: `cargo run --release --example kernel_bench [-- seq heads dim kv_heads threads document]`.
 //!
-//! GFLOP/s count 4·S²·H·D forward and 2.5 times that backward, half of it for a causal mask, whatever the kernel really does.
+//! GFLOP/s count 4·H·D per pair of a query and a key it sees forward, and 2.5 times that backward, whatever the kernel really
+//! does. `document` is the length of the documents the sequence is made of, the whole sequence by default.
 //! Every figure is the best of five runs, because other load only ever makes them slower, and with one thread it is CPU time. The
 //! instruction set is the widest one, or `CP_SIMD`.
 
@@ -14,19 +15,32 @@ fn main() -> Result<()> {
     let mut args = std::env::args().skip(1).map(|a| a.parse::<usize>().expect("a whole number"));
     let mut next = |default| args.next().unwrap_or(default);
     let (seq, heads, dim) = (next(4096), next(8), next(128));
-    let (kv_heads, threads) = (next(heads), next(1));
+    let (kv_heads, threads, document) = (next(heads), next(1), next(seq));
     let mut cpu = Cpu::new(threads, Simd::from_env()?)?;
-    println!("{}, {threads} thread(s), S={seq} H={heads}/{kv_heads} D={dim}", cpu.simd().name());
+    println!(
+        "{}, {threads} thread(s), S={seq}/{document} H={heads}/{kv_heads} D={dim}",
+        cpu.simd().name()
+    );
     println!("{:5} {:7} {:>12} {:>12}   GFLOP/s", "type", "mask", "forward", "backward");
     for dtype in DType::ALL {
-        for causal in [false, true] {
-            let (forward, backward) = measure(&mut cpu, seq, heads, dim, kv_heads, dtype, causal)?;
-            let mask = if causal { "causal" } else { "full" };
+        for mask in ["full", "causal"] {
+            let slices = documents(seq, document, mask == "causal");
+            let (forward, backward) = measure(&mut cpu, &slices, seq, heads, dim, kv_heads, dtype)?;
             println!("{:5} {mask:7} {forward:>12.1} {backward:>12.1}", dtype.name());
         }
     }
     println!("scratch: {} KiB", cpu.scratch_bytes() / 1024);
     Ok(())
+}
+
+/// Documents of one length, one after another; the last may be shorter.
+fn documents(seq: usize, document: usize, causal: bool) -> Vec<Slice> {
+    let slice = |start: usize| {
+        let n = document.min(seq - start) as u32;
+        let hi = if causal { 0 } else { n as i32 };
+        Slice { q: start as u32, q_len: n, k: start as u32, k_len: n, lo: -(n as i32), hi }
+    };
+    (0..seq).step_by(document).map(slice).collect()
 }
 
 /// Seconds of this process on a CPU, for one thread; of the clock on the wall otherwise.
@@ -59,12 +73,12 @@ fn tensor(dtype: DType, rows: usize, heads: usize, dim: usize) -> (Vec<u32>, Vie
 
 fn measure(
     cpu: &mut Cpu,
+    slices: &[Slice],
     seq: usize,
     heads: usize,
     dim: usize,
     kv_heads: usize,
     dtype: DType,
-    causal: bool,
 ) -> Result<(f64, f64)> {
     let threads = cpu.threads();
     let (_q, q) = tensor(dtype, seq, heads, dim);
@@ -77,24 +91,20 @@ fn measure(
     let (_dq, dq) = tensor(DType::F32, seq, heads, dim);
     let (_dk, dk) = tensor(DType::F32, seq, kv_heads, dim);
     let (_dv, dv) = tensor(DType::F32, seq, kv_heads, dim);
-    let n = seq as u32;
-    let hi = if causal { 0 } else { n as i32 };
-    let slices = [Slice { q: 0, q_len: n, k: 0, k_len: n, lo: -(n as i32), hi }];
     let map = HeadMap { q_first: 0, group: (heads / kv_heads) as u32, kv_first: 0 };
     let scale = 1.0 / (dim as f32).sqrt();
     let forward = Forward {
         q,
         k,
         v,
-        slices: &slices,
+        slices,
         heads: map,
         scale,
         state: None,
         first: true,
         last: Some(Output { out, lse }),
     };
-    let backward =
-        Backward { q, k, v, d_out, lse, delta, slices: &slices, heads: map, scale, dq, dk, dv };
+    let backward = Backward { q, k, v, d_out, lse, delta, slices, heads: map, scale, dq, dk, dv };
     let mut progress = || Ok(());
     let (mut times_forward, mut times_backward) = ([0f64; 5], [0f64; 5]);
     for run in 0..5 {
@@ -111,6 +121,7 @@ fn measure(
     }
     times_forward.sort_by(f64::total_cmp);
     times_backward.sort_by(f64::total_cmp);
-    let work = 4.0 * (seq * seq * heads * dim) as f64 / 1e9 * if causal { 0.5 } else { 1.0 };
+    let pairs: u64 = slices.iter().map(Slice::pairs).sum();
+    let work = 4.0 * pairs as f64 * (heads * dim) as f64 / 1e9;
     Ok((work / times_forward[0], 2.5 * work / times_backward[0]))
 }

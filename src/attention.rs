@@ -45,8 +45,8 @@ pub struct Config {
 }
 
 impl Config {
-    /// The problem of a call on a group of `ranks`.
-    fn problem(
+    /// The problem of a call on a group of `ranks`; the error names what does not fit.
+    pub fn problem(
         &self,
         comm: Comm,
         ranks: u32,
@@ -108,7 +108,7 @@ pub enum Stages {
     Named,
     /// This many.
     Count(u32),
-    /// The fewest with which the workspace of every rank stays within this many bytes.
+    /// The fewest with which the workspace of every rank stays within this many bytes, K and V being dense.
     Within(u64),
 }
 
@@ -263,17 +263,32 @@ impl Attention {
         account(&self.plan(problem, pass))
     }
 
-    /// Workspace that suffices for every call with at most `rows` local rows: that of a full mask over `rows` rows on every rank.
+    /// Workspace that suffices for every call in which no rank holds more than `rows` rows: that of a full mask over `rows` rows on
+    /// every rank. Under a memory cap that is the cap, and what gathering strided K and V adds to it.
     pub fn workspace_bound(&self, rows: u32) -> Result<usize> {
         let at = &self.known[&self.current];
         let total = u64::from(rows) * u64::from(at.group.size());
         let total = u32::try_from(total).map_err(|_| {
             Error::argument(format!("tokens per rank: got {rows}, {total} in all is too many"))
         })?;
-        let p = self.problem_for(at, vec![Sequence::square(total)], &Partition::Contiguous)?;
-        let full = Arc::new(Problem { mask: Mask::FULL, ..(*p).clone() });
-        let bytes = |pass| at.group.prepare(&full, pass, self.options(true)).workspace;
-        Ok(bytes(Pass::Forward).max(bytes(Pass::Backward)))
+        let named = Comm { stages: Stages::Named, ..at.comm };
+        let (comm, cap) = match at.comm.stages {
+            Stages::Within(cap) => (named, Some(usize::try_from(cap).unwrap_or(usize::MAX))),
+            _ => (at.comm, None),
+        };
+        let seqs = vec![Sequence::square(total)];
+        let p = self.config.problem(comm, at.group.size(), seqs, &Partition::Contiguous)?;
+        // The cap bounds what depends on the number of stages; a call may have any number, and one needs most.
+        let cap = cap.filter(|_| p.teams() > 1 && !p.relay);
+        let stages = if cap.is_some() { 1 } else { p.stages };
+        let full = Arc::new(Problem { mask: Mask::FULL, stages, ..(*p).clone() });
+        let most = |options| {
+            let bytes = |pass| at.group.prepare(&full, pass, options).workspace;
+            bytes(Pass::Forward).max(bytes(Pass::Backward))
+        };
+        let bound = most(self.options(true));
+        let gathering = bound.saturating_sub(most(Options::default()));
+        Ok(cap.map_or(bound, |cap| bound.min(cap.saturating_add(gathering))))
     }
 
     fn options(&self, pack: bool) -> Options {
@@ -304,7 +319,7 @@ impl Attention {
                 let text = format!(
                     "context: made by another layer, or on a group that this one never had (id {:#x}, rank {})",
                     c.attached,
-                    self.group().rank()
+                    self.group().parent_rank()
                 );
                 (self.current, Err(Error::argument(text)))
             }
@@ -326,7 +341,7 @@ impl Attention {
         args: Result<Args>,
     ) -> Result<u64> {
         let at = self.known[&id].clone();
-        let rank = at.group.rank();
+        let rank = at.group.parent_rank();
         let ready = args.and_then(|args| {
             let problem = self.problem_for(&at, args.seqs.clone(), args.list.as_ref().unwrap_or(&self.config.partition))?;
             let hash = problem.fingerprint();
@@ -363,8 +378,9 @@ impl Attention {
             return Err(Error::new(
                 Status::OutOfMemory,
                 format!(
-                    "tokens per rank: got {most}, the layer was created for at most {} (rank {rank})",
-                    self.config.max_rows
+                    "tokens per rank: got {most}, the layer was created for at most {} (rank {})",
+                    self.config.max_rows,
+                    group.parent_rank()
                 ),
             ));
         }
@@ -380,8 +396,8 @@ impl Attention {
             if *shape != want {
                 let name = name(*tensor);
                 return Err(Error::argument(format!(
-                    "{name}: got shape [batch, seq, heads, dim] = {shape:?}, this rank holds {want:?} (rank {rank} of {})",
-                    group.size()
+                    "{name}: got shape [batch, seq, heads, dim] = {shape:?}, this rank holds {want:?} (rank {})",
+                    group.parent_rank()
                 )));
             }
         }

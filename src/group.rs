@@ -40,7 +40,7 @@ struct Parent {
     timeout: Duration,
     /// Why the group is lost, once it is.
     lost: Mutex<Option<Error>>,
-    /// Calls made so far by every list of members.
+    /// Calls made so far by every set of members.
     calls: Mutex<HashMap<u64, u64>>,
     plans: Mutex<PlanCache>,
     sent: AtomicU64,
@@ -175,6 +175,11 @@ impl Group {
         self.rank
     }
 
+    /// This rank's number in the parent group. Errors name ranks by these numbers.
+    pub fn parent_rank(&self) -> u32 {
+        self.parent.rank
+    }
+
     /// Number of ranks.
     pub fn size(&self) -> u32 {
         self.members.len() as u32
@@ -256,15 +261,16 @@ impl Group {
         if self.size() == 1 {
             return local;
         }
+        let mut sorted: Vec<u32> = self.members.to_vec();
+        sorted.sort_unstable();
+        // Counted by the set of members, whatever their order: after a rank came with another order all are still in step.
         let call = {
             let mut calls = lock(&self.parent.calls);
-            let n = calls.entry(self.id).or_insert(0);
+            let n = calls.entry(id_of(&sorted)).or_insert(0);
             *n += 1;
             *n
         };
         let mine = encode(header, self.id, call, local.as_ref().err());
-        let mut sorted: Vec<u32> = self.members.to_vec();
-        sorted.sort_unstable();
         let all = self.watch(lock(transport).allgather(
             &sorted,
             &mine,

@@ -31,6 +31,41 @@ pub struct Account {
     pub saved: u64,
 }
 
+impl Account {
+    /// Both, field by field.
+    fn zip(self, other: Account, f: impl Fn(u64, u64) -> u64) -> Account {
+        Account {
+            sent: f(self.sent, other.sent),
+            received: f(self.received, other.received),
+            received_keys: f(self.received_keys, other.received_keys),
+            received_key_rows: f(self.received_key_rows, other.received_key_rows),
+            received_gradients: f(self.received_gradients, other.received_gradients),
+            received_heads: f(self.received_heads, other.received_heads),
+            pairs: f(self.pairs, other.pairs),
+            flops: f(self.flops, other.flops),
+            workspace: f(self.workspace, other.workspace),
+            saved: f(self.saved, other.saved),
+        }
+    }
+}
+
+/// Cost of one pass over all ranks.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Summary {
+    /// All ranks together.
+    pub total: Account,
+    /// The most of any rank, field by field.
+    pub worst: Account,
+}
+
+/// The cost of all ranks' plans.
+pub fn summary(plans: &[Plan]) -> Summary {
+    plans.iter().map(account).fold(Summary::default(), |s, a| Summary {
+        total: s.total.zip(a, |x, y| x + y),
+        worst: s.worst.zip(a, u64::max),
+    })
+}
+
 /// The cost of a plan.
 pub fn account(plan: &Plan) -> Account {
     let mut a = Account {

@@ -22,13 +22,15 @@ use super::{Kind, Op, Plan, Rows, Slot, Step, Tensor};
 /// Checks the plans of all ranks, in rank order. The error says which rank, which step, and what is wrong.
 pub fn check(plans: &[Plan]) -> Result<(), String> {
     form::same_problem(plans)?;
-    for plan in plans {
-        let touched: Vec<Vec<Access>> = plan.steps.iter().map(|s| accesses(plan, s)).collect();
-        form::check(plan, &touched)?;
-        hazards::check(plan, &touched)?;
+    let touched: Vec<Vec<Vec<Access>>> =
+        plans.iter().map(|p| p.steps.iter().map(|s| accesses(p, s)).collect()).collect();
+    for (plan, touched) in plans.iter().zip(&touched) {
+        form::check(plan, touched)?;
+        hazards::check(plan, touched)?;
     }
     needs::check(plans)?;
-    flow::check(plans)
+    flow::check(plans)?;
+    plans.iter().zip(&touched).try_for_each(|(plan, touched)| form::no_waste(plan, touched))
 }
 
 /// Rows of a slot that a step reads or writes.

@@ -2,6 +2,7 @@
 
 use super::account::ALIGN;
 use super::needs;
+use super::stages::converts;
 use super::survey::{Survey, distances};
 use super::team::team_segments;
 use super::{Kind, Options, Pass, SlotInfo, build};
@@ -55,6 +56,7 @@ pub fn peaks(problem: &Problem) -> Vec<u64> {
             for (peak, (rows, homes)) in out.iter_mut().zip(&traffic) {
                 let bytes = |s: &SlotInfo| {
                     let rows = match s.slot.kind {
+                        Kind::Part if converts(problem) => rows[0].max(rows[1]),
                         Kind::Recv | Kind::Part | Kind::Wire => rows[s.slot.index as usize],
                         Kind::Return => homes[s.slot.index as usize],
                         _ => s.rows,

@@ -124,12 +124,10 @@ impl fmt::Display for Message {
 
 impl fmt::Display for Rows {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(
-            f,
-            "{}..{}",
-            self.first,
-            self.first + (self.count - self.count.min(1)) * self.step + self.count.min(1)
-        )?;
+        let after = u64::from(self.count) * u64::from(self.step) + u64::from(self.count.min(1));
+        let end =
+            u64::from(self.first) + after - u64::from(self.step) * u64::from(self.count.min(1));
+        write!(f, "{}..{end}", self.first)?;
         if self.step > 1 { write!(f, "/{}", self.step) } else { Ok(()) }
     }
 }

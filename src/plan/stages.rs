@@ -18,7 +18,7 @@ use super::{Event, Kind, Message, Op, Rows, Slot, Tensor};
 use crate::backend::Run;
 use crate::dtype::DType;
 use crate::mask::Slice;
-use crate::problem::Wire;
+use crate::problem::{Problem, Wire};
 
 impl Builder<'_> {
     /// Messages that bring the keys of stage s, both directions.
@@ -119,7 +119,6 @@ impl Builder<'_> {
         // Exchanges: X[s] brings the keys of stage s and returns the gradients of stage s−2.
         for s in 1..=n + 1 {
             let this = next;
-            self.stage = s;
             if self.problem.relay && s >= 3 {
                 self.fold(this, s - 1);
             }
@@ -133,7 +132,6 @@ impl Builder<'_> {
         }
         self.stage = 0;
         self.attend_backward(arrived, own.0, own.1, second_half);
-        self.stage = n;
         if n > 0 {
             self.reduce(next, n);
         }
@@ -146,10 +144,11 @@ impl Builder<'_> {
         let n = self.problem.stages;
         let (mut sends, mut recvs) =
             if s <= n { self.key_messages(s) } else { (Vec::new(), Vec::new()) };
-        if s >= 3 && s - 2 <= n {
+        if s >= 3 {
             self.gradient_messages(s - 2, &mut sends, &mut recvs);
         }
         let computed = self.computed();
+        self.stage = if s <= n { s } else { s - 2 };
         self.exchange(&[computed], sends, recvs)
     }
 
@@ -158,8 +157,9 @@ impl Builder<'_> {
         let stage = self.survey.stage(s);
         let (arriving, leaving) = (&stage.arriving, &stage.leaving);
         let b = self.problem.teams();
+        self.stage = s;
         for tensor in [Tensor::DK, Tensor::DV] {
-            let wire = self.wired(tensor, s, arriving.rows);
+            let wire = self.wired(tensor, s);
             if self.problem.relay {
                 // What comes in belongs to the owner that the left neighbour just worked for.
                 let rows = self.survey.left_rows[s as usize - 1];
@@ -194,12 +194,19 @@ impl Builder<'_> {
         }
     }
 
-    /// The stage's gradients as they travel; fp32 needs no conversion.
-    fn wired(&mut self, tensor: Tensor, s: u32, rows: u32) -> Slot {
-        let part = self.slot_rows(Kind::Part, tensor, s % 2, rows);
-        if self.problem.wire == Wire::F32 || self.problem.dtype == DType::F32 {
+    /// The fp32 gradients of stage s. One slot is enough when they are converted before the next stage is computed.
+    fn part(&mut self, tensor: Tensor, s: u32) -> Slot {
+        let index = if converts(self.problem) { 0 } else { s % 2 };
+        self.slot_rows(Kind::Part, tensor, index, self.survey.stage(s).arriving.rows)
+    }
+
+    /// The gradients of stage s as they travel.
+    fn wired(&mut self, tensor: Tensor, s: u32) -> Slot {
+        let part = self.part(tensor, s);
+        if !converts(self.problem) {
             return part;
         }
+        let rows = self.survey.stage(s).arriving.rows;
         let wire = self.slot_rows(Kind::Wire, tensor, s % 2, rows);
         self.copy(&[], part, wire, vec![straight(rows)], false);
         wire
@@ -208,15 +215,13 @@ impl Builder<'_> {
     /// Attends stage s into fresh gradients.
     fn stage_gradients(&mut self, arrived: Option<Event>, s: u32) {
         let stage = self.survey.stage(s);
+        self.stage = s;
         for tensor in [Tensor::DK, Tensor::DV] {
             // The exchange also took the gradients of stage s−2 away, from the same buffer if they travel as fp32.
-            let part = self.slot_rows(Kind::Part, tensor, s % 2, stage.arriving.rows);
+            let part = self.part(tensor, s);
             self.clear(&[arrived], part, stage.arriving.rows);
         }
-        let (k, dk) = (
-            Slot::indexed(Kind::Recv, Tensor::K, s % 2),
-            Slot::indexed(Kind::Part, Tensor::DK, s % 2),
-        );
+        let (k, dk) = (Slot::indexed(Kind::Recv, Tensor::K, s % 2), self.part(Tensor::DK, s));
         self.attend_backward(arrived, k, dk, stage.work.clone());
     }
 
@@ -230,9 +235,10 @@ impl Builder<'_> {
 
     /// Relay: adds the travelling gradients to those of stage s, which are for the same owner.
     fn fold(&mut self, arrived: Option<Event>, s: u32) {
+        self.stage = s;
         for tensor in [Tensor::DK, Tensor::DV] {
             let rows = self.survey.stage(s).arriving.rows;
-            let part = self.slot_rows(Kind::Part, tensor, s % 2, rows);
+            let part = self.part(tensor, s);
             let landed = self.slot_rows(Kind::Return, tensor, (s - 1) % 2, rows);
             self.copy(&[arrived], landed, part, vec![straight(rows)], true);
         }
@@ -248,6 +254,7 @@ impl Builder<'_> {
             }
             false => &self.survey.stage(s).leaving,
         };
+        self.stage = s;
         for tensor in [Tensor::DK, Tensor::DV] {
             let acc = Slot::of(Kind::Acc, tensor);
             let landed = self.slot_rows(Kind::Return, tensor, s % 2, owned.rows);
@@ -291,6 +298,11 @@ impl Builder<'_> {
         let kind = if self.problem.inner > 1 { Kind::Team } else { Kind::Caller };
         self.slot(kind, tensor, 0)
     }
+}
+
+/// Do partial gradients travel in another type than they are computed in?
+pub(super) fn converts(problem: &Problem) -> bool {
+    problem.wire == Wire::Storage && problem.dtype != DType::F32
 }
 
 fn straight(rows: u32) -> Run {

@@ -1,9 +1,13 @@
 //! The one Rust integration binary: what is right (`oracle`), and everything that is compared to it.
 
 mod header;
+mod layers;
+mod memory;
 mod numbers;
 mod oracle;
+mod plan_faults;
 mod plans;
+mod plans_account;
 mod plans_random;
 mod plans_time;
 mod ranks;

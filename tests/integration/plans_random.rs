@@ -7,7 +7,8 @@ use context_parallel::error::Status;
 use context_parallel::mask::Mask;
 use context_parallel::partition::{Partition, Stretch};
 use context_parallel::plan::account::workspace_bytes;
-use context_parallel::plan::{self, Options, Plan};
+use context_parallel::plan::check::check;
+use context_parallel::plan::{self, Options, Pass, Plan};
 use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
 use std::sync::Arc;
 
@@ -54,8 +55,23 @@ fn random_plans() {
     let (seed, cases) = (setting("CP_SEED", 1), setting("CP_CASES", 400));
     println!("CP_SEED={seed} CP_CASES={cases}");
     for case in 0..cases {
-        let p = any_problem(&mut Random::new(seed.wrapping_mul(1_000_003).wrapping_add(case)));
+        let mut r = Random::new(seed.wrapping_mul(1_000_003).wrapping_add(case));
+        let p = any_problem(&mut r);
         prove(&p);
+        if case % 4 == 0 {
+            prove_with_mixed_packing(&mut r, p);
+        }
+    }
+}
+
+/// Whether its K and V are dense is each rank's own matter.
+fn prove_with_mixed_packing(r: &mut Random, p: Problem) {
+    let p = Arc::new(p);
+    for pass in [Pass::Forward, Pass::Backward] {
+        let pack = |r: &mut Random| Options { pack: r.one_in(2), saved: false };
+        let plans: Vec<Plan> =
+            (0..p.ranks).map(|rank| Plan::new(&p, rank, pass, pack(r))).collect();
+        check(&plans).unwrap_or_else(|e| panic!("{e}: mixed packing, {pass:?} {p:?}"));
     }
 }
 

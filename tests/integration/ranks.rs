@@ -211,10 +211,6 @@ impl Shard {
         &self.0.iter().find(|(t, _)| *t == tensor).expect("every tensor is there").1
     }
 
-    pub fn get_mut(&mut self, tensor: Tensor) -> &mut Local {
-        &mut self.0.iter_mut().find(|(t, _)| *t == tensor).expect("every tensor is there").1
-    }
-
     pub fn views(&self) -> Vec<(Tensor, View)> {
         self.0.iter().map(|(t, l)| (*t, l.view)).collect()
     }

@@ -262,7 +262,7 @@ impl Task<'_> {
     ///
     /// # Safety
     /// See `run`.
-    #[allow(clippy::too_many_arguments)]
+    #[allow(clippy::too_many_arguments)] // one call site; each argument is a different thing
     unsafe fn panel(
         &self,
         b: &Buffers,

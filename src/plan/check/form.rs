@@ -40,7 +40,7 @@ pub(super) fn check(plan: &Plan, touched: &[Vec<Access>]) -> Result<(), String> 
             return wrong(what);
         }
     }
-    no_waste(plan, touched)
+    Ok(())
 }
 
 /// One signal an event, and it comes before every wait.
@@ -96,6 +96,7 @@ fn meaning(plan: &Plan, step: &Step) -> Result<(), String> {
             Ok(())
         }
         Op::Attend { slices, .. } | Op::AttendBackward { slices, .. } => {
+            same_rows(plan, &step.op, slices)?;
             if !slices.is_sorted_by_key(|s| (s.q, s.k)) {
                 return Err("slices are not sorted by (q, k)".into());
             }
@@ -122,6 +123,30 @@ fn meaning(plan: &Plan, step: &Step) -> Result<(), String> {
     }
 }
 
+/// Everything with a row per query has as many, and no slice goes beyond them.
+fn same_rows(plan: &Plan, op: &Op, slices: &[Slice]) -> Result<(), String> {
+    let acc = |tensor| Slot::of(Kind::Acc, tensor);
+    let (q, beside) = match op {
+        Op::Attend { q, first: true, last: Some((out, lse)), .. } => (q, vec![*out, *lse]),
+        Op::Attend { q, last: Some((out, lse)), .. } => (q, vec![*out, *lse, acc(Tensor::Out)]),
+        Op::Attend { q, .. } => (q, vec![acc(Tensor::Out)]),
+        Op::AttendBackward { q, d_out, lse, delta, .. } => {
+            (q, vec![*d_out, *lse, *delta, acc(Tensor::DQ)])
+        }
+        _ => return Ok(()),
+    };
+    let rows = find(plan, *q)?.rows;
+    for slot in beside {
+        if find(plan, slot)?.rows != rows {
+            return Err(format!("{slot:?} has other rows than {q:?}"));
+        }
+    }
+    match slices.iter().find(|s| u64::from(s.q) + u64::from(s.q_len) > u64::from(rows)) {
+        Some(s) => Err(format!("{s:?} goes beyond the {rows} rows of {q:?}")),
+        None => Ok(()),
+    }
+}
+
 /// Every row of a slice sees a key, every key is seen.
 fn tight(s: &Slice) -> Result<(), String> {
     let rows_see = (0..s.q_len).all(|i| !s.keys_of(i).is_empty());
@@ -133,7 +158,7 @@ fn tight(s: &Slice) -> Result<(), String> {
 
 /// No slot is larger than the rows that steps touch: the account's memory is what is needed. (What is saved is as large as forward
 /// leaves it.)
-fn no_waste(plan: &Plan, touched: &[Vec<Access>]) -> Result<(), String> {
+pub(super) fn no_waste(plan: &Plan, touched: &[Vec<Access>]) -> Result<(), String> {
     let mut used = vec![0; plan.slots.len()];
     for access in touched.iter().flatten() {
         let index = plan.slots.binary_search_by_key(&access.slot, |s| s.slot);

@@ -1,0 +1,754 @@
+//! Faults planted in good plans: the checker must catch every one, and say what it is.
+
+use crate::plans::problem;
+use context_parallel::dtype::DType;
+use context_parallel::mask::{Mask, Slice};
+use context_parallel::plan::check::check;
+use context_parallel::plan::{
+    Kind, Lane, Message, Op, Options, Pass, Plan, Rows, Slot, SlotInfo, Step, Tensor, Value,
+};
+use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
+use std::collections::{BTreeMap, HashSet};
+use std::sync::Arc;
+
+/// Small plans that between them have every kind of step and slot.
+fn good_plans() -> Vec<Vec<Plan>> {
+    let plain = Options::default();
+    let ring = problem(4, CommType::P2p, 0, 19, 2, 1);
+    let window = Mask { left: Some(3), ..Mask::CAUSAL };
+    let padded = Extent { before: 1, len: 7, padded: 10 };
+    let batch = vec![Sequence { q: padded, k: padded }, Sequence::square(10)];
+    let mut out = Vec::new();
+    for (p, options) in [
+        (ring.clone(), plain),
+        (Problem { wire: Wire::F32, dtype: DType::F32, ..ring.clone() }, plain),
+        (Problem { relay: true, ..ring.clone() }, plain),
+        (Problem { mask: window, stages: 2, ..ring }, plain),
+        (problem(3, CommType::AllGather, 0, 14, 2, 2), plain),
+        (
+            Problem { seqs: batch.clone(), ..problem(2, CommType::P2p, 0, 10, 2, 1) },
+            Options { pack: true, saved: false },
+        ),
+        // Three heads over two members: uneven shares, and one key head in both.
+        (Problem { seqs: batch, ..problem(4, CommType::A2aP2p, 2, 10, 3, 1) }, plain),
+        (problem(3, CommType::A2a, 0, 12, 6, 3), Options { pack: false, saved: true }),
+    ] {
+        p.validate().unwrap();
+        let p = Arc::new(p);
+        for pass in [Pass::Forward, Pass::Backward] {
+            let plans = Plan::all(&p, pass, options);
+            check(&plans).unwrap();
+            out.push(plans);
+        }
+    }
+    out
+}
+
+/// Plants a fault at every place that `places` lists, one at a time; every one must be reported with one of `texts`.
+/// `plant` says whether it changed anything that matters.
+fn every<P: Copy + std::fmt::Debug>(
+    name: &str,
+    places: impl Fn(&[Plan]) -> Vec<P>,
+    plant: impl Fn(&mut Vec<Plan>, P) -> bool,
+    texts: &[&str],
+) {
+    let mut seen: BTreeMap<&str, u32> = BTreeMap::new();
+    for plans in good_plans() {
+        for place in places(&plans) {
+            let mut faulty = plans.clone();
+            if !plant(&mut faulty, place) {
+                continue;
+            }
+            let show = || {
+                let p = &plans[0].problem;
+                format!("{name} at {place:?}, {:?} {p:?}\n{}", plans[0].pass, plans[0])
+            };
+            let Err(error) = check(&faulty) else { panic!("not caught: {}", show()) };
+            let Some(text) = texts.iter().find(|t| error.contains(**t)) else {
+                panic!("{error:?} is none of {texts:?}: {}", show())
+            };
+            *seen.entry(text).or_default() += 1;
+        }
+    }
+    println!("{name}: {seen:?}");
+    assert!(
+        texts.iter().all(|t| seen.contains_key(t)),
+        "{name} should also show as {texts:?}: {seen:?}"
+    );
+}
+
+/// (rank, step) of all steps that `wanted` picks.
+fn steps(wanted: impl Fn(&Step) -> bool) -> impl Fn(&[Plan]) -> Vec<(usize, usize)> {
+    move |plans| {
+        let of = |(rank, plan): (usize, &Plan)| {
+            let picked = plan.steps.iter().enumerate().filter(|(_, s)| wanted(s));
+            picked.map(|(i, _)| (rank, i)).collect::<Vec<_>>()
+        };
+        plans.iter().enumerate().flat_map(of).collect()
+    }
+}
+
+/// Removes a step but keeps its signal, so that only its doing is missing.
+fn drop_step(plan: &mut Plan, index: usize) {
+    let step = plan.steps.remove(index);
+    let Some(event) = step.signal else { return };
+    let before = plan.steps[..index].iter_mut().rev().find(|s| s.lane == step.lane);
+    match before {
+        Some(before) if before.signal.is_none() => {
+            before.waits.extend(step.waits);
+            before.signal = Some(event);
+        }
+        other => {
+            let instead = other.and_then(|s| s.signal);
+            for s in &mut plan.steps {
+                s.waits.retain(|e| *e != event || instead.is_some());
+                s.waits.iter_mut().filter(|e| **e == event).for_each(|e| *e = instead.unwrap());
+            }
+        }
+    }
+}
+
+fn is_copy(step: &Step, adds: bool) -> bool {
+    matches!(step.op, Op::Copy { add, .. } if add == adds)
+}
+
+fn exchange(step: &mut Step) -> (&mut Vec<Message>, &mut Vec<Message>) {
+    match &mut step.op {
+        Op::Exchange { sends, recvs } => (sends, recvs),
+        op => panic!("{op} is no exchange"),
+    }
+}
+
+/// (rank, step, message) of all sends, or receives.
+fn messages(received: bool) -> impl Fn(&[Plan]) -> Vec<(usize, usize, usize)> {
+    move |plans| {
+        let mut out = Vec::new();
+        for (rank, index) in steps(|s| s.lane == Lane::Comm)(plans) {
+            let mut step = plans[rank].steps[index].clone();
+            let (sends, recvs) = exchange(&mut step);
+            let count = if received { recvs.len() } else { sends.len() };
+            out.extend((0..count).map(|m| (rank, index, m)));
+        }
+        out
+    }
+}
+
+/// Where the receive of a send is: counted per pair of ranks, in order.
+fn counterpart(plans: &[Plan], place: (usize, usize, usize)) -> (usize, usize, usize) {
+    let (rank, index, message) = place;
+    let peer_of = |(rank, index, m): (usize, usize, usize), received: bool| {
+        let mut step = plans[rank].steps[index].clone();
+        let (sends, recvs) = exchange(&mut step);
+        if received { recvs[m].peer as usize } else { sends[m].peer as usize }
+    };
+    let to = peer_of((rank, index, message), false);
+    let sent = messages(false)(plans);
+    let same = |p: &(usize, usize, usize)| p.0 == rank && peer_of(*p, false) == to;
+    let nth = sent.iter().filter(|p| same(p)).position(|p| *p == place).unwrap();
+    let received = messages(true)(plans);
+    *received.iter().filter(|p| p.0 == to && peer_of(**p, true) == rank).nth(nth).unwrap()
+}
+
+fn slot_of<'a>(plan: &'a mut Plan, slot: Slot) -> &'a mut SlotInfo {
+    plan.slots.iter_mut().find(|s| s.slot == slot).unwrap()
+}
+
+#[test]
+fn messages_that_are_missing_or_swapped() {
+    every(
+        "send dropped",
+        messages(false),
+        |plans, (rank, index, m)| {
+            exchange(&mut plans[rank].steps[index]).0.remove(m);
+            true
+        },
+        &["deadlock", "mismatch"],
+    );
+    every(
+        "receive dropped",
+        messages(true),
+        |plans, (rank, index, m)| {
+            exchange(&mut plans[rank].steps[index]).1.remove(m);
+            true
+        },
+        &["deadlock", "mismatch", "nobody wrote", "of head"],
+    );
+    every(
+        "message dropped on both sides",
+        messages(false),
+        |plans, place| {
+            let (to, at, m) = counterpart(plans, place);
+            exchange(&mut plans[to].steps[at]).1.remove(m);
+            exchange(&mut plans[place.0].steps[place.1]).0.remove(place.2);
+            true
+        },
+        &["nobody wrote", "of head", "is not the sum"],
+    );
+    every(
+        "two messages to one peer swapped",
+        |plans| {
+            let pairs = |(rank, index, m): (usize, usize, usize)| {
+                (0..m).map(move |other| (rank, index, other, m))
+            };
+            messages(false)(plans).into_iter().flat_map(pairs).collect()
+        },
+        |plans, (rank, index, a, b)| {
+            let sends = exchange(&mut plans[rank].steps[index]).0;
+            sends.swap(a, b);
+            sends[a].peer == sends[b].peer
+        },
+        &["mismatch"],
+    );
+    every(
+        "exchanges of one rank in another order",
+        |plans| {
+            let next = |(rank, index): (usize, usize)| {
+                let later =
+                    plans[rank].steps[index + 1..].iter().position(|s| s.lane == Lane::Comm)?;
+                Some((rank, index, index + 1 + later))
+            };
+            steps(|s| s.lane == Lane::Comm)(plans).into_iter().filter_map(next).collect()
+        },
+        |plans, (rank, a, b)| {
+            let op = plans[rank].steps[a].op.clone();
+            plans[rank].steps[a].op = std::mem::replace(&mut plans[rank].steps[b].op, op);
+            true
+        },
+        &["deadlock", "mismatch", "nothing orders", "nobody wrote"],
+    );
+}
+
+#[test]
+fn rows_that_go_wrong() {
+    every(
+        "received a row off",
+        |plans| messages(true)(plans).into_iter().flat_map(|p| [(p, 1), (p, -1)]).collect(),
+        |plans, ((rank, index, m), by)| {
+            let rows = &mut exchange(&mut plans[rank].steps[index]).1[m].rows[0];
+            rows.first = rows.first.wrapping_add_signed(by);
+            true
+        },
+        &["nobody wrote", "twice", "not row", "of head", "is not the sum"],
+    );
+    every(
+        "sent a row off",
+        |plans| messages(false)(plans).into_iter().flat_map(|p| [(p, 1), (p, -1)]).collect(),
+        |plans, ((rank, index, m), by)| {
+            let rows = &mut exchange(&mut plans[rank].steps[index]).0[m].rows[0];
+            rows.first = rows.first.wrapping_add_signed(by);
+            true
+        },
+        &["of head", "is not the sum", "nobody wrote", "not row"],
+    );
+    every(
+        "last row neither sent nor received",
+        messages(false),
+        |plans, place| {
+            let (to, at, m) = counterpart(plans, place);
+            // A relay passes on rows that its last reader does not need.
+            if plans[0].problem.relay {
+                return false;
+            }
+            let shorten = |message: &mut Message| {
+                let last = message.rows.iter_mut().rfind(|r| r.count > 0).unwrap();
+                last.count -= 1;
+                message.count() > 0
+            };
+            shorten(&mut exchange(&mut plans[to].steps[at]).1[m])
+                && shorten(&mut exchange(&mut plans[place.0].steps[place.1]).0[place.2])
+        },
+        &["nobody wrote", "of head", "is not the sum"],
+    );
+    every(
+        "a key too many sent and received",
+        messages(false),
+        |plans, place| {
+            let (to, at, m) = counterpart(plans, place);
+            let slot = exchange(&mut plans[to].steps[at]).1[m].slot;
+            let own = exchange(&mut plans[place.0].steps[place.1]).0[place.2].slot;
+            if slot.kind != Kind::Recv || plans[0].problem.relay || own.kind == Kind::Recv {
+                return false;
+            }
+            let end = plans[to].info(slot).rows;
+            slot_of(&mut plans[to], slot).rows += 1;
+            exchange(&mut plans[to].steps[at]).1[m].rows.push(Rows::range(end, 1));
+            exchange(&mut plans[place.0].steps[place.1]).0[place.2].rows.push(Rows::range(0, 1));
+            true
+        },
+        &["needs"],
+    );
+    every(
+        "copied a row off",
+        |plans| {
+            let copies = steps(|s| matches!(s.op, Op::Copy { .. }))(plans);
+            copies.into_iter().flat_map(|p| [(p, 0), (p, 1), (p, 2)]).collect()
+        },
+        |plans, ((rank, index), what)| {
+            if plans[0].problem.relay {
+                // A relay carries rows that are always 0.
+                return false;
+            }
+            let Op::Copy { runs, .. } = &mut plans[rank].steps[index].op else { unreachable!() };
+            match what {
+                0 => runs[0].src += 1,
+                1 => runs[0].dst += 1,
+                _ => runs[0].rows -= 1,
+            }
+            true
+        },
+        &["not row", "nobody wrote", "is not the sum", "of head"],
+    );
+}
+
+/// The (query row, key row) pairs of a list of slices, sorted.
+fn pairs(slices: &[Slice]) -> Vec<(u32, u32)> {
+    let rows = slices.iter().flat_map(|s| (0..s.q_len).map(move |i| (s, i)));
+    let mut out: Vec<_> = rows.flat_map(|(s, i)| s.keys_of(i).map(move |j| (s.q + i, j))).collect();
+    out.sort_unstable();
+    out
+}
+
+fn slices(step: &mut Step) -> Option<&mut Vec<Slice>> {
+    match &mut step.op {
+        Op::Attend { slices, .. } | Op::AttendBackward { slices, .. } => Some(slices),
+        _ => None,
+    }
+}
+
+#[test]
+fn slices_that_are_wrong() {
+    let each = |plans: &[Plan]| -> Vec<(usize, usize, usize)> {
+        let attends = steps(|s| slices(&mut s.clone()).is_some_and(|list| !list.is_empty()))(plans);
+        let count =
+            |rank: usize, i: usize| slices(&mut plans[rank].steps[i].clone()).unwrap().len();
+        attends.into_iter().flat_map(|(r, i)| (0..count(r, i)).map(move |s| (r, i, s))).collect()
+    };
+    let changes: [fn(&mut Slice); 14] = [
+        |s| s.q += 1,
+        |s| s.q = s.q.wrapping_sub(1),
+        |s| s.k += 1,
+        |s| s.k = s.k.wrapping_sub(1),
+        |s| s.q_len += 1,
+        |s| s.q_len -= 1,
+        |s| s.k_len += 1,
+        |s| s.k_len -= 1,
+        |s| s.lo -= 1,
+        |s| s.lo += 1,
+        |s| s.hi -= 1,
+        |s| s.hi += 1,
+        |s| (s.lo, s.hi) = (s.lo + 1, s.hi + 1),
+        |s| (s.lo, s.hi) = (s.lo - 1, s.hi - 1),
+    ];
+    every(
+        "slice changed",
+        |plans| each(plans).into_iter().flat_map(|p| (0..14).map(move |c| (p, c))).collect(),
+        |plans, ((rank, index, at), change)| {
+            let list = slices(&mut plans[rank].steps[index]).unwrap();
+            let before = pairs(list);
+            changes[change](&mut list[at]);
+            // A bound beyond the slice's edge means the same as one at it.
+            list[at].q > 1 << 20 || list[at].k > 1 << 20 || pairs(list) != before
+        },
+        &[
+            "is not the sum",
+            "not tight",
+            "not row",
+            "goes beyond",
+            "nobody wrote",
+            "is padding",
+            "not sorted",
+        ],
+    );
+    every(
+        "slice dropped",
+        each,
+        |plans, (rank, index, at)| {
+            slices(&mut plans[rank].steps[index]).unwrap().remove(at);
+            true
+        },
+        &["is not the sum"],
+    );
+    every(
+        "slice done twice",
+        each,
+        |plans, (rank, index, at)| {
+            let list = slices(&mut plans[rank].steps[index]).unwrap();
+            list.insert(at, list[at]);
+            true
+        },
+        &["is not the sum"],
+    );
+}
+
+#[test]
+fn steps_that_are_missing_or_wrong() {
+    every(
+        "fill dropped",
+        steps(|s| matches!(s.op, Op::Fill { .. })),
+        |plans, (rank, index)| {
+            drop_step(&mut plans[rank], index);
+            true
+        },
+        &["nobody wrote", "is not the sum"],
+    );
+    every(
+        "filled with the wrong value",
+        steps(|s| matches!(s.op, Op::Fill { .. })),
+        |plans, (rank, index)| {
+            let Op::Fill { value, .. } = &mut plans[rank].steps[index].op else { unreachable!() };
+            *value = if *value == Value::Zero { Value::NegInf } else { Value::Zero };
+            true
+        },
+        &["must be"],
+    );
+    every(
+        "sum dropped",
+        steps(|s| is_copy(s, true)),
+        |plans, (rank, index)| {
+            drop_step(&mut plans[rank], index);
+            true
+        },
+        &["is not the sum"],
+    );
+    every(
+        "overwritten instead of added",
+        steps(|s| is_copy(s, true)),
+        |plans, (rank, index)| {
+            let Op::Copy { add, src, .. } = &mut plans[rank].steps[index].op else {
+                unreachable!()
+            };
+            *add = false;
+            // Where members' heads meet, only one of two sums may have something before it.
+            src.kind == Kind::Return
+        },
+        &["is not the sum"],
+    );
+    every(
+        "added instead of overwritten",
+        steps(|s| is_copy(s, false)),
+        |plans, (rank, index)| {
+            let Op::Copy { add, .. } = &mut plans[rank].steps[index].op else { unreachable!() };
+            *add = true;
+            true
+        },
+        &["not fp32", "nobody wrote"],
+    );
+    every(
+        "copy dropped",
+        steps(|s| is_copy(s, false)),
+        |plans, (rank, index)| {
+            drop_step(&mut plans[rank], index);
+            true
+        },
+        &["nobody wrote", "is not the sum"],
+    );
+    every(
+        "wrong head in a copy",
+        |plans| {
+            let copies = steps(|s| matches!(s.op, Op::Copy { .. }))(plans);
+            copies.into_iter().flat_map(|p| (0..4).map(move |w| (p, w))).collect()
+        },
+        |plans, ((rank, index), what)| {
+            let Op::Copy { src_head, dst_head, .. } = &mut plans[rank].steps[index].op else {
+                unreachable!()
+            };
+            let head = if what < 2 { src_head } else { dst_head };
+            *head = if what % 2 == 0 { *head + 1 } else { head.wrapping_sub(1) };
+            *head < 1 << 20
+        },
+        &["heads", "of head", "is not the sum", "nobody wrote"],
+    );
+    every(
+        "attend dropped",
+        steps(|s| slices(&mut s.clone()).is_some_and(|list| !list.is_empty())),
+        |plans, (rank, index)| {
+            drop_step(&mut plans[rank], index);
+            true
+        },
+        &["is not the sum", "nobody wrote"],
+    );
+    every(
+        "state started anew, or not at all",
+        steps(|s| matches!(s.op, Op::Attend { .. })),
+        |plans, (rank, index)| {
+            let Op::Attend { first, .. } = &mut plans[rank].steps[index].op else { unreachable!() };
+            *first = !*first;
+            true
+        },
+        &["is not the sum", "nobody wrote", "no slot"],
+    );
+    every(
+        "result not written, or too early",
+        steps(|s| matches!(s.op, Op::Attend { .. })),
+        |plans, (rank, index)| {
+            let out = plans[rank].steps.iter().find_map(|s| match &s.op {
+                Op::Attend { last, .. } => *last,
+                _ => None,
+            });
+            let Op::Attend { last, .. } = &mut plans[rank].steps[index].op else { unreachable!() };
+            *last = if last.is_some() { None } else { out };
+            true
+        },
+        &["is not the sum", "nobody wrote", "no slot"],
+    );
+    every(
+        "step on the other lane",
+        steps(|_| true),
+        |plans, (rank, index)| {
+            let lane = &mut plans[rank].steps[index].lane;
+            *lane = if *lane == Lane::Comm { Lane::Compute } else { Lane::Comm };
+            true
+        },
+        &["wrong lane"],
+    );
+}
+
+/// Names of buffers in a step, receive buffers and the like.
+fn staged(step: &mut Step) -> Vec<&mut Slot> {
+    let all: Vec<&mut Slot> = match &mut step.op {
+        Op::Exchange { sends, recvs } => {
+            sends.iter_mut().chain(recvs).map(|m| &mut m.slot).collect()
+        }
+        Op::Attend { k, .. } => vec![k],
+        Op::AttendBackward { k, dk, .. } => vec![k, dk],
+        Op::Copy { src, dst, .. } => vec![src, dst],
+        Op::Fill { slot, .. } => vec![slot],
+        Op::Delta => vec![],
+    };
+    let staged = [Kind::Recv, Kind::Part, Kind::Wire, Kind::Return];
+    all.into_iter().filter(|s| staged.contains(&s.kind)).collect()
+}
+
+#[test]
+fn slots_that_are_confused() {
+    every(
+        "the other slot of a pair, once",
+        |plans| {
+            let all = steps(|s| !staged(&mut s.clone()).is_empty())(plans);
+            let count = |(r, i): (usize, usize)| staged(&mut plans[r].steps[i].clone()).len();
+            all.into_iter().flat_map(|p| (0..count(p)).map(move |n| (p, n))).collect()
+        },
+        |plans, ((rank, index), n)| {
+            let mut list = staged(&mut plans[rank].steps[index]);
+            list[n].index = 1 - list[n].index;
+            true
+        },
+        &["twice", "nobody wrote", "no slot", "not row", "nothing orders", "is not the sum"],
+    );
+    // Two stages in one slot, everywhere: right on one queue, wrong on two.
+    for kind in [Kind::Recv, Kind::Part, Kind::Wire, Kind::Return] {
+        every(
+            &format!("one {kind:?} slot instead of two"),
+            |plans| {
+                // A relay receives and sends at once, so one slot is wrong even there.
+                let p = &plans[0].problem;
+                vec![(); usize::from(p.stages > 2 && !p.relay)]
+            },
+            |plans, ()| {
+                let mut changed = false;
+                for plan in plans {
+                    for tensor in [Tensor::K, Tensor::V, Tensor::DK, Tensor::DV] {
+                        let [even, odd] = [0, 1].map(|i| Slot::indexed(kind, tensor, i));
+                        let Some(at) = plan.slots.iter().position(|s| s.slot == odd) else {
+                            continue;
+                        };
+                        if !plan.slots.iter().any(|s| s.slot == even) {
+                            continue;
+                        }
+                        let rows = plan.slots.remove(at).rows;
+                        let one = slot_of(plan, even);
+                        one.rows = one.rows.max(rows);
+                        changed = true;
+                    }
+                    let steps = plan.steps.iter_mut().flat_map(staged);
+                    steps.filter(|s| s.kind == kind).for_each(|s| s.index = 0);
+                }
+                changed
+            },
+            &["nothing orders"],
+        );
+    }
+    every(
+        "slot larger than used",
+        |plans| (0..plans[0].slots.len()).collect(),
+        |plans, slot| {
+            let info = &mut plans[0].slots[slot];
+            info.rows += 1;
+            // Other kinds are touched as a whole, whatever their size.
+            exact(info.slot.kind) && info.row_bytes() > 0
+        },
+        &["rows, but only"],
+    );
+}
+
+/// Are the rows of such slots named one by one in steps?
+fn exact(kind: Kind) -> bool {
+    use Kind::{Merge, Part, Recv, Return, Split, Wire};
+    matches!(kind, Recv | Part | Wire | Return | Split | Merge)
+}
+
+/// What a step touches, row by row, written down once more and as plainly as possible.
+fn touches(plan: &Plan, step: &Step) -> Vec<(Slot, u32, bool)> {
+    let mut out = Vec::new();
+    let mut add = |slot: Slot, rows: &mut dyn Iterator<Item = u32>, write: bool| {
+        out.extend(rows.map(|row| (slot, row, write)));
+    };
+    let all = |slot: Slot| 0..plan.slots.iter().find(|s| s.slot == slot).unwrap().rows;
+    let keys = |slices: &[Slice]| -> HashSet<u32> {
+        slices.iter().flat_map(|s| s.k..s.k + s.k_len).collect()
+    };
+    let with = |slot: Slot, tensor| Slot { tensor, ..slot };
+    match &step.op {
+        Op::Exchange { sends, recvs } => {
+            for (list, write) in [(sends, false), (recvs, true)] {
+                for m in list {
+                    add(m.slot, &mut m.rows.iter().flat_map(|r| r.iter()), write);
+                }
+            }
+        }
+        Op::Attend { q, k, slices, first, last } => {
+            add(*q, &mut all(*q), false);
+            for tensor in [Tensor::K, Tensor::V] {
+                add(with(*k, tensor), &mut keys(slices).into_iter(), false);
+            }
+            if let Some((o, lse)) = last {
+                add(*o, &mut all(*o), true);
+                add(*lse, &mut all(*lse), true);
+            }
+            if !first || last.is_none() {
+                let acc = Slot::of(Kind::Acc, Tensor::Out);
+                add(acc, &mut all(acc), true);
+            }
+        }
+        Op::AttendBackward { q, d_out, lse, delta, k, dk, slices } => {
+            for slot in [*q, *d_out, *lse, *delta] {
+                add(slot, &mut all(slot), false);
+            }
+            let dq = Slot::of(Kind::Acc, Tensor::DQ);
+            add(dq, &mut all(dq), true);
+            for (slot, write) in [
+                (*k, false),
+                (with(*k, Tensor::V), false),
+                (*dk, true),
+                (with(*dk, Tensor::DV), true),
+            ] {
+                add(slot, &mut keys(slices).into_iter(), write);
+            }
+        }
+        Op::Delta => {
+            for (slot, write) in [
+                (Slot::caller(Tensor::Out), false),
+                (Slot::caller(Tensor::DOut), false),
+                (Slot::of(Kind::Sum, Tensor::Delta), true),
+            ] {
+                add(slot, &mut all(slot), write);
+            }
+        }
+        Op::Copy { src, dst, runs, .. } => {
+            for r in runs {
+                add(*src, &mut (0..r.rows).map(|i| r.src + i * r.src_step), false);
+                add(*dst, &mut (0..r.rows).map(|i| r.dst + i * r.dst_step), true);
+            }
+        }
+        Op::Fill { slot, rows, .. } => add(*slot, &mut rows.iter().flat_map(|r| r.iter()), true),
+    }
+    out
+}
+
+/// Pairs of steps that conflict and that no chain of lanes and events orders.
+fn races(plan: &Plan) -> Vec<(usize, usize)> {
+    let n = plan.steps.len();
+    let mut before = vec![vec![false; n]; n];
+    for j in 0..n {
+        for i in 0..j {
+            let (a, b) = (&plan.steps[i], &plan.steps[j]);
+            if a.lane == b.lane || a.signal.is_some_and(|e| b.waits.contains(&e)) {
+                before[i][j] = true;
+            }
+        }
+    }
+    for m in 0..n {
+        for i in 0..m {
+            for j in m + 1..n {
+                before[i][j] |= before[i][m] && before[m][j];
+            }
+        }
+    }
+    let touched: Vec<_> = plan.steps.iter().map(|s| touches(plan, s)).collect();
+    let conflict = |i: usize, j: usize| {
+        let rows: HashSet<(Slot, u32)> = touched[i].iter().map(|t| (t.0, t.1)).collect();
+        let written: HashSet<(Slot, u32)> =
+            touched[i].iter().filter(|t| t.2).map(|t| (t.0, t.1)).collect();
+        touched[j]
+            .iter()
+            .any(|t| if t.2 { rows.contains(&(t.0, t.1)) } else { written.contains(&(t.0, t.1)) })
+    };
+    let pairs = (0..n).flat_map(|j| (0..j).map(move |i| (i, j)));
+    pairs.filter(|(i, j)| !before[*i][*j] && conflict(*i, *j)).collect()
+}
+
+/// Every wait of every step, dropped in turn: the checker reports a hazard exactly if a race appears, by the double loop above.
+#[test]
+fn every_wait_that_is_needed_is_missed() {
+    let (mut harmful, mut redundant) = (0, 0);
+    for plans in good_plans() {
+        for (rank, index) in steps(|s| !s.waits.is_empty())(&plans) {
+            for wait in 0..plans[rank].steps[index].waits.len() {
+                let mut faulty = plans.clone();
+                faulty[rank].steps[index].waits.remove(wait);
+                match (races(&faulty[rank]).first(), check(&faulty)) {
+                    (Some((i, j)), Err(e)) => {
+                        assert!(e.contains("nothing orders"), "{e}");
+                        assert!(
+                            e.contains(&format!("step {i} ("))
+                                && e.contains(&format!("step {j} (")),
+                            "{e}"
+                        );
+                        harmful += 1;
+                    }
+                    (None, Ok(())) => redundant += 1,
+                    (race, got) => {
+                        panic!("step {index} wait {wait}: {race:?}, {got:?}\n{}", plans[rank])
+                    }
+                }
+            }
+        }
+    }
+    println!("waits dropped: {harmful} harmful, {redundant} redundant");
+    assert!(harmful > 100);
+}
+
+/// A return that both sides forget: the messages, and the sum that reads them.
+#[test]
+fn a_missing_return() {
+    every(
+        "return forgotten",
+        messages(false),
+        |plans, place| {
+            let (to, at, m) = counterpart(plans, place);
+            let slot = exchange(&mut plans[to].steps[at]).1[m].slot;
+            if slot.kind != Kind::Return {
+                return false;
+            }
+            let sum = plans[to].steps[at..]
+                .iter()
+                .position(|s| matches!(&s.op, Op::Copy { src, add: true, .. } if *src == slot));
+            exchange(&mut plans[to].steps[at]).1.remove(m);
+            exchange(&mut plans[place.0].steps[place.1]).0.remove(place.2);
+            drop_step(&mut plans[to], at + sum.unwrap());
+            true
+        },
+        &["is not the sum", "nobody wrote"],
+    );
+}
+
+/// Plans that are not each other's.
+#[test]
+fn plans_of_different_problems() {
+    let plans = &good_plans()[0];
+    assert!(check(&plans[..3]).unwrap_err().contains("3 plans for 4 ranks"));
+    let mut turned = plans.clone();
+    turned.rotate_left(1);
+    assert!(check(&turned).unwrap_err().contains("not rank 0's"));
+    assert!(check(&[]).is_err());
+}
