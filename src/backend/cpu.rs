@@ -1,29 +1,110 @@
 //! The CPU backend: blocked attention with online softmax, forward and backward, on the calling thread and a small pool.
+//!
+//! ```text
+//! cpu.rs       tasks to threads           tile.rs     slices to tiles, rows to operands
+//! forward.rs   one tile of queries        kernels.rs  what an instruction set must provide
+//! backward.rs  one block of keys          scalar.rs, simd_avx2.rs, simd_avx512.rs provide it
+//! rows.rs      copies and row sums        pool.rs     parked threads
+//! ```
 
+mod backward;
+mod forward;
+mod kernels;
+mod pool;
 mod rows;
 mod scalar;
 mod simd;
+#[cfg(target_arch = "x86_64")]
+mod simd_avx2;
+#[cfg(target_arch = "x86_64")]
+mod simd_avx512;
+mod tile;
 
-use super::{Backward, CopyRows, Delta, Forward, Progress, View};
+use super::{Backward, CopyRows, Delta, Forward, HeadMap, Progress, View};
 use crate::error::{Error, Result};
+use kernels::Kernels;
 pub use simd::Simd;
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
 
-/// Carries out compute steps on the CPU. One per executing thread of the caller; not shared.
+/// A cache line of scratch.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Line(#[allow(dead_code)] [u32; 16]);
+
+/// What a thread needs for a task. Grows to the largest task it has seen and is then reused.
+#[derive(Default)]
+struct Scratch {
+    lines: Vec<Line>,
+    groups: tile::Groups,
+}
+
+impl Scratch {
+    /// Buffers of these many units, each aligned to a cache line.
+    fn units_and_groups<const N: usize>(
+        &mut self,
+        sizes: [usize; N],
+    ) -> ([*mut u32; N], &mut tile::Groups) {
+        let lines = |units: usize| units.div_ceil(16) + 1;
+        let total = sizes.iter().map(|&s| lines(s)).sum();
+        if self.lines.len() < total {
+            self.lines.reserve_exact(total - self.lines.len());
+            self.lines.resize(total, Line([0; 16]));
+        }
+        let mut at = self.lines.as_mut_ptr();
+        let buffers = sizes.map(|size| {
+            let buffer = at.cast::<u32>();
+            at = at.wrapping_add(lines(size));
+            buffer
+        });
+        (buffers, &mut self.groups)
+    }
+}
+
+/// A task by number, with its thread's scratch and a function that says whether to go on.
+type TaskFn<'a> = dyn Fn(usize, &mut Scratch, &mut dyn FnMut() -> bool) + Sync + 'a;
+
+/// Lets a step with raw pointers be seen by the worker threads.
+struct Shared<T>(T);
+
+// SAFETY: the caller of `Cpu::forward` and `Cpu::backward` promises that the memory behind the views is valid and not accessed by
+// others during the call; tasks write disjoint parts of it, or take turns.
+unsafe impl<T> Sync for Shared<T> {}
+
+impl<T> Shared<T> {
+    // A method, so that closures capture the whole and not the pointers inside.
+    fn get(&self) -> &T {
+        &self.0
+    }
+}
+
+/// Carries out compute steps on the CPU. One per executing thread of the caller; it may move between threads, but is not shared.
+///
+/// Results have the same bits for any number of threads. Scratch memory grows at the first steps of a new shape and is reused.
 pub struct Cpu {
     simd: Simd,
-    threads: usize,
+    pool: pool::Pool,
+    scratch: Vec<Mutex<Scratch>>,
+    tiling: tile::Tiling,
+    turns: Vec<AtomicU32>,
 }
 
 impl Cpu {
     /// A backend that uses `threads` threads, the calling one included, and the given instruction set.
     ///
-    /// Fails with `InvalidArgument` when `threads` is 0 and with `Unsupported` when this CPU lacks the instruction set.
+    /// Fails with `InvalidArgument` when `threads` is 0, with `Unsupported` when this CPU lacks the instruction set, and with
+    /// `OutOfMemory` when the threads cannot be started.
     pub fn new(threads: usize, simd: Simd) -> Result<Cpu> {
         if threads == 0 {
             return Err(Error::argument("threads: got 0, need at least 1 (the calling thread)"));
         }
         simd.require()?;
-        Ok(Cpu { simd, threads })
+        let pool = pool::Pool::new(threads - 1).map_err(|e| {
+            let text = format!("threads: cannot start {} worker threads: {e}", threads - 1);
+            Error::new(crate::error::Status::OutOfMemory, text)
+        })?;
+        let scratch = (0..threads).map(|_| Mutex::default()).collect();
+        Ok(Cpu { simd, pool, scratch, tiling: tile::Tiling::default(), turns: Vec::new() })
     }
 
     /// The instruction set in use.
@@ -33,25 +114,79 @@ impl Cpu {
 
     /// Number of threads, the calling one included.
     pub fn threads(&self) -> usize {
-        self.threads
+        self.scratch.len()
     }
 
-    /// One forward attend step.
+    /// Bytes of scratch held by now, all threads together.
+    pub fn scratch_bytes(&mut self) -> usize {
+        let of = |s: &mut Mutex<Scratch>| {
+            let s = s.get_mut().unwrap_or_else(PoisonError::into_inner);
+            s.lines.capacity() * size_of::<Line>() + s.groups.bytes()
+        };
+        let threads: usize = self.scratch.iter_mut().map(of).sum();
+        threads + self.tiling.bytes() + self.turns.capacity() * size_of::<AtomicU32>()
+    }
+
+    /// One forward attend step. `progress` is called on this thread every few hundred microseconds; its error stops the step
+    /// and is returned, and then what the step writes is undefined.
     ///
     /// # Safety
-    /// Every view of `step` points to memory that is valid for its shape; what is written is not accessed by others meanwhile.
+    /// Every view of `step` points to memory that is valid for its shape and aligned for its type; what is written is not
+    /// accessed by others meanwhile, and not by another view of the step.
     pub unsafe fn forward(&mut self, step: &Forward, progress: Progress) -> Result<()> {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { scalar::forward(step, progress) }
+        check_shapes(&step.q, &step.k, &step.v, step.heads)?;
+        if step.state.is_none() && !(step.first && step.last.is_some()) {
+            return Err(Error::internal("forward step without state is not first and last"));
+        }
+        let (rows, heads) = (step.q.rows, step.q.heads);
+        if rows == 0 || heads == 0 {
+            return Ok(());
+        }
+        let mut tiling = std::mem::take(&mut self.tiling);
+        tiling.build(step.slices, rows, step.k.rows, heads.min(step.heads.group as usize));
+        let kernels = Kernels::of(self.simd, step.q.dtype);
+        let task = Shared(forward::Task { step, kernels, tiling: &tiling });
+        let (first, last) = (step.heads.kv_of(0), step.heads.kv_of(heads - 1));
+        let kv_heads = last + 1 - first;
+        let result = self.parallel(tiling.tiles * kv_heads, progress, &|i, scratch, tick| {
+            // Last tiles first: under a causal mask they are the long ones.
+            let (tile, kv) = (tiling.tiles - 1 - i / kv_heads, first + i % kv_heads);
+            // SAFETY: the caller's promise; every (tile, key head) is one task.
+            unsafe { task.get().run(tile, kv, scratch, tick) }
+        });
+        self.tiling = tiling;
+        result
     }
 
-    /// One backward attend step: adds to `dq`, `dk`, `dv`.
+    /// One backward attend step: adds to `dq`, `dk`, `dv`. `progress` as in [`Cpu::forward`].
     ///
     /// # Safety
     /// As for [`Cpu::forward`].
     pub unsafe fn backward(&mut self, step: &Backward, progress: Progress) -> Result<()> {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { scalar::backward(step, progress) }
+        check_shapes(&step.q, &step.k, &step.v, step.heads)?;
+        let (rows, heads) = (step.q.rows, step.q.heads);
+        if rows == 0 || heads == 0 || step.slices.is_empty() {
+            return Ok(());
+        }
+        let mut tiling = std::mem::take(&mut self.tiling);
+        tiling.build(step.slices, rows, step.k.rows, heads.min(step.heads.group as usize));
+        tiling.build_blocks(step.k.rows);
+        let (first, last) = (step.heads.kv_of(0), step.heads.kv_of(heads - 1));
+        let kv_heads = last + 1 - first;
+        let mut turns = std::mem::take(&mut self.turns);
+        turns.clear();
+        turns.resize_with(tiling.tiles * (last + 1), AtomicU32::default);
+        let kernels = Kernels::of(self.simd, step.q.dtype);
+        let task = Shared(backward::Task { step, kernels, tiling: &tiling, turns: &turns });
+        let blocks = step.k.rows.div_ceil(tile::KEYS);
+        let result = self.parallel(blocks * kv_heads, progress, &|i, scratch, tick| {
+            // Blocks ascend, so that whoever waits for its turn waits for a task that someone has begun.
+            let (block, kv) = (i / kv_heads, first + i % kv_heads);
+            // SAFETY: the caller's promise; every (block, key head) is one task.
+            unsafe { task.get().run(block, kv, scratch, tick) }
+        });
+        (self.tiling, self.turns) = (tiling, turns);
+        result
     }
 
     /// Row sums of O∘dO.
@@ -60,7 +195,7 @@ impl Cpu {
     /// As for [`Cpu::forward`].
     pub unsafe fn delta(&mut self, step: &Delta) {
         // SAFETY: the caller's promise is passed on.
-        unsafe { rows::delta(step) }
+        unsafe { rows::delta(step, Kernels::of(self.simd, step.out.dtype)) }
     }
 
     /// Copies or adds rows.
@@ -69,7 +204,7 @@ impl Cpu {
     /// As for [`Cpu::forward`]; source and destination do not overlap, and no destination row is named twice.
     pub unsafe fn copy_rows(&mut self, step: &CopyRows) {
         // SAFETY: the caller's promise is passed on.
-        unsafe { rows::copy(step) }
+        unsafe { rows::copy(step, Kernels::of(self.simd, step.src.dtype)) }
     }
 
     /// Sets a dense buffer to zero.
@@ -80,4 +215,81 @@ impl Cpu {
         // SAFETY: the caller's promise is passed on.
         unsafe { rows::zero(view) }
     }
+
+    /// Hands out tasks 0, 1, … to the threads. A task gets its thread's scratch and a function to call often, which says
+    /// whether to go on; on this thread it calls `progress`.
+    fn parallel(&self, tasks: usize, progress: Progress, task: &TaskFn) -> Result<()> {
+        let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
+        let work = |thread: usize, tick: &mut dyn FnMut() -> bool| {
+            // Whoever panics stops the others too: they may be waiting for their turn after it.
+            let guard = StopOnPanic(&stop);
+            let mut scratch = self.scratch[thread].lock().unwrap_or_else(PoisonError::into_inner);
+            loop {
+                let i = next.fetch_add(1, Ordering::Relaxed);
+                if i >= tasks || !tick() {
+                    break;
+                }
+                task(i, &mut scratch, tick);
+            }
+            drop(guard);
+        };
+        let go_on = || !stop.load(Ordering::Relaxed);
+        let mut result = Ok(());
+        let mut call = || {
+            if result.is_ok() {
+                result = progress();
+                if result.is_err() {
+                    stop.store(true, Ordering::Relaxed);
+                }
+            }
+        };
+        let mut tick = || {
+            call();
+            go_on()
+        };
+        if self.scratch.len() == 1 || tasks <= 1 {
+            work(0, &mut tick);
+        } else {
+            let worker = |thread: usize| work(thread, &mut || go_on());
+            let mut waiting = false;
+            let mut both = |tick: &mut dyn FnMut() -> bool| {
+                if !waiting {
+                    work(0, tick);
+                    waiting = true;
+                } else {
+                    tick();
+                }
+            };
+            self.pool.run(&worker, &mut || both(&mut tick));
+        }
+        result
+    }
 }
+
+struct StopOnPanic<'a>(&'a AtomicBool);
+
+impl Drop for StopOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+/// Shapes the planner would not produce.
+fn check_shapes(q: &View, k: &View, v: &View, heads: HeadMap) -> Result<()> {
+    let dims = [("dim_qk", q.dim), ("dim_v", v.dim)];
+    if let Some((name, dim)) = dims.iter().find(|(_, d)| d % 8 != 0 || !(8..=256).contains(d)) {
+        return Err(Error::internal(format!("{name}: got {dim}, need a multiple of 8 up to 256")));
+    }
+    if q.dim != k.dim || k.rows != v.rows || q.dtype != k.dtype || q.dtype != v.dtype {
+        return Err(Error::internal(format!("q, k, v do not fit together: {q:?} {k:?} {v:?}")));
+    }
+    if q.heads > 0 && k.rows > 0 && heads.kv_of(q.heads - 1) >= k.heads.min(v.heads) {
+        return Err(Error::internal(format!("{} heads do not fit {heads:?} {k:?}", q.heads)));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests;

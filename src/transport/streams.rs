@@ -7,6 +7,7 @@ use crate::error::{Error, Result, Status};
 pub(super) const MAX_BLOB: usize = 4096;
 
 /// The bytes to, or from, one peer in one group.
+#[derive(Default)]
 pub(super) struct Stream {
     pub peer: u32,
     pub pieces: Vec<Piece>,
@@ -14,6 +15,29 @@ pub(super) struct Stream {
     pub bytes: usize,
     /// Nothing is left to do.
     pub done: bool,
+    /// Bytes moved so far, for a transport that moves a stream bit by bit.
+    pub moved: usize,
+    /// Where the header of the stream ends, once it was written or read.
+    pub begun: Option<u64>,
+    /// The piece that the next byte belongs to, and the byte within it.
+    at: (usize, usize),
+}
+
+impl Stream {
+    /// The next bytes to move, at most `limit`; null once nothing is left. They count as moved.
+    pub fn next(&mut self, limit: usize) -> Piece {
+        let Some(p) = self.pieces.get(self.at.0) else {
+            return Piece { ptr: std::ptr::null_mut(), len: 0 };
+        };
+        let len = (p.len - self.at.1).min(limit);
+        let next = Piece { ptr: p.ptr.wrapping_add(self.at.1), len };
+        self.moved += len;
+        self.at.1 += len;
+        if self.at.1 == p.len {
+            self.at = (self.at.0 + 1, 0);
+        }
+        next
+    }
 }
 
 /// The streams of one direction of a group. Its vectors are used again from group to group.
@@ -32,18 +56,12 @@ impl Streams {
                 Some(at) => at,
                 None => {
                     if self.used == self.all.len() {
-                        self.all.push(Stream {
-                            peer: 0,
-                            pieces: Vec::new(),
-                            bytes: 0,
-                            done: false,
-                        });
+                        self.all.push(Stream::default());
                     }
                     let s = &mut self.all[self.used];
-                    s.peer = m.peer;
-                    s.pieces.clear();
-                    s.bytes = 0;
-                    s.done = false;
+                    let mut pieces = std::mem::take(&mut s.pieces);
+                    pieces.clear();
+                    *s = Stream { peer: m.peer, pieces, ..Stream::default() };
                     self.used += 1;
                     self.used - 1
                 }

@@ -1,4 +1,10 @@
+//! The one Rust integration binary: what is right (`oracle`), and everything that is compared to it.
+
+mod header;
+mod layers;
+mod memory;
 mod numbers;
+mod oracle;
 mod plan_faults;
 mod plans;
 mod plans_account;
@@ -7,3 +13,4 @@ mod plans_random;
 mod plans_snapshots;
 mod plans_time;
 mod ranks;
+mod tidy;

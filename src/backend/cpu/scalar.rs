@@ -1,128 +1,167 @@
-//! Plain attention, row by row, with libm's exp.
+//! The reference loops: plain Rust, libm's exp, nothing a debugger or valgrind could stumble over.
 
-use super::rows::{add, load, set_stat, stat, store};
-use crate::backend::{Backward, Forward, Progress};
-use crate::error::Result;
+use super::kernels::{Gemm, Gradient, Into, Kernels, LANES, Softmax};
+use crate::dtype::DType;
+use half::{bf16, f16};
 
-fn dot(a: &[f32], b: &[f32]) -> f32 {
-    a.iter().zip(b).map(|(x, y)| x * y).sum()
-}
-
-/// # Safety
-/// The views are valid for their shapes.
-pub unsafe fn forward(step: &Forward, progress: Progress) -> Result<()> {
-    let (dqk, dv) = (step.q.dim, step.v.dim);
-    let (mut q, mut k, mut v) = (vec![0f32; dqk], vec![0f32; dqk], vec![0f32; dv]);
-    let rows = step.q.rows;
-    for head in 0..step.q.heads {
-        let kv = if step.slices.is_empty() { 0 } else { step.heads.kv_of(head) };
-        let mut out = vec![0f32; rows * dv];
-        let (mut max, mut sum) = (vec![f32::NEG_INFINITY; rows], vec![0f32; rows]);
-        if let (false, Some(state)) = (step.first, &step.state) {
-            for row in 0..rows {
-                // SAFETY: (row, head) lies in the state.
-                unsafe {
-                    load(&state.out, row, head, &mut out[row * dv..][..dv]);
-                    max[row] = stat(&state.max, row, head);
-                    sum[row] = stat(&state.sum, row, head);
-                }
-            }
-        }
-        for slice in step.slices {
-            for i in 0..slice.q_len {
-                let row = (slice.q + i) as usize;
-                // SAFETY: the slices lie in the views.
-                unsafe { load(&step.q, row, head, &mut q) };
-                let acc = &mut out[row * dv..][..dv];
-                for key in slice.keys_of(i) {
-                    // SAFETY: as above.
-                    unsafe {
-                        load(&step.k, key as usize, kv, &mut k);
-                        load(&step.v, key as usize, kv, &mut v);
-                    }
-                    let score = dot(&q, &k) * step.scale;
-                    if score > max[row] {
-                        let shrink = (max[row] - score).exp();
-                        acc.iter_mut().for_each(|o| *o *= shrink);
-                        sum[row] *= shrink;
-                        max[row] = score;
-                    }
-                    let p = (score - max[row]).exp();
-                    sum[row] += p;
-                    acc.iter_mut().zip(&v).for_each(|(o, v)| *o += p * v);
-                }
-                progress()?;
-            }
-        }
-        for row in 0..rows {
-            let acc = &mut out[row * dv..][..dv];
-            // SAFETY: (row, head) lies in the output and the state.
-            unsafe {
-                if let Some(last) = &step.last {
-                    let (scale, lse) = if sum[row] > 0.0 {
-                        (1.0 / sum[row], max[row] + sum[row].ln())
-                    } else {
-                        (0.0, f32::NEG_INFINITY)
-                    };
-                    acc.iter_mut().for_each(|o| *o *= scale);
-                    store(&last.out, row, head, acc);
-                    set_stat(&last.lse, row, head, lse);
-                } else if let Some(state) = &step.state {
-                    store(&state.out, row, head, acc);
-                    set_stat(&state.max, row, head, max[row]);
-                    set_stat(&state.sum, row, head, sum[row]);
-                }
-            }
-        }
-    }
-    Ok(())
-}
+/// For every storage type; operands are fp32.
+pub static KERNELS: Kernels =
+    Kernels { pairs: 1, gemm, softmax, gradient, widen, narrow, transpose, interleave };
 
 /// # Safety
-/// The views are valid for their shapes.
-pub unsafe fn backward(step: &Backward, progress: Progress) -> Result<()> {
-    let (dqk, dv) = (step.q.dim, step.v.dim);
-    let (mut q, mut k, mut v) = (vec![0f32; dqk], vec![0f32; dqk], vec![0f32; dv]);
-    let (mut d_out, mut dq, mut row_grad) = (vec![0f32; dv], vec![0f32; dqk], vec![0f32; dqk]);
-    let mut dv_row = vec![0f32; dv];
-    for slice in step.slices {
-        for head in 0..step.q.heads {
-            let kv = step.heads.kv_of(head);
-            for i in 0..slice.q_len {
-                let row = (slice.q + i) as usize;
-                // SAFETY: the slices lie in the views.
-                let (lse, delta) = unsafe {
-                    load(&step.q, row, head, &mut q);
-                    load(&step.d_out, row, head, &mut d_out);
-                    (stat(&step.lse, row, head), stat(&step.delta, row, head))
+/// The tiles are as [`Gemm`] says; C overlaps neither A nor B.
+unsafe fn gemm(g: &Gemm) {
+    let (a_row, a_step) = if g.a_columns { (1, g.a_stride) } else { (g.a_stride, 1) };
+    for panel in 0..g.n.div_ceil(LANES) {
+        let columns = (g.n - panel * LANES).min(LANES);
+        for i in 0..g.m {
+            let mut acc = [0f32; LANES];
+            for p in 0..g.k {
+                // SAFETY: (i, p) lies in A, and `columns` units from (p, 32·panel) on lie in B.
+                let (a, b) = unsafe {
+                    let b = g.b.add(p * g.b_step + panel * g.b_panel).cast::<f32>();
+                    let a = g.a.add(i * a_row + p * a_step).cast::<f32>().read();
+                    (a, std::slice::from_raw_parts(b, columns))
                 };
-                if lse == f32::NEG_INFINITY {
-                    continue;
-                }
-                dq.fill(0.0);
-                for key in slice.keys_of(i) {
-                    let key = key as usize;
-                    // SAFETY: as above.
-                    unsafe {
-                        load(&step.k, key, kv, &mut k);
-                        load(&step.v, key, kv, &mut v);
-                    }
-                    let p = (dot(&q, &k) * step.scale - lse).exp();
-                    let ds = p * (dot(&d_out, &v) - delta) * step.scale;
-                    dq.iter_mut().zip(&k).for_each(|(g, k)| *g += ds * k);
-                    row_grad.iter_mut().zip(&q).for_each(|(g, q)| *g = ds * q);
-                    dv_row.iter_mut().zip(&d_out).for_each(|(g, d)| *g = p * d);
-                    // SAFETY: as above.
-                    unsafe {
-                        add(&step.dk, key, kv, &row_grad);
-                        add(&step.dv, key, kv, &dv_row);
-                    }
-                }
-                // SAFETY: as above.
-                unsafe { add(&step.dq, row, head, &dq) };
-                progress()?;
+                acc.iter_mut().zip(b).for_each(|(c, b)| *c += a * b);
+            }
+            // SAFETY: `columns` numbers from (i, 32·panel) on lie in C, and `m` factors are given.
+            let (c, factor) = unsafe {
+                let c = g.c.add(i * g.c_stride + panel * LANES);
+                let factor = match g.into {
+                    Into::Set => 0.0,
+                    Into::Add => 1.0,
+                    Into::Scale(factor) => *factor.add(i),
+                };
+                (std::slice::from_raw_parts_mut(c, columns), factor)
+            };
+            match g.into {
+                Into::Set => c.copy_from_slice(&acc[..columns]),
+                _ => c.iter_mut().zip(&acc).for_each(|(c, x)| *c = *c * factor + x),
             }
         }
     }
-    Ok(())
+}
+
+/// # Safety
+/// The panels are as [`Softmax`] says and do not overlap.
+unsafe fn softmax(s: &Softmax) {
+    // SAFETY: the caller promises `keys · 32` scores and 32 of everything else.
+    let (scores, max, sum, shrink) = unsafe {
+        (
+            std::slice::from_raw_parts_mut(s.scores, s.keys * LANES),
+            std::slice::from_raw_parts_mut(s.max, LANES),
+            std::slice::from_raw_parts_mut(s.sum, LANES),
+            std::slice::from_raw_parts_mut(s.shrink, LANES),
+        )
+    };
+    let mut new_max = [f32::NEG_INFINITY; LANES];
+    new_max.copy_from_slice(max);
+    for (key, row) in scores.chunks_exact_mut(LANES).enumerate() {
+        for (lane, x) in row.iter_mut().enumerate() {
+            // SAFETY: the caller promises 32 bounds when `masked`.
+            *x = match s.masked && !unsafe { sees(s.lo, s.hi, lane, key) } {
+                true => f32::NEG_INFINITY,
+                false => *x * s.scale,
+            };
+            new_max[lane] = new_max[lane].max(*x);
+        }
+    }
+    let mut new_sum = [0f32; LANES];
+    // A lane that has seen no key yet has no maximum: exp(−∞ − 0) is 0, as it must be.
+    let base = new_max.map(|m| if m == f32::NEG_INFINITY { 0.0 } else { m });
+    for row in scores.chunks_exact_mut(LANES) {
+        for (lane, x) in row.iter_mut().enumerate() {
+            *x = (*x - base[lane]).exp();
+            new_sum[lane] += *x;
+        }
+    }
+    for lane in 0..LANES {
+        shrink[lane] = (max[lane] - base[lane]).exp();
+        sum[lane] = sum[lane] * shrink[lane] + new_sum[lane];
+        max[lane] = new_max[lane];
+    }
+}
+
+/// # Safety
+/// `lo` and `hi` have 32 entries.
+unsafe fn sees(lo: *const i32, hi: *const i32, lane: usize, key: usize) -> bool {
+    // SAFETY: the caller's promise, and `lane` is below 32.
+    unsafe { (*lo.add(lane)..*hi.add(lane)).contains(&(key as i32)) }
+}
+
+/// # Safety
+/// The panels are as [`Gradient`] says and do not overlap.
+unsafe fn gradient(g: &Gradient) {
+    for lane in 0..LANES {
+        // SAFETY: the caller promises 32 rows of `keys` numbers and 32 of everything else.
+        let (scores, d_p, lse, delta) = unsafe {
+            (
+                std::slice::from_raw_parts_mut(g.scores.add(lane * g.stride), g.keys),
+                std::slice::from_raw_parts_mut(g.d_p.add(lane * g.stride), g.keys),
+                *g.lse.add(lane),
+                *g.delta.add(lane),
+            )
+        };
+        for (key, (s, d)) in scores.iter_mut().zip(d_p).enumerate() {
+            // SAFETY: the caller promises 32 bounds when `masked`.
+            if g.masked && !unsafe { sees(g.lo, g.hi, lane, key) } {
+                (*s, *d) = (0.0, 0.0);
+            } else {
+                *s = (*s * g.scale - lse).exp();
+                *d = *s * (*d - delta);
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `from` has `len` readable elements of the type and `to` has room for as many.
+pub unsafe fn widen(dtype: DType, from: *const u8, to: *mut f32, len: usize) {
+    for i in 0..len {
+        // SAFETY: the caller's promise, and `i` is below `len`.
+        unsafe {
+            to.add(i).write(match dtype {
+                DType::F32 => from.cast::<f32>().add(i).read(),
+                DType::Bf16 => from.cast::<bf16>().add(i).read().to_f32(),
+                DType::F16 => from.cast::<f16>().add(i).read().to_f32(),
+            })
+        };
+    }
+}
+
+/// # Safety
+/// `from` has `len` readable numbers and `to` has room for as many elements of the type.
+pub unsafe fn narrow(dtype: DType, from: *const f32, to: *mut u8, len: usize) {
+    for i in 0..len {
+        // SAFETY: the caller's promise, and `i` is below `len`.
+        unsafe {
+            let x = from.add(i).read();
+            match dtype {
+                DType::F32 => to.cast::<f32>().add(i).write(x),
+                DType::Bf16 => to.cast::<bf16>().add(i).write(bf16::from_f32(x)),
+                DType::F16 => to.cast::<f16>().add(i).write(f16::from_f32(x)),
+            }
+        }
+    }
+}
+
+/// # Safety
+/// `from` has 32 rows of `units`, `to` has room for as many.
+pub unsafe fn transpose(from: *const u32, stride: usize, units: usize, to: *mut u32) {
+    for i in 0..units {
+        for lane in 0..LANES {
+            // SAFETY: the caller's promise; (lane, i) lies in the tile.
+            unsafe { to.add(i * LANES + lane).write(from.add(lane * stride + i).read()) };
+        }
+    }
+}
+
+/// # Safety
+/// Both rows have `len` readable elements and `to` has room for as many units.
+pub unsafe fn interleave(a: *const u16, b: *const u16, len: usize, to: *mut u32) {
+    for i in 0..len {
+        // SAFETY: the caller's promise, and `i` is below `len`.
+        unsafe { to.add(i).write(u32::from(a.add(i).read()) | u32::from(b.add(i).read()) << 16) };
+    }
 }

@@ -1,8 +1,12 @@
 //! One set of checks for every transport: random groups against expected bytes, and what happens when a rank misbehaves.
 
+mod bootstrap;
+mod processes;
+mod user;
+
 use super::delay::delay;
 use super::local::{join, local_group};
-use super::{Message, Piece, Transport};
+use super::{Message, Piece, Transport, shm};
 use crate::error::{Error, Result, Status};
 use std::thread;
 use std::time::{Duration, Instant};
@@ -166,18 +170,12 @@ pub(super) fn all_pairs(t: &mut dyn Transport, bytes: usize, rounds: usize) {
     let mut out = vec![me as u8; bytes];
     let mut into = vec![0u8; bytes * size as usize];
     for _ in 0..rounds {
-        let base = into.as_mut_ptr();
+        let (from, into_base) = (out.as_mut_ptr(), into.as_mut_ptr());
         let peers = || (0..size).filter(|&p| p != me);
-        let sends: Vec<Message> = peers()
-            .map(|peer| Message { peer, pieces: vec![Piece { ptr: out.as_mut_ptr(), len: bytes }] })
-            .collect();
-        let recvs: Vec<Message> = peers()
-            // SAFETY: `into` has `bytes` bytes for every rank.
-            .map(|peer| Message {
-                peer,
-                pieces: vec![Piece { ptr: unsafe { base.add(peer as usize * bytes) }, len: bytes }],
-            })
-            .collect();
+        let message = |peer, ptr| Message { peer, pieces: vec![Piece { ptr, len: bytes }] };
+        let sends: Vec<Message> = peers().map(|p| message(p, from)).collect();
+        let recvs: Vec<Message> =
+            peers().map(|p| message(p, into_base.wrapping_add(p as usize * bytes))).collect();
         // SAFETY: `out` and `into` outlive the group.
         unsafe { t.start(&sends, &recvs) }.unwrap();
         finish(t, soon(20)).unwrap();
@@ -458,4 +456,40 @@ fn join_by_key() {
         assert!(text(&r).contains("rank 1 did not come"), "{}", text(&r));
     }
     assert!(text(&join(key, 3, 3, soon(1))).contains("allowed is 0..3"));
+}
+
+/// Every rank a thread with a mapping of its own.
+fn shm_group(size: u32) -> Ranks {
+    let fd = shm::create(size).unwrap();
+    let own = |rank| shm::attach(fd.try_clone().unwrap(), rank, size).unwrap();
+    (0..size).map(own).collect()
+}
+
+#[test]
+fn shm_battery() {
+    battery(&shm_group);
+}
+
+/// Streams much longer than a ring, so that both sides take turns.
+#[test]
+fn shm_long_streams() {
+    for seed in 0..3 {
+        on_all(shm_group(3), |mut t| random_groups(&mut *t, 77 + seed, 4, 3 << 20));
+    }
+}
+
+#[test]
+fn shm_64_ranks() {
+    let began = Instant::now();
+    on_all(shm_group(64), |mut t| {
+        all_pairs(&mut *t, 64, 3);
+        for _ in 0..3 {
+            let members: Vec<u32> = (0..64).collect();
+            t.allgather(&members, &[1; 32], soon(10)).unwrap();
+        }
+        assert!(t.memory_bytes() < 2 << 20, "{}", t.memory_bytes());
+    });
+    let took = began.elapsed();
+    eprintln!("shm: 64 ranks, 3 exchanges and 3 allgathers: {took:?}");
+    assert!(took < Duration::from_secs(3), "{took:?}");
 }

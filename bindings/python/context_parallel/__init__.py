@@ -1,0 +1,34 @@
+"""Exact attention over sequences split across ranks, forward and backward.
+
+    group = Group.from_env()                                     # under torchrun or mpirun
+    layer = Attention(heads=8, kv_heads=2, head_dim=64, dtype="float32", causal=True)
+    layer.set_group(group, "p2p")
+    sequences = Sequences.dense(batch=1, seq=4096)               # global lengths, equal on all ranks
+    mine = partition_tokens("zigzag", "bshd", sequences, group.size, group.rank)
+    out, lse, context = layer.forward(q[:, mine], k[:, mine], v[:, mine], sequences)
+    dq, dk, dv = layer.backward(context, d_out)
+
+Arrays are NumPy's (also strided, also ml_dtypes.bfloat16) or torch's on the CPU, used in place. `context_parallel.torch` has an autograd function.
+"""
+
+from ._lib import Error, Status, build_info
+from .attention import Attention, Context, query_support
+from .group import Group, unique_id
+from .partition import Sequences, gather_rows, padded_length, partition_tokens, scatter
+
+__version__ = "0.1.0"
+__all__ = [
+    "Attention",
+    "Context",
+    "Error",
+    "Group",
+    "Sequences",
+    "Status",
+    "build_info",
+    "gather_rows",
+    "padded_length",
+    "partition_tokens",
+    "query_support",
+    "scatter",
+    "unique_id",
+]

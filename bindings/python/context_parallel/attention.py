@@ -1,0 +1,357 @@
+"""Attention layers over NumPy arrays and torch tensors, zero-copy."""
+
+import ctypes
+import sys
+from ctypes import byref, c_size_t, c_void_p
+
+import numpy as np
+
+from . import _abi
+from ._lib import Error, Handle, argument_error, check, lib, number
+from .partition import Sequences, choice, partition_code
+
+_DTYPES = {"float32": _abi.CP_DTYPE_F32, "bfloat16": _abi.CP_DTYPE_BF16, "float16": _abi.CP_DTYPE_F16}
+_COMMS = {
+    "p2p": _abi.CP_COMM_P2P,
+    "all_gather": _abi.CP_COMM_ALL_GATHER,
+    "allgather": _abi.CP_COMM_ALL_GATHER,
+    "a2a": _abi.CP_COMM_A2A,
+    "a2a+p2p": _abi.CP_COMM_A2A_P2P,
+}
+# Where the axes [batch, seq, heads, dim] (thd: [tokens, heads, dim]) of a tensor are in the caller's array.
+_FORMATS = {"bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3), "bhsd": (0, 2, 1, 3), "thd": (0, 1, 2)}
+_ALIGN = 64
+
+
+class Context:
+    """Forward's note to backward: what it computed from, and what it left. Keeps the tensors alive; do not change them in between."""
+
+    def __init__(self, pod, sequences, ranks, tensors, saved):
+        self.pod, self.sequences, self.ranks = pod, sequences, ranks
+        self.tensors, self.saved = tensors, saved
+
+    def with_tensors(self, tensors):
+        """The same note over the same (q, k, v, out, lse) kept elsewhere."""
+        return Context(self.pod, self.sequences, self.ranks, tuple(tensors), self.saved)
+
+
+class Attention:
+    """A layer: what stays the same over its calls. It computes alone until set_group.
+
+    heads, kv_heads: query and key heads (None: as many). head_dim, head_dim_v: elements per head of Q and K, and of V and O (None: as many):
+    multiples of 8 up to 256. dtype: "float32", "bfloat16", "float16", or NumPy's or torch's. causal: no query sees a later key. bottom_right: the
+    mask's diagonal ends in the last query and last key. window: (keys seen before, keys seen after the diagonal), None: no limit. format: the axes of
+    the arrays, "bshd", "sbhd", "bhsd" or "thd" (packed); the LSE is [batch, heads, seq], packed [heads, tokens]. partition: "zigzag",
+    "contiguous", "striped" or "list". softmax_scale: None is 1/sqrt(head_dim). save: with a2a, forward keeps the head-split tensors for backward.
+    wire_fp32: partial gradients travel as fp32. max_tokens_per_rank: most rows a rank ever holds, 0: no limit. threads: 0 is CP_THREADS, or 1.
+
+    One call at a time. Outputs and arrays given as outputs are written only on success.
+    """
+
+    def __init__(self, *, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=False, bottom_right=False, window=(None, None),
+                 format="bshd", partition="zigzag", softmax_scale=None, save=False, wire_fp32=False, max_tokens_per_rank=0, threads=0):  # fmt: skip
+        config = _config(heads, head_dim, dtype, kv_heads, head_dim_v, causal, bottom_right, window, format, partition, softmax_scale, save, wire_fp32, max_tokens_per_rank, threads)
+        pointer = c_void_p()
+        check(lib.cp_attention_create(byref(config), byref(pointer)))
+        self._handle = Handle(self, "attention", pointer.value, lib.cp_attention_destroy)
+        self._axes, self._save, self._ranks = _FORMATS[format], save, 1
+        self.format, self.partition = format, partition
+
+    def set_group(self, group, comm="p2p", *, stages=None, inner_size=None, level_sizes=None, relay=False, memory_cap=None):
+        """Attaches a group, or with None turns context parallelism off for this layer.
+
+        comm: "p2p" (ring), "all_gather", "a2a" (heads for sequence), "a2a+p2p". stages: of the key exchange, a number, or "auto": the fewest that keep
+        the workspace of every rank within memory_cap bytes. a2a+p2p: inner_size ranks, consecutive ones, trade heads, or level_sizes = (inside, outside).
+        relay: the neighbour ring. Collective the first time the layer gets a group made by Group.from_…; local afterwards and for subsets.
+        """
+        if group is None:
+            self._handle.call(lib.cp_set_group, None, None)
+            self._ranks = 1
+            return
+        wrong = None
+        try:
+            config = _comm(group.size, comm, stages, inner_size, level_sizes, relay, memory_cap)
+        except Error as error:
+            # The other ranks are in this call or will be: the library must refuse it, on all of them.
+            wrong, config = error, _abi.cp_comm_config(comm_type=0xFFFFFFFF)
+        with group._handle.use() as pointer:
+            self._run(wrong, lib.cp_set_group, pointer, byref(config))
+        self._ranks = group.size
+
+    def forward(self, q, k, v, sequences, *, out=None, lse=None, workspace=None):
+        """Exact attention of this rank's queries over all keys that the mask lets them see: (out, lse, context). Collective, blocking.
+
+        q: [batch, local seq, heads, head_dim] in the layer's format; k, v likewise with kv_heads; NumPy arrays or torch CPU tensors of any strides with a
+        contiguous last axis, used in place. lse: fp32, natural log. workspace: a uint8 array of workspace_size() bytes, aligned to 64; None: the
+        layer's own. Rows that see no key, and padding: out 0, lse -inf.
+        """
+        wrong = []
+        if out is None and _is_array(q) and _is_array(v):
+            out = _new(q, (*q.shape[:-1], *v.shape[-1:]))
+        if lse is None and _is_array(q):
+            lse = _new(q, self._lse_shape(q), "float32")
+        pod = _abi.cp_context()
+        args = _abi.cp_forward_args(sequences=self._sequences(sequences, self._ranks, wrong), context=ctypes.pointer(pod))
+        for name, array in (("q", q), ("k", k), ("v", v)):
+            setattr(args, name, _describe(name, array, self._axes, wrong))
+        args.out = _describe("out", out, self._axes, wrong, written=True)
+        args.lse = _describe("lse", lse, range(4), wrong, written=True)
+        saved = self._saved(args)
+        args.workspace, args.workspace_bytes = _buffer("workspace", workspace, wrong)
+        self._run(next(iter(wrong), None), lib.cp_attention_forward, byref(args), None)
+        return out, lse, Context(pod, sequences, self._ranks, (q, k, v, out, lse), saved)
+
+    def backward(self, context, d_out, *, dq=None, dk=None, dv=None, workspace=None):
+        """Gradients (dq, dk, dv) from that of out. On the group that the forward used, whatever is attached now. Collective over it, blocking."""
+        wrong = []
+        args = _abi.cp_backward_args()
+        q = k = v = out = lse = None
+        if isinstance(context, Context):
+            q, k, v, out, lse = context.tensors
+            args.sequences = self._sequences(context.sequences, context.ranks, wrong)
+            args.context = ctypes.pointer(context.pod)
+            if context.saved is not None:
+                args.saved, args.saved_bytes = _aligned(context.saved)
+        else:
+            wrong.append(argument_error(f"context: got {type(context).__name__}, need what forward returned"))
+        dq, dk, dv = (_new(like, like.shape) if given is None and _is_array(like) else given for given, like in ((dq, q), (dk, k), (dv, v)))
+        for name, array in (("q", q), ("k", k), ("v", v), ("out", out), ("d_out", d_out)):
+            setattr(args, name, _describe(name, array, self._axes, wrong))
+        args.lse = _describe("lse", lse, range(4), wrong)
+        for name, array in (("dq", dq), ("dk", dk), ("dv", dv)):
+            setattr(args, name, _describe(name, array, self._axes, wrong, written=True))
+        args.workspace, args.workspace_bytes = _buffer("workspace", workspace, wrong)
+        self._run(next(iter(wrong), None), lib.cp_attention_backward, byref(args), None)
+        return dq, dk, dv
+
+    def workspace_size(self, tokens_per_rank):
+        """Bytes that suffice for every call in which a rank holds at most so many rows of Q and of K, on the current group."""
+        size = c_size_t()
+        self._handle.call(lib.cp_attention_workspace_size, number("tokens_per_rank", tokens_per_rank), byref(size))
+        return size.value
+
+    def report(self, sequences):
+        """What calls with these sequences need and move on this rank: a dict of bytes, FLOPs, stages and inner size."""
+        made = _abi.cp_report()
+        self._handle.call(lib.cp_attention_report, sequences.pointer(self._ranks), byref(made))
+        return _abi.fields(made)
+
+    def plan(self, sequences, direction="forward", format="text"):
+        """This rank's plan for these sequences on the current group. direction: "forward" or "backward". format: "text" or "json"."""
+        passes = {"forward": _abi.CP_PASS_FORWARD, "backward": _abi.CP_PASS_BACKWARD}
+        formats = {"text": _abi.CP_PLAN_TEXT, "json": _abi.CP_PLAN_JSON}
+        what = (sequences.pointer(self._ranks), choice("direction", direction, passes), choice("format", format, formats))
+        length = c_size_t()
+        self._handle.call(lib.cp_attention_plan, *what, None, 0, byref(length))
+        text = ctypes.create_string_buffer(length.value + 1)
+        self._handle.call(lib.cp_attention_plan, *what, text, len(text), byref(length))
+        return text.value.decode()
+
+    def close(self):
+        """Ends the use of this layer and its hold on groups. Closing twice does nothing."""
+        self._handle.close()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()
+
+    def _run(self, wrong, function, *arguments):
+        """Calls the library, even if this rank is already known to be wrong: it refuses, which tells the other ranks, and the reason is raised."""
+        try:
+            self._handle.call(function, *arguments)
+        except Error as error:
+            if wrong is not None and error.status not in _LOST:
+                raise wrong from error
+            raise
+        if wrong is not None:
+            raise wrong
+
+    def _sequences(self, sequences, ranks, wrong):
+        try:
+            if not isinstance(sequences, Sequences):
+                raise argument_error(f"sequences: got {type(sequences).__name__}, need Sequences.dense(…) or Sequences.packed(…)")
+            return sequences.pointer(ranks)
+        except Error as error:
+            wrong.append(error)
+            return None
+
+    def _lse_shape(self, q):
+        if q.ndim != len(self._axes):
+            return ()  # The library refuses this q.
+        if len(self._axes) == 3:
+            return (q.shape[1], q.shape[0])
+        batch, seq, heads, _ = (q.shape[axis] for axis in self._axes)
+        return (batch, heads, seq)
+
+    def _saved(self, args):
+        """Memory for what forward leaves to backward. With wrong arguments there is none: forward says why."""
+        size = c_size_t()
+        if not self._save or not args.sequences:
+            return None
+        with self._handle.use() as pointer:
+            if lib.cp_attention_saved_size(pointer, args.sequences, byref(size)) != _abi.CP_OK or size.value == 0:
+                return None
+        saved = np.empty(size.value + _ALIGN, np.uint8)
+        args.saved, args.saved_bytes = _aligned(saved)
+        return saved
+
+
+_LOST = {_abi.CP_ERR_CUDA, _abi.CP_ERR_NCCL, _abi.CP_ERR_TRANSPORT, _abi.CP_ERR_TIMEOUT, _abi.CP_ERR_PEER_LOST, _abi.CP_ERR_ABORTED, _abi.CP_ERR_INTERNAL}
+
+
+def query_support(ranks, comm="p2p", *, stages=None, inner_size=None, level_sizes=None, relay=False, memory_cap=None, **config):
+    """Would Attention(**config) and set_group with this communication work on `ranks` ranks? (True, "") or (False, the reason). Local."""
+    defaults = dict(kv_heads=None, head_dim_v=None, causal=False, bottom_right=False, window=(None, None), format="bshd", partition="zigzag",
+                    softmax_scale=None, save=False, wire_fp32=False, max_tokens_per_rank=0, threads=0)  # fmt: skip
+    try:
+        made = _config(**{**defaults, **config})
+        check(lib.cp_query_support(byref(made), byref(_comm(ranks, comm, stages, inner_size, level_sizes, relay, memory_cap)), number("ranks", ranks)))
+    except Error as error:
+        return False, str(error)
+    return True, ""
+
+
+def _config(heads, head_dim, dtype, kv_heads, head_dim_v, causal, bottom_right, window, format, partition, softmax_scale, save, wire_fp32, max_tokens_per_rank, threads):
+    choice("format", format, _FORMATS)
+    if not isinstance(window, (tuple, list)) or len(window) != 2:
+        raise argument_error(f"window: got {window!r}, need (left, right), None for no limit")
+    left, right = window
+    flags = 0
+    for wanted, flag in (
+        (causal, _abi.CP_ATTENTION_CAUSAL),
+        (bottom_right, _abi.CP_ATTENTION_BOTTOM_RIGHT),
+        (left is not None, _abi.CP_ATTENTION_WINDOW_LEFT),
+        (right is not None, _abi.CP_ATTENTION_WINDOW_RIGHT),
+        (wire_fp32, _abi.CP_ATTENTION_WIRE_F32),
+        (save, _abi.CP_ATTENTION_SAVE),
+    ):
+        flags |= flag if wanted else 0
+    return _abi.cp_attention_config(
+        flags=flags,
+        heads=number("heads", heads),
+        kv_heads=0 if kv_heads is None else number("kv_heads", kv_heads),
+        head_dim_qk=number("head_dim", head_dim),
+        head_dim_v=0 if head_dim_v is None else number("head_dim_v", head_dim_v),
+        dtype=choice("dtype", _dtype_name(dtype), _DTYPES),
+        format=_abi.CP_FORMAT_PACKED if format == "thd" else _abi.CP_FORMAT_DENSE,
+        partition=partition_code(partition),
+        window_left=0 if left is None else number("window", left),
+        window_right=0 if right is None else number("window", right),
+        softmax_scale=0.0 if softmax_scale is None else softmax_scale,
+        max_tokens_per_rank=number("max_tokens_per_rank", max_tokens_per_rank),
+        threads=number("threads", threads),
+    )
+
+
+def _comm(ranks, comm, stages, inner_size, level_sizes, relay, memory_cap):
+    if inner_size is not None and level_sizes is not None:
+        raise argument_error("inner_size: give it or level_sizes, not both")
+    if inner_size is not None:
+        level_sizes = (inner_size, ranks // max(number("inner_size", inner_size), 1))
+    sizes = [number("level_sizes", size) for size in level_sizes or ()]
+    if len(sizes) > 4:
+        raise argument_error(f"level_sizes: got {len(sizes)}, two exchange levels are offered")
+    if memory_cap is not None and not (hasattr(memory_cap, "__index__") and 0 < memory_cap < 1 << 64):
+        raise argument_error(f"memory_cap: got {memory_cap!r}, need bytes")
+    made = _abi.cp_comm_config(
+        flags=_abi.CP_COMM_RELAY if relay else 0,
+        comm_type=choice("comm", comm, _COMMS),
+        stages=_abi.CP_STAGES_AUTO if stages == "auto" else number("stages", stages or 0),
+        level_count=len(sizes),
+        memory_cap_bytes=memory_cap or 0,
+    )
+    made.level_sizes[: len(sizes)] = sizes
+    return made
+
+
+def _dtype_name(dtype):
+    name = str(dtype).removeprefix("torch.")
+    if name in _DTYPES:
+        return name
+    try:
+        return np.dtype(dtype).name
+    except TypeError:
+        return name
+
+
+def _torch():
+    """torch, if the caller has imported it; this package never does."""
+    return sys.modules.get("torch")
+
+
+def _is_tensor(array):
+    torch = _torch()
+    return torch is not None and isinstance(array, getattr(torch, "Tensor", ()))
+
+
+def _is_array(array):
+    return isinstance(array, np.ndarray) or _is_tensor(array)
+
+
+def _new(like, shape, dtype=None):
+    if _is_tensor(like):
+        torch = _torch()
+        return torch.empty(tuple(shape), dtype=like.dtype if dtype is None else getattr(torch, dtype), device=like.device)
+    return np.empty(shape, like.dtype if dtype is None else dtype)
+
+
+def _describe(name, array, axes, wrong, written=False):
+    """A tensor as C sees it. What C cannot be told goes to `wrong`, and the library gets a tensor that it refuses."""
+    try:
+        if isinstance(array, np.ndarray):
+            return _describe_numpy(array, axes, written)
+        if _is_tensor(array):
+            return _describe_torch(array, axes)
+        raise ValueError(f"got {type(array).__name__}, need a NumPy array or a torch tensor")
+    except Exception as error:
+        wrong.append(error if isinstance(error, Error) else argument_error(f"{name}: {error}"))
+        return _abi.cp_tensor()
+
+
+def _describe_numpy(array, axes, written):
+    dtype, interface = array.dtype, array.__array_interface__
+    if not dtype.isnative:
+        raise ValueError(f"got {dtype} of the other byte order")
+    if written and interface["data"][1]:
+        raise ValueError("got a read-only array, the result is written there")
+    if any(stride % dtype.itemsize for stride in array.strides):
+        raise ValueError(f"got byte strides {array.strides}, must be multiples of the element size {dtype.itemsize}")
+    strides = [stride // dtype.itemsize for stride in array.strides]
+    return _tensor(interface["data"][0], (_abi.CP_DEVICE_CPU, 0), dtype.name, dtype.itemsize, array.shape, strides, axes)
+
+
+def _describe_torch(array, axes):
+    if array.is_conj() or array.is_neg():
+        raise ValueError("got a lazily conjugated or negated tensor; call .resolve_conj().resolve_neg()")
+    kinds = {"cpu": _abi.CP_DEVICE_CPU, "cuda": _abi.CP_DEVICE_CUDA}
+    if array.device.type not in kinds:
+        raise ValueError(f"got device {array.device}, allowed cpu")
+    device = (kinds[array.device.type], array.device.index or 0)
+    return _tensor(array.data_ptr(), device, str(array.dtype).removeprefix("torch."), array.element_size(), array.shape, array.stride(), axes)
+
+
+def _tensor(data, device, dtype, itemsize, shape, strides, axes):
+    code = _abi.CP_CODE_BFLOAT if dtype == "bfloat16" else _abi.CP_CODE_FLOAT if dtype in ("float16", "float32", "float64") else 0
+    made = _abi.cp_tensor(data=data, device_type=device[0], device_id=device[1], dtype_code=code, dtype_bits=min(itemsize * 8, 255), dtype_lanes=1, ndim=len(shape))
+    order = axes if len(axes) == len(shape) else range(min(len(shape), 4))
+    for i, axis in enumerate(order):
+        made.shape[i], made.stride[i] = shape[axis], strides[axis]
+    return made
+
+
+def _aligned(array):
+    """Address and bytes of the part of a uint8 array that starts at a multiple of 64."""
+    address = array.ctypes.data
+    start = -address % _ALIGN
+    return address + start, array.size - start
+
+
+def _buffer(name, array, wrong):
+    if array is None:
+        return None, 0
+    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or not array.flags.c_contiguous or not array.flags.writeable:
+        wrong.append(argument_error(f"{name}: need a contiguous, writable NumPy array of uint8"))
+        return None, 1  # Refused: bytes without an address.
+    return array.ctypes.data, array.size

@@ -1,0 +1,35 @@
+"""Attention layers in torch's autograd. Needs torch."""
+
+import torch
+
+__all__ = ["attention"]
+
+
+def attention(layer, q, k, v, sequences, *, return_lse=False):
+    """layer.forward on torch tensors, differentiable in q, k and v: out, or (out, lse); the lse carries no gradient.
+
+    Any number of calls may be pending, also of several layers and with groups switched between; backward runs on the group that its forward used. It is
+    collective: all ranks must run their backwards in the same order, which they do when they build the same graph.
+    """
+    out, lse = _Attention.apply(q, k, v, layer, sequences)
+    return (out, lse) if return_lse else out
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q, k, v, layer, sequences):
+        out, lse, context = layer.forward(q, k, v, sequences)
+        # autograd keeps the tensors, so that it sees if one is changed in place; the context keeps the rest.
+        ctx.save_for_backward(*context.tensors)
+        context.tensors = None
+        ctx.layer, ctx.context = layer, context
+        ctx.mark_non_differentiable(lse)
+        return out, lse
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, d_out, _):
+        if d_out.dim() > 0 and d_out.stride(-1) != 1:
+            d_out = d_out.contiguous()  # autograd hands out expanded tensors, as after sum().
+        context = ctx.context.with_tensors(ctx.saved_tensors)
+        return *ctx.layer.backward(context, d_out), None, None

@@ -1,0 +1,268 @@
+"""The corpus tests/data/cases.csv, its inputs, the float64 oracle, plain attention and the error metric, as tests/data/README.md defines them."""
+
+import csv
+import functools
+from dataclasses import dataclass
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+
+import context_parallel as cp
+
+ROOT = Path(__file__).resolve().parents[3]
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+EPSILON = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
+LSE_BOUND = 1e-5
+
+
+@dataclass(frozen=True)
+class Extent:
+    before: int
+    len: int
+    padded: int
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    tags: tuple
+    format: str
+    q: tuple  # an Extent for every sequence
+    k: tuple
+    heads: int
+    kv_heads: int
+    dim_qk: int
+    dim_v: int
+    causal: bool
+    bottom_right: bool
+    left: int | None
+    right: int | None
+    partition: str
+    scale: float | None
+
+    def side(self, side):
+        return self.q if side == "q" else self.k
+
+    def tokens(self, side):
+        return sum(e.padded for e in self.side(side))
+
+    def spans(self, side):
+        """(first true token, number of true tokens) of every sequence, among all tokens."""
+        first = 0
+        for extent in self.side(side):
+            yield first + extent.before, extent.len
+            first += extent.padded
+
+    def is_true(self, side):
+        """Which tokens are no padding."""
+        found = np.zeros(self.tokens(side), bool)
+        for first, length in self.spans(side):
+            found[first : first + length] = True
+        return found
+
+    def sees(self, seq):
+        """Who sees whom in one sequence: [query, key]. This is the definition of the mask."""
+        i, j = np.ogrid[: self.q[seq].len, : self.k[seq].len]
+        after = j - i - (self.k[seq].len - self.q[seq].len if self.bottom_right else 0)
+        allowed = np.ones(np.broadcast_shapes(i.shape, j.shape), bool)
+        if self.causal:
+            allowed &= after <= 0
+        if self.left is not None:
+            allowed &= after >= -self.left
+        if self.right is not None and not self.causal:
+            allowed &= after <= self.right
+        return allowed
+
+    def factor(self):
+        """The softmax scale: an fp32 number."""
+        return np.float32(self.scale) if self.scale is not None else np.float32(1) / np.sqrt(np.float32(self.dim_qk))
+
+    def sequences(self, ranks):
+        lists = {}
+        if self.partition == "list":
+            lists = {"stretches": self.stretches(ranks, "q"), "stretches_k": self.stretches(ranks, "k")}
+        if self.format == "thd":
+            cumulated = lambda lengths: np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
+            lens, padded = [], []
+            for side in (self.q, self.k):
+                assert not any(e.before for e in side), "left padding of packed sequences"
+                lens.append(cumulated([e.len for e in side]))
+                padded.append(cumulated([e.padded for e in side]))
+            return cp.Sequences.packed(lens[0], lens[1], padded=padded[0], padded_k=padded[1], **lists)
+        pick = lambda side, name: [getattr(e, name) for e in side]
+        return cp.Sequences.dense(
+            len(self.q), self.q[0].padded, self.k[0].padded, lens=pick(self.q, "len"), lens_k=pick(self.k, "len"),
+            before=pick(self.q, "before"), before_k=pick(self.k, "before"), **lists)  # fmt: skip
+
+    def stretches(self, ranks, side):
+        """The corpus' own partition: blocks of 5 positions, dealt by a hash; odd ranks hold a sequence's blocks in descending order."""
+        of_ranks = [[] for _ in range(ranks)]
+        for seq, extent in enumerate(self.side(side)):
+            document = seq if self.format == "thd" else 0
+            of_seq = [[] for _ in range(ranks)]
+            for block in range(-(-extent.padded // 5)):
+                rank = int(mix((side == "k") * 2**62 + document * 2**31 + block)) % ranks
+                of_seq[rank].append((seq, block * 5, 1, min(5, extent.padded - block * 5)))
+            for rank in range(ranks):
+                of_ranks[rank] += of_seq[rank][::-1] if rank % 2 else of_seq[rank]
+        return of_ranks
+
+    def layer(self, dtype, **options):
+        """The Attention layer that computes this case."""
+        settings = dict(
+            heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim_qk, head_dim_v=self.dim_v, dtype=dtype, causal=self.causal,
+            bottom_right=self.bottom_right, window=(self.left, self.right), format=self.format, partition=self.partition, softmax_scale=self.scale)  # fmt: skip
+        return cp.Attention(**{**settings, **options})
+
+
+@functools.cache
+def cases():
+    """All cases by name, in file order."""
+    with open(ROOT / "tests/data/cases.csv", newline="") as file:
+        return {row["name"]: _case(row) for row in csv.DictReader(file)}
+
+
+def _case(row):
+    batch = int(row["batch"])
+
+    def values(text, absent):
+        if text == "-":
+            return absent
+        numbers = [int(n) for n in text.split()]
+        return numbers * batch if len(numbers) == 1 else numbers
+
+    def side(name):
+        lens = values(row[f"lens_{name}"], None)
+        padded = values(row[f"padded_{name}"], lens)
+        before = values(row[f"before_{name}"], [0] * batch)
+        assert len(lens) == len(padded) == len(before) == batch, row["name"]
+        return tuple(Extent(*e) for e in zip(before, lens, padded))
+
+    limit = lambda name: None if row[name] == "-" else int(row[name])
+    flag = lambda name: {"0": False, "1": True}[row[name]]
+    numbers = (int(row[name]) for name in ("heads", "kv_heads", "dim_qk", "dim_v"))
+    scale = None if row["scale"] == "-" else float(row["scale"])
+    return Case(row["name"], tuple(row["tags"].split()), row["format"], side("q"), side("k"), *numbers, flag("causal"), flag("bottom_right"),
+                limit("window_left"), limit("window_right"), row["partition"], scale)  # fmt: skip
+
+
+def mix(n):
+    with np.errstate(over="ignore"):
+        z = (np.asarray(n, np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return z ^ (z >> np.uint64(31))
+
+
+def elements(id, count):
+    """The first elements of the flattened global tensor `id`, fp32."""
+    z = mix(np.arange(count, dtype=np.uint64) + np.uint64(id << 40))
+    quarters = sum((z >> np.uint64(shift)) & np.uint64(0xFFFF) for shift in (0, 16, 32, 48))
+    return ((quarters.astype(np.int64) - 131070) / 32768).astype(np.float32)
+
+
+@functools.lru_cache(maxsize=8)
+def inputs(case, dtype):
+    """Global Q, K, V, dO as [token, head, dim] in storage type; padding is NaN."""
+    made = {}
+    for id, name, side, heads, dim in ((1, "q", "q", case.heads, case.dim_qk), (2, "k", "k", case.kv_heads, case.dim_qk), (3, "v", "k", case.kv_heads, case.dim_v), (4, "d_out", "q", case.heads, case.dim_v)):
+        values = elements(id, case.tokens(side) * heads * dim).reshape(-1, heads, dim)
+        values[~case.is_true(side)] = np.nan
+        made[name] = values.astype(DTYPES[dtype])
+    return made
+
+
+SHAPES = {"out": ("q", "heads", "dim_v"), "dq": ("q", "heads", "dim_qk"), "dk": ("k", "kv_heads", "dim_qk"), "dv": ("k", "kv_heads", "dim_v")}
+
+
+@dataclass
+class Reference:
+    right: dict  # name -> [token, head, dim], float64; "lse": [token, head]
+    terms: dict  # the same sums with every term made positive
+    plain: dict
+    seen: np.ndarray  # which key tokens any query sees
+
+
+@functools.lru_cache(maxsize=8)
+def reference(case, dtype):
+    given = inputs(case, dtype)
+    empty = lambda: {name: np.zeros((case.tokens(side), getattr(case, h), getattr(case, d))) for name, (side, h, d) in SHAPES.items()}
+    made = Reference(empty(), empty(), empty(), np.zeros(case.tokens("k"), bool))
+    made.right["lse"] = np.full((case.tokens("q"), case.heads), -np.inf)
+    for seq, ((first_q, len_q), (first_k, len_k)) in enumerate(zip(case.spans("q"), case.spans("k"))):
+        if len_q == 0 or len_k == 0:
+            continue
+        rows, keys = slice(first_q, first_q + len_q), slice(first_k, first_k + len_k)
+        sees = case.sees(seq)
+        made.seen[keys] = sees.any(axis=0)
+        for head in range(case.heads):
+            kv = head // (case.heads // case.kv_heads)
+            at = {"out": (rows, head), "dq": (rows, head), "dk": (keys, kv), "dv": (keys, kv), "lse": (rows, head)}
+            one = [given[name][at[place]] for name, place in (("q", "out"), ("k", "dk"), ("v", "dk"), ("d_out", "out"))]
+            right, terms = _exact(*(x.astype(np.float64) for x in one), sees, float(case.factor()))
+            plain = _plain(*(x.astype(np.float32) for x in one), sees, case.factor(), DTYPES[dtype])
+            made.right["lse"][at["lse"]] = right.pop("lse")
+            for name in SHAPES:
+                made.right[name][at[name]] += right[name]
+                made.terms[name][at[name]] += terms[name]
+                made.plain[name][at[name]] += plain[name]
+    for name in SHAPES:
+        made.plain[name] = made.plain[name].astype(np.float32).astype(DTYPES[dtype]).astype(np.float64)
+    return made
+
+
+def _exact(q, k, v, d_out, sees, scale):
+    """One head of one sequence in float64."""
+    blind = ~sees.any(axis=1)
+    scores = np.where(sees, scale * (q @ k.T), -np.inf)
+    top = np.where(blind, 0, scores.max(axis=1))
+    with np.errstate(divide="ignore"):
+        lse = top + np.log(np.exp(scores - top[:, None]).sum(axis=1))
+    p = np.where(sees, np.exp(scores - np.where(blind, 0, lse)[:, None]), 0)
+    out = p @ v
+    ds = scale * p * (d_out @ v.T - (out * d_out).sum(axis=1)[:, None])
+    ds_terms = abs(scale) * p * (abs(d_out) @ abs(v).T + abs(out * d_out).sum(axis=1)[:, None])
+    right = {"out": out, "lse": lse, "dq": ds @ k, "dk": ds.T @ q, "dv": p.T @ d_out}
+    return right, {"out": p @ abs(v), "dq": ds_terms @ abs(k), "dk": ds_terms.T @ abs(q), "dv": p.T @ abs(d_out)}
+
+
+def _plain(q, k, v, d_out, sees, scale, dtype):
+    """What a careful single-rank implementation computes: fp32, with P and dS rounded to the storage type before the products."""
+    rounded = lambda x: x.astype(dtype).astype(np.float32)
+    blind = ~sees.any(axis=1)
+    scores = np.where(sees, scale * (q @ k.T), np.float32(-np.inf))
+    top = np.where(blind, np.float32(0), scores.max(axis=1))
+    p = np.exp(scores - top[:, None])
+    total = np.where(blind, np.float32(1), p.sum(axis=1))
+    out = rounded((rounded(p) @ v) / total[:, None])
+    p = np.where(sees, np.exp(scores - (top + np.log(total))[:, None]), np.float32(0))
+    ds = rounded(p * (d_out @ v.T - (out * d_out).sum(axis=1)[:, None]))
+    return {"out": out, "dq": scale * (ds @ k), "dk": scale * (ds.T @ q), "dv": rounded(p).T @ d_out}
+
+
+def check(case, dtype, got):
+    """Global results against the contract: name -> [token, head, dim], lse [token, head]. Returns the largest error as a share of its bound."""
+    ref, worst = reference(case, dtype), 0.0
+    alive_q = np.isfinite(ref.right["lse"])
+    lse = got["lse"].astype(np.float64)
+    assert np.all(lse[~alive_q] == -np.inf), f"{case.name} {dtype} lse: not -inf where nothing is seen"
+    error = abs(lse - ref.right["lse"])[alive_q]
+    assert np.all(error <= LSE_BOUND), f"{case.name} {dtype} lse: off by {error.max()}"
+    for name, (side, _, _) in SHAPES.items():
+        values = got[name].astype(np.float64)
+        assert values.shape == ref.right[name].shape, (name, values.shape, ref.right[name].shape)
+        for head in range(values.shape[1]):
+            alive = alive_q[:, head] if side == "q" else ref.seen
+            where = f"{case.name} {dtype} {name} head {head}"
+            assert np.all(values[~alive, head] == 0), f"{where}: not 0 where there is padding or nothing to see"
+            live = np.flatnonzero(alive)
+            count = max(len(live) // 64, 1) if len(live) else 0
+            for i in range(count):
+                rows = live[i * 64 : None if i + 1 == count else (i + 1) * 64]
+                norm = lambda x: np.linalg.norm(x[rows, head])
+                bound = (2 if name == "out" else 3) * norm(ref.plain[name] - ref.right[name]) + 4 * EPSILON[dtype] * norm(ref.right[name]) + 1e-7 * norm(ref.terms[name])
+                error = norm(values - ref.right[name])
+                assert error <= bound, f"{where} rows {rows[0]}..{rows[-1]}: error {error:.3e}, allowed {bound:.3e}"
+                worst = max(worst, error / bound) if bound else worst
+    return worst

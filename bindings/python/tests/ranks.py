@@ -1,0 +1,122 @@
+"""Ranks as threads, and the moving of rows between global arrays [token, head, dim] and a rank's own."""
+
+import threading
+
+import numpy as np
+
+import context_parallel as cp
+from corpus import DTYPES, SHAPES, inputs
+
+# How the axes lie in an array of each format, from [batch, seq, heads, dim].
+ORDER = {"bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3), "bhsd": (0, 2, 1, 3)}
+
+
+def outcomes(groups, work):
+    """work(group) on every rank, each in its own thread: results, or exceptions, in rank order."""
+    found = [None] * len(groups)
+
+    def run(rank):
+        try:
+            found[rank] = work(groups[rank])
+        except Exception as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(groups))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+        assert not thread.is_alive(), "a rank hangs"
+    return found
+
+
+def everywhere(groups, work):
+    """work(group) on every rank: results in rank order. If one fails, the others are released and its exception is raised."""
+
+    def guarded(group):
+        try:
+            return work(group)
+        except BaseException:
+            group.abort()
+            raise
+
+    found = outcomes(groups, guarded)
+    failed = [x for x in found if isinstance(x, Exception)]
+    failed.sort(key=lambda e: isinstance(e, cp.Error) and e.status in (cp.Status.ABORTED, cp.Status.MISMATCH))
+    if failed:
+        raise failed[0]
+    return found
+
+
+_groups = {}
+
+
+def thread_groups(ranks):
+    """Groups of this many threads; the same ones for as long as nothing fails."""
+    made = _groups.pop(ranks, None) or cp.Group.threads(ranks, timeout=60)
+    return made
+
+
+def give_back(groups):
+    _groups[len(groups)] = groups
+
+
+def strided(array):
+    """The same values with gaps between rows, heads and batches."""
+    if array.ndim < 2:
+        return array
+    buffer = np.full([n + 1 for n in array.shape], np.nan, array.dtype)
+    view = buffer[tuple(slice(n) for n in array.shape)]
+    view[...] = array
+    return view
+
+
+def to_local(case, rows, tokens, format):
+    """A rank's rows of a global [token, head, dim] (or [token, head], the LSE) array, in a format. A copy."""
+    part = rows[tokens]
+    if format == "thd":
+        return np.ascontiguousarray(part if part.ndim == 3 else part.T)
+    batch = len(case.q)
+    part = part.reshape(batch, len(tokens) // batch, *part.shape[1:])
+    return np.ascontiguousarray(part.transpose(ORDER[format]) if part.ndim == 4 else part.transpose(0, 2, 1))
+
+
+def from_local(case, rows, tokens, local, format):
+    """The inverse: puts a rank's array into the global one."""
+    if format == "thd":
+        rows[tokens] = local if local.ndim == 3 else local.T
+        return
+    local = local.transpose(np.argsort(ORDER[format])) if local.ndim == 4 else local.transpose(0, 2, 1)
+    rows[tokens] = local.reshape(len(tokens), *rows.shape[1:])
+
+
+def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, preallocate=False, layer=None, comm_options=None, **options):
+    """Forward and backward of a case on one rank: {"out": (local array, tokens), …}. `view` wraps every array that is handed over."""
+    format = format or case.format
+    sequences = case.sequences(group.size)
+    layer = layer or case.layer(dtype, format=format, **options)
+    layer.set_group(group, comm, **(comm_options or {}))
+    tokens = {side: cp.partition_tokens(case.partition, format, sequences, group.size, group.rank, side) for side in "qk"}
+    mine = {name: view(to_local(case, rows, tokens["k" if name in "kv" else "q"], format)) for name, rows in inputs(case, dtype).items()}
+    fresh = {}
+    if preallocate:
+        for name, (side, heads, dim) in SHAPES.items():
+            rows = np.full((case.tokens(side), getattr(case, heads), getattr(case, dim)), np.nan, DTYPES[dtype])
+            fresh[name] = view(to_local(case, rows, tokens[side], format))
+        fresh["lse"] = view(to_local(case, np.full((case.tokens("q"), case.heads), np.nan, np.float32), tokens["q"], format))
+    pick = lambda *names: {name: fresh[name] for name in names if name in fresh}
+    out, lse, context = layer.forward(mine["q"], mine["k"], mine["v"], sequences, **pick("out", "lse"))
+    dq, dk, dv = layer.backward(context, mine["d_out"], **pick("dq", "dk", "dv"))
+    for name, array in (("out", out), ("lse", lse), ("dq", dq), ("dk", dk), ("dv", dv)):
+        assert name not in fresh or fresh[name] is array
+    return {"out": (out, tokens["q"]), "lse": (lse, tokens["q"]), "dq": (dq, tokens["q"]), "dk": (dk, tokens["k"]), "dv": (dv, tokens["k"])}
+
+
+def collect(case, of_ranks, format):
+    """The global results of all ranks' local ones."""
+    whole = {name: np.full((case.tokens(side), getattr(case, heads), getattr(case, dim)), np.nan) for name, (side, heads, dim) in SHAPES.items()}
+    whole["lse"] = np.full((case.tokens("q"), case.heads), np.nan)
+    for found in of_ranks:
+        for name, (local, tokens) in found.items():
+            from_local(case, whole[name], tokens, np.asarray(local, np.float64), format)
+    return whole

@@ -1,0 +1,516 @@
+//! An attention layer: a configuration, the groups it has been attached to, and the two passes.
+
+use crate::backend::View;
+use crate::backend::cpu::Cpu;
+use crate::dtype::DType;
+use crate::error::{Error, Result, Status};
+use crate::exec::{self, Memory, Scratch};
+use crate::group::{Call, Group, Header, Prepared};
+use crate::mask::Mask;
+use crate::partition::{Partition, Side, holding};
+use crate::plan::account::{ALIGN, Account, account};
+use crate::plan::{Options, Pass, Plan, Tensor, fewest_stages};
+use crate::problem::{CommType, Fnv, Problem, Sequence, Wire};
+use std::collections::HashMap;
+use std::hash::{Hash, Hasher};
+use std::sync::Arc;
+
+/// What stays the same over all calls of a layer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Config {
+    /// Query heads H.
+    pub heads: u32,
+    /// Key heads.
+    pub kv_heads: u32,
+    /// Elements per head of Q and K.
+    pub dim_qk: u32,
+    /// Elements per head of V and O.
+    pub dim_v: u32,
+    /// Storage type of all tensors but the LSE.
+    pub dtype: DType,
+    /// Softmax scale; 0 means 1/√dim_qk.
+    pub scale: f32,
+    /// Who may see whom.
+    pub mask: Mask,
+    /// Packed (thd) or one sequence per batch entry.
+    pub packed: bool,
+    /// How tokens are dealt out. A caller's own list comes with every call.
+    pub partition: Partition,
+    /// Type of partial gradients on the wire.
+    pub wire: Wire,
+    /// Most rows of Q or K that a rank ever holds, padding included; 0 = no limit.
+    pub max_rows: u32,
+    /// Forward leaves head-split tensors for backward (u > 1); otherwise backward exchanges them again.
+    pub save: bool,
+}
+
+impl Config {
+    /// The problem of a call on a group of `ranks`; the error names what does not fit.
+    pub fn problem(
+        &self,
+        comm: Comm,
+        ranks: u32,
+        seqs: Vec<Sequence>,
+        partition: &Partition,
+    ) -> Result<Arc<Problem>> {
+        let inner = comm.kind.inner(ranks, comm.inner)?;
+        let teams = ranks / inner;
+        let mut p = Problem {
+            ranks,
+            inner,
+            stages: comm.kind.default_stages(teams),
+            relay: comm.relay && teams > 1,
+            partition: partition.clone(),
+            mask: self.mask,
+            packed: self.packed,
+            seqs,
+            heads: self.heads,
+            kv_heads: self.kv_heads,
+            dim_qk: self.dim_qk,
+            dim_v: self.dim_v,
+            dtype: self.dtype,
+            wire: self.wire,
+            scale: if self.scale == 0.0 { 1.0 / (self.dim_qk as f32).sqrt() } else { self.scale },
+        };
+        if let Stages::Count(n) = comm.stages {
+            p.stages = n;
+        }
+        p.validate()?;
+        if let Stages::Within(cap) = comm.stages {
+            p.stages = fewest_stages(&p, cap)?;
+        }
+        Ok(Arc::new(p))
+    }
+
+    /// Would a layer accept this on a group of `ranks`? The error is the one that it would give.
+    pub fn supports(&self, comm: Comm, ranks: u32) -> Result<()> {
+        self.problem(comm, ranks, vec![Sequence::square(ranks)], &Partition::Contiguous).map(|_| ())
+    }
+}
+
+/// How a group communicates for a layer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Comm {
+    /// One of the four names.
+    pub kind: CommType,
+    /// Inner size of `a2a+p2p`; 0 = chosen.
+    pub inner: u32,
+    /// KV stages.
+    pub stages: Stages,
+    /// Neighbour ring.
+    pub relay: bool,
+}
+
+/// Number of KV stages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Stages {
+    /// What the communication type's name stands for.
+    Named,
+    /// This many.
+    Count(u32),
+    /// The fewest with which the workspace of every rank stays within this many bytes, K and V being dense.
+    Within(u64),
+}
+
+impl Comm {
+    /// The communication type with everything else at its default.
+    pub fn of(kind: CommType) -> Comm {
+        Comm { kind, inner: 0, stages: Stages::Named, relay: false }
+    }
+}
+
+/// Forward's small note to backward. Plain data; may be copied.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Context {
+    /// Fingerprint of the problem.
+    pub problem: u64,
+    /// Which group and communication the layer was attached to.
+    pub attached: u64,
+}
+
+/// A layer. One thread at a time.
+pub struct Attention {
+    config: Config,
+    cpu: Cpu,
+    /// Group and communication by id: backward finds the ones that its forward used, whatever is current now.
+    known: HashMap<u64, Attached>,
+    current: u64,
+    scratch: Scratch,
+    workspace: Buffer,
+}
+
+#[derive(Clone)]
+struct Attached {
+    group: Group,
+    comm: Comm,
+}
+
+/// What a caller gives to one pass.
+pub struct Args {
+    /// The sequences, all of them, as they are before they are dealt out.
+    pub seqs: Vec<Sequence>,
+    /// The caller's own partition, instead of the configured one.
+    pub list: Option<Partition>,
+    /// Every tensor of the pass.
+    pub views: Vec<(Tensor, View)>,
+    /// `[batch, seq, heads, dim]` of each, as the caller says; batch 1 when packed.
+    pub shapes: Vec<(Tensor, [i64; 4])>,
+    /// Caller's workspace, or none to use the layer's own.
+    pub workspace: Option<(*mut u8, usize)>,
+    /// Caller's saved buffer.
+    pub saved: Option<(*mut u8, usize)>,
+}
+
+impl Attention {
+    /// A layer without a group: it computes alone until [`Attention::set_group`].
+    pub fn new(config: Config, cpu: Cpu) -> Result<Attention> {
+        let mut a = Attention {
+            config,
+            cpu,
+            known: HashMap::new(),
+            current: 0,
+            scratch: Scratch::default(),
+            workspace: Buffer::default(),
+        };
+        a.attach(Group::solo(), Comm::of(CommType::P2p));
+        a.problem_for(
+            &a.known[&a.current].clone(),
+            vec![Sequence::square(1)],
+            &Partition::Contiguous,
+        )?;
+        Ok(a)
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The group in use.
+    pub fn group(&self) -> &Group {
+        &self.known[&self.current].group
+    }
+
+    /// How it communicates.
+    pub fn comm(&self) -> Comm {
+        self.known[&self.current].comm
+    }
+
+    /// Bytes of scratch memory that the kernels hold.
+    pub fn kernel_bytes(&mut self) -> usize {
+        self.cpu.scratch_bytes()
+    }
+
+    /// Turns context parallelism off: the layer computes alone.
+    pub fn clear_group(&mut self) {
+        self.attach(Group::solo(), Comm::of(CommType::P2p));
+    }
+
+    /// Attaches a group. Collective on a parent group the first time (the configuration is agreed); local afterwards and for subsets.
+    /// A `comm` that could not be read comes as an error: it is posted to the other ranks, who would wait otherwise.
+    pub fn set_group(&mut self, group: &Group, comm: Result<Comm>) -> Result<()> {
+        group.usable()?;
+        let fits = comm.and_then(|comm| self.config.supports(comm, group.size()).map(|()| comm));
+        let new = !self.known.values().any(|a| a.group.same_parent(group) && a.group.is_parent());
+        let comm = if group.is_parent() && new {
+            let mut h = Fnv::default();
+            (format!("{:?}", self.config), fits.as_ref().ok()).hash(&mut h);
+            group.agree(Header { call: Call::SetGroup, hash: h.finish() }, fits)?
+        } else {
+            fits?
+        };
+        self.attach(group.clone(), comm);
+        Ok(())
+    }
+
+    /// Size of the group that a context's forward used.
+    pub fn ranks_of(&self, context: &Context) -> Option<u32> {
+        self.known.get(&context.attached).map(|a| a.group.size())
+    }
+
+    fn attach(&mut self, group: Group, comm: Comm) {
+        let mut h = Fnv::default();
+        (group.id(), group.parent_address(), comm).hash(&mut h);
+        self.current = h.finish();
+        self.known.insert(self.current, Attached { group, comm });
+    }
+
+    fn problem_for(
+        &self,
+        at: &Attached,
+        seqs: Vec<Sequence>,
+        partition: &Partition,
+    ) -> Result<Arc<Problem>> {
+        self.config.problem(at.comm, at.group.size(), seqs, partition)
+    }
+
+    /// The current problem for these sequences.
+    pub fn problem(&self, seqs: Vec<Sequence>, list: Option<Partition>) -> Result<Arc<Problem>> {
+        self.problem_for(
+            &self.known[&self.current],
+            seqs,
+            list.as_ref().unwrap_or(&self.config.partition),
+        )
+    }
+
+    /// This rank's plan.
+    pub fn plan(&self, problem: &Arc<Problem>, pass: Pass) -> Plan {
+        Plan::new(problem, self.group().rank(), pass, self.options(false))
+    }
+
+    /// What a pass costs this rank.
+    pub fn account(&self, problem: &Arc<Problem>, pass: Pass) -> Account {
+        account(&self.plan(problem, pass))
+    }
+
+    /// Workspace that suffices for every call in which no rank holds more than `rows` rows: that of a full mask over `rows` rows on
+    /// every rank. Under a memory cap that is the cap, and what gathering strided K and V adds to it.
+    pub fn workspace_bound(&self, rows: u32) -> Result<usize> {
+        let at = &self.known[&self.current];
+        let total = u64::from(rows) * u64::from(at.group.size());
+        let total = u32::try_from(total).map_err(|_| {
+            Error::argument(format!("tokens per rank: got {rows}, {total} in all is too many"))
+        })?;
+        let named = Comm { stages: Stages::Named, ..at.comm };
+        let (comm, cap) = match at.comm.stages {
+            Stages::Within(cap) => (named, Some(usize::try_from(cap).unwrap_or(usize::MAX))),
+            _ => (at.comm, None),
+        };
+        let seqs = vec![Sequence::square(total)];
+        let p = self.config.problem(comm, at.group.size(), seqs, &Partition::Contiguous)?;
+        // The cap bounds what depends on the number of stages; a call may have any number, and one needs most.
+        let cap = cap.filter(|_| p.teams() > 1 && !p.relay);
+        let stages = if cap.is_some() { 1 } else { p.stages };
+        let full = Arc::new(Problem { mask: Mask::FULL, stages, ..(*p).clone() });
+        let most = |options| {
+            let bytes = |pass| at.group.prepare(&full, pass, options).workspace;
+            bytes(Pass::Forward).max(bytes(Pass::Backward))
+        };
+        let bound = most(self.options(true));
+        let gathering = bound.saturating_sub(most(Options::default()));
+        Ok(cap.map_or(bound, |cap| bound.min(cap.saturating_add(gathering))))
+    }
+
+    fn options(&self, pack: bool) -> Options {
+        Options { pack, saved: self.config.save }
+    }
+
+    /// Forward. Fills O, LSE and the saved buffer; the context goes to backward. Collective, blocking.
+    ///
+    /// Arguments that could not even be read come as an error: it is posted to the other members, who would wait otherwise.
+    ///
+    /// # Safety
+    /// All memory in the arguments is valid for its shapes.
+    pub unsafe fn forward(&mut self, args: Result<Args>) -> Result<Context> {
+        let id = self.current;
+        // SAFETY: the caller's promise.
+        let problem = unsafe { self.pass(Pass::Forward, id, None, args)? };
+        Ok(Context { problem, attached: id })
+    }
+
+    /// Backward of the forward that made `context`, on the group that it used. Collective, blocking.
+    ///
+    /// # Safety
+    /// All memory in the arguments is valid for its shapes.
+    pub unsafe fn backward(&mut self, context: Result<Context>, args: Result<Args>) -> Result<()> {
+        let (id, args) = match &context {
+            Ok(c) if self.known.contains_key(&c.attached) => (c.attached, args),
+            Ok(c) => {
+                let text = format!(
+                    "context: made by another layer, or on a group that this one never had (id {:#x}, rank {})",
+                    c.attached,
+                    self.group().parent_rank()
+                );
+                (self.current, Err(Error::argument(text)))
+            }
+            Err(e) => (self.current, Err(e.clone())),
+        };
+        // SAFETY: the caller's promise.
+        unsafe { self.pass(Pass::Backward, id, context.ok().map(|c| c.problem), args).map(|_| ()) }
+    }
+
+    /// Checks, agrees, runs. Returns the fingerprint of the problem, which must be `expected` if that is given.
+    ///
+    /// # Safety
+    /// All memory in the arguments is valid for its shapes.
+    unsafe fn pass(
+        &mut self,
+        pass: Pass,
+        id: u64,
+        expected: Option<u64>,
+        args: Result<Args>,
+    ) -> Result<u64> {
+        let at = self.known[&id].clone();
+        let rank = at.group.parent_rank();
+        let ready = args.and_then(|args| {
+            let problem = self.problem_for(&at, args.seqs.clone(), args.list.as_ref().unwrap_or(&self.config.partition))?;
+            let hash = problem.fingerprint();
+            if expected.is_some_and(|e| e != hash) {
+                let text = format!("context: belongs to problem {:#x}, these lengths make problem {hash:#x} (rank {rank})", expected.unwrap_or(0));
+                return Err(Error::argument(text));
+            }
+            self.check(&problem, &at.group, &args)?;
+            let dense = |tensor| args.views.iter().any(|(x, v)| *x == tensor && v.is_dense());
+            let pack = !(dense(Tensor::K) && dense(Tensor::V));
+            let prepared = at.group.prepare(&problem, pass, self.options(pack));
+            let workspace = self.memory(&prepared, &args, rank)?;
+            Ok((hash, prepared, workspace, args))
+        });
+        let call = if pass == Pass::Forward { Call::Forward } else { Call::Backward };
+        let hash = ready.as_ref().map_or(0, |(hash, ..)| *hash);
+        let (hash, prepared, workspace, args) = at.group.agree(Header { call, hash }, ready)?;
+        let saved = args.saved.map_or(std::ptr::null_mut(), |(ptr, _)| ptr);
+        let memory = Memory { caller: &args.views, offsets: &prepared.offsets, workspace, saved };
+        let (cpu, scratch) = (&mut self.cpu, &mut self.scratch);
+        // SAFETY: shapes and sizes were checked against the plan; validity of the memory is the caller's promise.
+        at.group
+            .linked(|link| unsafe { exec::run(&prepared.plan, &memory, cpu, link, scratch) })?;
+        Ok(hash)
+    }
+
+    /// Every tensor against the problem.
+    fn check(&self, p: &Problem, group: &Group, t: &Args) -> Result<()> {
+        let rank = group.rank();
+        let batch = if p.packed { 1 } else { p.seqs.len() as i64 };
+        let rows = [Side::Query, Side::Key].map(|side| holding(p, rank, side).rows);
+        let most = rows[0].max(rows[1]);
+        if self.config.max_rows > 0 && most > self.config.max_rows {
+            return Err(Error::new(
+                Status::OutOfMemory,
+                format!(
+                    "tokens per rank: got {most}, the layer was created for at most {} (rank {})",
+                    self.config.max_rows,
+                    group.parent_rank()
+                ),
+            ));
+        }
+        for (tensor, shape) in &t.shapes {
+            let local = i64::from(rows[usize::from(tensor.key_side())]);
+            let heads = i64::from(if tensor.key_side() { p.kv_heads } else { p.heads });
+            let dim = i64::from(match tensor {
+                Tensor::Lse => 1,
+                Tensor::Q | Tensor::K | Tensor::DQ | Tensor::DK => p.dim_qk,
+                _ => p.dim_v,
+            });
+            let want = [batch, local / batch, heads, dim];
+            if *shape != want {
+                let name = name(*tensor);
+                return Err(Error::argument(format!(
+                    "{name}: got shape [batch, seq, heads, dim] = {shape:?}, this rank holds {want:?} (rank {})",
+                    group.parent_rank()
+                )));
+            }
+        }
+        Ok(())
+    }
+
+    /// Workspace and saved buffer for a plan.
+    fn memory(&mut self, prepared: &Prepared, t: &Args, rank: u32) -> Result<*mut u8> {
+        let short = |name: &str, got: usize, need: usize| {
+            Err(Error::new(
+                Status::OutOfMemory,
+                format!("{name}: got {got} bytes, this call needs {need} (rank {rank})"),
+            ))
+        };
+        let (saved, got) = t.saved.unwrap_or((std::ptr::null_mut(), 0));
+        if got < prepared.saved {
+            return short("saved", got, prepared.saved);
+        }
+        if prepared.saved > 0 && !(saved as usize).is_multiple_of(ALIGN) {
+            return Err(Error::argument(format!(
+                "saved: got address {saved:p}, must be a multiple of {ALIGN} (rank {rank})"
+            )));
+        }
+        match t.workspace {
+            Some((_, got)) if got < prepared.workspace => {
+                short("workspace", got, prepared.workspace)
+            }
+            Some((ptr, _)) if !(ptr as usize).is_multiple_of(ALIGN) => {
+                Err(Error::argument(format!(
+                    "workspace: got address {ptr:p}, must be a multiple of {ALIGN} (rank {rank})"
+                )))
+            }
+            Some((ptr, _)) => Ok(ptr),
+            None => self.workspace.at_least(prepared.workspace),
+        }
+    }
+
+    /// Bytes of the layer's own workspace so far.
+    pub fn workspace_held(&self) -> usize {
+        self.workspace.bytes
+    }
+
+    /// Bytes that forward leaves for backward.
+    pub fn saved_bytes(&self, problem: &Arc<Problem>) -> usize {
+        self.group().prepare(problem, Pass::Forward, self.options(false)).saved
+    }
+}
+
+/// Name of a tensor as callers write it.
+pub fn name(tensor: Tensor) -> &'static str {
+    match tensor {
+        Tensor::Q => "q",
+        Tensor::K => "k",
+        Tensor::V => "v",
+        Tensor::Out => "out",
+        Tensor::Lse => "lse",
+        Tensor::DOut => "d_out",
+        Tensor::DQ => "dq",
+        Tensor::DK => "dk",
+        Tensor::DV => "dv",
+        Tensor::Delta => "delta",
+        Tensor::Max => "max",
+        Tensor::Sum => "sum",
+    }
+}
+
+/// An aligned allocation that only grows.
+struct Buffer {
+    ptr: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: the buffer is owned; nothing else points into it between calls.
+unsafe impl Send for Buffer {}
+
+impl Default for Buffer {
+    fn default() -> Buffer {
+        Buffer { ptr: std::ptr::null_mut(), bytes: 0 }
+    }
+}
+
+impl Buffer {
+    fn layout(bytes: usize) -> std::alloc::Layout {
+        std::alloc::Layout::from_size_align(bytes, ALIGN).expect("sizes of plans fit")
+    }
+
+    fn at_least(&mut self, bytes: usize) -> Result<*mut u8> {
+        if bytes > self.bytes {
+            self.free();
+            // SAFETY: the size is not 0, being greater than another.
+            let ptr = unsafe { std::alloc::alloc(Buffer::layout(bytes)) };
+            if ptr.is_null() {
+                return Err(Error::new(
+                    Status::OutOfMemory,
+                    format!("workspace: {bytes} bytes could not be allocated"),
+                ));
+            }
+            (self.ptr, self.bytes) = (ptr, bytes);
+        }
+        Ok(self.ptr)
+    }
+
+    fn free(&mut self) {
+        if self.bytes > 0 {
+            // SAFETY: allocated with this layout.
+            unsafe { std::alloc::dealloc(self.ptr, Buffer::layout(self.bytes)) };
+            (self.ptr, self.bytes) = (std::ptr::null_mut(), 0);
+        }
+    }
+}
+
+impl Drop for Buffer {
+    fn drop(&mut self) {
+        self.free();
+    }
+}

@@ -1,0 +1,272 @@
+//! `demo`: a text, a few processes, and every way to exchange keys and values, against one rank.
+
+use crate::args::{Command, Failure, Given, failed, opt, usage};
+use crate::launch;
+use crate::rank::{self, Job};
+use crate::report::Report;
+use crate::shape::{self, Case};
+use crate::source::Source;
+use crate::text::{self, Align, bold, dim};
+use crate::{check, probe};
+use context_parallel::attention::Comm;
+use context_parallel::dtype::DType;
+use context_parallel::partition::{Side, Stretch, stretches};
+use context_parallel::plan::{Options, Pass, Plan, account::account};
+use context_parallel::problem::{CommType, Problem, Sequence};
+use std::sync::Arc;
+use std::time::Duration;
+
+/// The text that ships with the tool.
+const TEXT: &str = include_str!("demo.txt");
+
+pub const COMMAND: Command = Command {
+    name: "demo",
+    about: "watch a few processes compute exact causal attention over a text, each way of exchanging checked against one rank",
+    options: &[
+        (
+            "the text and the ranks",
+            &[
+                opt(
+                    "text",
+                    "FILE",
+                    "whose bytes become the tokens (default: a text that ships with the tool)",
+                ),
+                opt("seq-limit", "L", "use at most the first L bytes (default 16k)"),
+                opt("ranks", "N", "processes, 2 to 64 (default 4)"),
+                opt("threads", "N", "threads of each process (default: cores / ranks, at least 1)"),
+                opt(
+                    "timeout",
+                    "SECONDS",
+                    "how long a rank waits for another before it gives up (default 60)",
+                ),
+            ],
+        ),
+        ("the attention layer", shape::HEADS),
+    ],
+    examples: &[
+        ("demo", "four processes, 8 query heads on 2 key heads, fp32"),
+        ("demo --ranks 3 --heads 6 --kv-heads 3 --dtype bf16", "nothing needs to divide anything"),
+        ("demo --text README.md --seq-limit 2k", "your own text"),
+    ],
+    notes: "Every byte is a token. A fixed, seeded table makes it a vector; queries and keys are turned by their position (RoPE).\n\
+            The command fails if any result differs from one rank's by more than rounding.",
+};
+
+/// What all ranks run, from the options and the text.
+pub fn job(given: &Given, mut bytes: Vec<u8>) -> Result<Job, Failure> {
+    let config = shape::config(given, DType::F32)?;
+    let ranks = given.small("ranks", 4, 2..=64)?;
+    bytes.truncate(given.number("seq-limit", 16 << 10, 1..=1 << 24)? as usize);
+    let seqs = vec![Sequence::square(bytes.len() as u32)];
+    let case = |kind| Case { config: config.clone(), comm: Comm::of(kind), seqs: seqs.clone() };
+    let threads = given.number("threads", (probe::cores() / u64::from(ranks)).max(1), 1..=1024)?;
+    Ok(Job {
+        cases: CommType::ALL.into_iter().map(case).collect(),
+        ranks,
+        source: Source::Text(bytes),
+        threads: threads as usize,
+        warmup: 0,
+        iters: 1,
+        gather: true,
+        timeout: Duration::from_secs(given.number("timeout", 60, 1..=86_400)?),
+    })
+}
+
+pub fn run(given: &Given) -> Result<(), Failure> {
+    let bytes = match given.text("text") {
+        None => TEXT.as_bytes().to_vec(),
+        Some(file) => std::fs::read(file).map_err(|e| failed(format!("--text {file}: {e}")))?,
+    };
+    if bytes.is_empty() {
+        return Err(failed(format!("--text {}: is empty", given.text("text").unwrap_or(""))));
+    }
+    let job = job(given, bytes)?;
+    let problem = job.cases[0].problem(job.ranks).map_err(|e| usage(e.text))?;
+    let Source::Text(bytes) = &job.source else { unreachable!("a demo's source is a text") };
+    introduce(&job, &problem, bytes);
+
+    let threads = (probe::cores() as usize).min(job.threads * job.ranks as usize);
+    let alone = rank::alone(&job, &job.cases[0], threads)?;
+    let one = check::gather(&*job.cases[0].alone()?, std::slice::from_ref(&alone));
+    let [forward, backward] = [0, 1].map(|pass| text::seconds(alone.passes[pass].seconds[0]));
+    text::out(&format!(
+        "{} forward {forward}, backward {backward}, on {} — this is what the others are compared to\n\n",
+        bold("One rank alone"),
+        plural(threads as u64, "thread"),
+    ));
+
+    let mut rows = vec![head()];
+    let mut wrong = Vec::new();
+    launch::processes(&job, "demo", given, bytes, &mut |index, reports| {
+        let (row, fault) = row(&job, &job.cases[index], &reports, &one)?;
+        rows.push(row);
+        wrong.extend(fault);
+        Ok(())
+    })?;
+    use Align::{Left, Right};
+    let align = [Left, Right, Right, Right, Right, Right, Right, Right, Right, Right, Right, Left];
+    text::out(&format!(
+        "{} exchanged in four ways\n{}\n",
+        bold(&format!("{} ranks,", job.ranks)),
+        text::columns(&align, &rows)
+    ));
+    finish(&job, &wrong)
+}
+
+fn plural(n: u64, word: &str) -> String {
+    format!("{n} {word}{}", if n == 1 { "" } else { "s" })
+}
+
+fn introduce(job: &Job, p: &Problem, bytes: &[u8]) {
+    let cores = probe::cores();
+    let mut out = format!(
+        "{} {} · exact attention over a sequence that is split across ranks\n\n",
+        bold("context-parallel"),
+        env!("CARGO_PKG_VERSION")
+    );
+    out += &format!(
+        "{}  {} bytes; every byte is a token and may look at all bytes up to itself (causal)\n",
+        bold("The text "),
+        text::grouped(bytes.len() as u64)
+    );
+    out += &format!(
+        "{}  {}, {}, {} elements each, {}; forward and backward\n",
+        bold("The layer"),
+        plural(p.heads.into(), "query head"),
+        plural(p.kv_heads.into(), "key head"),
+        p.dim_qk,
+        p.dtype.name()
+    );
+    out += &format!(
+        "{}  {} processes with {}, over shared memory, on {} ({}){}\n\n",
+        bold("The ranks"),
+        job.ranks,
+        plural(job.threads as u64, "thread").replace("1 thread", "one thread each"),
+        plural(cores, "core"),
+        probe::simd_name(),
+        if u64::from(job.ranks) > cores {
+            " — more ranks than cores, so they take turns"
+        } else {
+            ""
+        }
+    );
+    out += &format!(
+        "{} zigzag: {} chunks, rank r holds chunks r and {}−r, so that all have equal work\n",
+        bold("Who holds what"),
+        2 * job.ranks,
+        2 * job.ranks - 1
+    );
+    text::out(&(out + &chunks(p, bytes) + "\n"));
+}
+
+/// The text's chunks in order, with their ranks and first words.
+fn chunks(p: &Problem, bytes: &[u8]) -> String {
+    let mut all: Vec<(Stretch, u32)> = (0..p.ranks)
+        .flat_map(|r| stretches(p, r, Side::Query).into_iter().map(move |s| (s, r)))
+        .collect();
+    all.sort_by_key(|(s, _)| s.start);
+    let digits = bytes.len().to_string().len();
+    let room = text::width().saturating_sub(2 * digits + 24).clamp(16, 80);
+    let line = |(s, r): &(Stretch, u32)| {
+        let (from, to) = (s.start as usize, (s.start + s.len) as usize);
+        let words = String::from_utf8_lossy(&bytes[from..to.min(from + 4 * room)])
+            .chars()
+            .map(|c| if c.is_control() || c.is_whitespace() { ' ' } else { c })
+            .collect::<String>();
+        let mut words = words.split_whitespace().collect::<Vec<_>>().join(" ");
+        if words.chars().count() > room {
+            words = words.chars().take(room - 1).collect::<String>() + "…";
+        }
+        let bar = text::rank(*r, &format!("▌rank {r:<2}"));
+        let span = dim(&format!("{from:>digits$} – {:<digits$}", to - 1));
+        format!("  {bar} {span}  {}\n", text::rank(*r, &words))
+    };
+    if all.len() <= 16 {
+        return all.iter().map(line).collect();
+    }
+    let last = all.len() - 4;
+    let middle = dim(&format!("  … {} more chunks …\n", all.len() - 8));
+    all[..4].iter().map(line).collect::<String>()
+        + &middle
+        + &all[last..].iter().map(line).collect::<String>()
+}
+
+fn head() -> Vec<String> {
+    ["", "stages", "sent fwd", "sent bwd", "forward", "backward", "O", "LSE", "dQ", "dK", "dV", ""]
+        .map(|h| dim(h))
+        .to_vec()
+}
+
+/// One line of the table, and what is wrong with it.
+fn row(
+    job: &Job,
+    case: &Case,
+    reports: &[Report],
+    one: &check::Whole,
+) -> Result<(Vec<String>, Option<String>), Failure> {
+    let p = case.problem(job.ranks)?;
+    let name = case.comm.kind.name();
+    let errors = check::errors(&p, &check::gather(&p, reports), one);
+    let slowest =
+        |pass: usize| reports.iter().map(|r| r.passes[pass].seconds[0]).fold(0.0, f64::max);
+    let sent = |pass: usize| {
+        reports.iter().map(|r| r.passes[pass].sent).sum::<u64>() / u64::from(job.ranks)
+    };
+    let equal = check::agree(&errors, p.dtype);
+    let planned = as_planned(&p, reports);
+    let fault = match (equal, planned) {
+        (false, _) => Some(format!("{name} differs from one rank")),
+        (_, false) => Some(format!("{name} moved other bytes than its plan says")),
+        _ => None,
+    };
+    let mark = if fault.is_none() { text::good("✓") } else { text::bad("✗") };
+    let stages = match p.inner {
+        1 => p.stages.to_string(),
+        u if u == p.ranks => "heads".into(),
+        u => format!("heads/{u} + {}", p.stages),
+    };
+    let mut row = vec![bold(name), stages];
+    row.extend([0, 1].map(|pass| text::bytes(sent(pass))));
+    row.extend([0, 1].map(|pass| text::seconds(slowest(pass))));
+    row.extend(
+        errors.iter().zip(check::tolerance(p.dtype)).map(|(e, limit)| {
+            if *e <= limit { text::error(*e) } else { text::bad(&text::error(*e)) }
+        }),
+    );
+    row.push(mark);
+    Ok((row, fault))
+}
+
+/// Every rank moved exactly the bytes of its plan.
+fn as_planned(p: &Arc<Problem>, reports: &[Report]) -> bool {
+    [Pass::Forward, Pass::Backward].into_iter().enumerate().all(|(i, pass)| {
+        reports.iter().enumerate().all(|(rank, report)| {
+            let a = account(&Plan::new(p, rank as u32, pass, Options::default()));
+            (a.sent, a.received) == (report.passes[i].sent, report.passes[i].received)
+        })
+    })
+}
+
+fn finish(job: &Job, wrong: &[String]) -> Result<(), Failure> {
+    let case = &job.cases[0];
+    let limit = check::tolerance(case.config.dtype)[0];
+    text::out(&dim(
+        "  sent: bytes per rank, the mean; equal to what the plan says. forward, backward: the slowest rank, first call.\n  \
+         O … dV: worst error against one rank, relative, over 64 rows of a head; LSE: absolute, as it is a logarithm.\n",
+    ));
+    if !wrong.is_empty() {
+        text::out("\n");
+        return Err(failed(format!("{} (allowed is {limit:.0e})", wrong.join("; "))));
+    }
+    text::out(&format!(
+        "\n{} All four ways give the answer of one rank, forward and backward, up to the rounding of {} (below {limit:.0e}).\n",
+        text::good("✓"),
+        case.config.dtype.name()
+    ));
+    let cp = job.ranks;
+    text::out(&dim(&format!(
+        "  Next: `context-parallel plan --cp {cp} --seq {}` shows who sends what to whom, `perf --cp {cp}` times it, `info` what is here.\n",
+        case.seqs[0].q.len
+    )));
+    Ok(())
+}

@@ -1,0 +1,102 @@
+//! Version, build information, errors.
+
+use super::abi::*;
+use super::guard::last_error;
+use crate::backend::cpu::Simd;
+use crate::error::Status;
+use libc::c_char;
+use std::ffi::CString;
+use std::sync::OnceLock;
+
+/// Version of the library as major*1000000 + minor*1000 + patch. Any thread, any time, also after fork.
+#[unsafe(no_mangle)]
+pub extern "C" fn cp_version() -> u32 {
+    const fn number(text: &str) -> u32 {
+        let bytes = text.as_bytes();
+        let (mut i, mut value) = (0, 0);
+        while i < bytes.len() {
+            value = value * 10 + (bytes[i] - b'0') as u32;
+            i += 1;
+        }
+        value
+    }
+    number(env!("CARGO_PKG_VERSION_MAJOR")) * 1_000_000
+        + number(env!("CARGO_PKG_VERSION_MINOR")) * 1_000
+        + number(env!("CARGO_PKG_VERSION_PATCH"))
+}
+
+/// What the library was built with and what it found, as one line of JSON: version, backends, simd. The text lives as long as the
+/// library. Any thread, any time.
+#[unsafe(no_mangle)]
+pub extern "C" fn cp_build_info() -> *const c_char {
+    static INFO: OnceLock<CString> = OnceLock::new();
+    let make = || CString::new(build_info()).unwrap_or_default();
+    INFO.get_or_init(make).as_ptr()
+}
+
+/// The text of [`cp_build_info`].
+pub fn build_info() -> String {
+    let simd: Vec<String> =
+        Simd::ALL.iter().filter(|s| s.available()).map(|s| format!("\"{}\"", s.name())).collect();
+    format!(
+        "{{\"version\":\"{}\",\"backends\":[\"cpu\"],\"transports\":[\"local\",\"shm\",\"user\"],\"simd\":\"{}\",\"simd_available\":[{}],\"cuda\":null,\"nccl\":null,\"profile\":\"{}\",\"target\":\"{}-{}\"}}",
+        env!("CARGO_PKG_VERSION"),
+        Simd::detect().name(),
+        simd.join(","),
+        if cfg!(debug_assertions) { "debug" } else { "release" },
+        std::env::consts::ARCH,
+        std::env::consts::OS
+    )
+}
+
+/// A status as a short phrase; "unknown status" for any other number. Static text. Any thread, any time.
+#[unsafe(no_mangle)]
+pub extern "C" fn cp_status_string(status: cp_status) -> *const c_char {
+    let text = match Status::from_i32(status) {
+        Some(Status::Ok) => c"success",
+        Some(Status::InvalidArgument) => c"invalid argument",
+        Some(Status::InvalidHandle) => c"invalid handle",
+        Some(Status::InvalidUsage) => c"invalid usage",
+        Some(Status::Unsupported) => c"not supported",
+        Some(Status::NotCapturable) => c"not capturable",
+        Some(Status::OutOfMemory) => c"out of memory",
+        Some(Status::Version) => c"version mismatch",
+        Some(Status::Mismatch) => c"ranks disagree",
+        Some(Status::Cuda) => c"CUDA error",
+        Some(Status::Nccl) => c"NCCL error",
+        Some(Status::Transport) => c"transport error",
+        Some(Status::Timeout) => c"timeout",
+        Some(Status::PeerLost) => c"peer lost",
+        Some(Status::Aborted) => c"aborted",
+        Some(Status::Internal) => c"internal error",
+        None => c"unknown status",
+    };
+    text.as_ptr()
+}
+
+/// Text of this thread's last error: what, which argument, got and allowed, the rank. Empty before the first; never NULL. Valid until the
+/// thread's next call of this library that fails.
+#[unsafe(no_mangle)]
+pub extern "C" fn cp_last_error() -> *const c_char {
+    last_error()
+}
+
+/// Copies the text of this thread's last error, cut to fit and always ended by 0, and returns its full length without the 0. With NULL or
+/// capacity 0 only the length is returned.
+///
+/// # Safety
+/// `text` is NULL or has room for `capacity` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cp_last_error_copy(text: *mut c_char, capacity: usize) -> usize {
+    // SAFETY: the thread's own text, ended by 0.
+    let last = unsafe { std::ffi::CStr::from_ptr(last_error()) }.to_bytes();
+    if !text.is_null() && capacity > 0 {
+        let count = last.len().min(capacity - 1);
+        // SAFETY: room for `capacity` bytes, by the caller's promise.
+        unsafe {
+            std::ptr::copy_nonoverlapping(last.as_ptr().cast(), text, count);
+            *text.add(count) = 0;
+        }
+    }
+    last.len()
+}

@@ -1,0 +1,480 @@
+//! Layers.
+
+use super::abi::*;
+use super::decode;
+use super::group::cp_group;
+use super::guard::{
+    Opaque, create, destroy, enter, extensible, guard, object, output, report, zero,
+};
+use crate::attention::{Args, Attention, Context};
+use crate::backend::cpu::{Cpu, Simd};
+use crate::dtype::DType;
+use crate::error::{Error, Result, Status};
+use crate::partition::Partition;
+use crate::plan::{Pass, Tensor, json};
+use crate::problem::Problem;
+use libc::{c_char, c_void};
+use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+
+/// An attention layer. Use it from any thread, one call at a time.
+pub struct cp_attention {
+    _opaque: [u8; 0],
+}
+
+impl Opaque for cp_attention {
+    type Object = Mutex<Attention>;
+    const MAGIC: u64 = u64::from_le_bytes(*b"cp_atten");
+    const NAME: &'static str = "attention";
+}
+
+/// # Safety
+/// As [`object`].
+unsafe fn layer<'a>(attention: *const cp_attention) -> Result<MutexGuard<'a, Attention>> {
+    // SAFETY: the caller's promise.
+    enter("attention", unsafe { object(attention)? })
+}
+
+/// Makes a layer, without a group: it computes alone until cp_set_group. Local.
+///
+/// The instruction set is the best that the CPU has, or CP_SIMD from the environment (scalar, avx2, avx512, avx512_bf16).
+///
+/// # Safety
+/// `config` points to `struct_size` bytes; `attention` has room for a pointer.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cp_attention_create(
+    config: *const cp_attention_config,
+    attention: *mut *mut cp_attention,
+) -> cp_status {
+    guard(|| {
+        let out = output("attention", attention)?;
+        // SAFETY: the caller's promise.
+        let (config, threads) = unsafe { decode::attention_config(config)? };
+        let cpu = Cpu::new(thread_count(threads)?, Simd::from_env()?)?;
+        out.write(create(Mutex::new(Attention::new(config, cpu)?)));
+        Ok(())
+    })
+}
+
+fn thread_count(asked: u32) -> Result<usize> {
+    let from_env = || match std::env::var("CP_THREADS") {
+        Ok(text) => match text.parse() {
+            Ok(n @ 1..=1024) => Ok(n),
+            _ => Err(Error::argument(format!("CP_THREADS: got {text:?}, allowed 1 … 1024"))),
+        },
+        Err(_) => Ok(1),
+    };
+    match asked {
+        0 => from_env(),
+        n @ 1..=1024 => Ok(n as usize),
+        n => Err(Error::argument(format!("config.threads: got {n}, allowed 0 … 1024"))),
+    }
+}
+
+/// Would cp_attention_create and cp_set_group accept this on a group of `ranks`? CP_OK, or the same status as they would give, with the
+/// reason in words in cp_last_error. Local.
+///
+/// # Safety
+/// `config` points to `struct_size` bytes; `comm` is NULL (p2p) or likewise.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cp_query_support(
+    config: *const cp_attention_config,
+    comm: *const cp_comm_config,
+    ranks: u32,
+) -> cp_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let (config, threads) = unsafe { decode::attention_config(config)? };
+        thread_count(threads)?;
+        if ranks == 0 {
+            return Err(Error::argument("ranks: got 0, need at least 1"));
+        }
+        // SAFETY: the caller's promise.
+        let comm = unsafe { decode::comm_config(comm, ranks)? };
+        config.supports(comm, ranks)
+    })
+}
+
+/// Attaches a group to a layer, or with NULL turns context parallelism off for it. `comm` NULL is p2p.
+///
+/// Collective over a parent group (one that cp_group_init made) the first time the layer gets it: the configuration is agreed, CP_ERR_MISMATCH on all
+/// ranks if one differs. Local for every later switch, and for subsets.
+///
+/// # Safety
+/// `attention` is a handle, `group` NULL or a handle, `comm` NULL or points to `struct_size` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cp_set_group(
+    attention: *mut cp_attention,
+    group: *const cp_group,
+    comm: *const cp_comm_config,
+) -> cp_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let mut layer = unsafe { layer(attention)? };
+        if group.is_null() {
+            // SAFETY: the caller's promise; a configuration that comes along must still make sense.
+            unsafe { decode::comm_config(comm, 1)? };
+            layer.clear_group();
+            return Ok(());
+        }
+        // SAFETY: the caller's promise.
+        let group = unsafe { object(group)? };
+        // SAFETY: the caller's promise.
+        let comm = unsafe { decode::comm_config(comm, group.size()) };
+        layer.set_group(group, comm)
+    })
+}
+
+/// Workspace that suffices for every call in which a rank holds at most `tokens_per_rank` rows of Q and of K, padding included, on the
+/// current group. Local. A call whose sequences need less accepts less.
+///
+/// # Safety
+/// `attention` is a handle; `bytes` has room for a number.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cp_attention_workspace_size(
+    attention: *const cp_attention,
+    tokens_per_rank: u32,
+    bytes: *mut usize,
+) -> cp_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let layer = unsafe { layer(attention)? };
+        let out = output("bytes", bytes)?;
+        out.write(layer.workspace_bound(tokens_per_rank)?);
+        Ok(())
+    })
+}
+
+/// Bytes that forward leaves for backward with these sequences on the current group: 0 without CP_ATTENTION_SAVE or without a head exchange. Local.
+///
+/// # Safety
+/// `attention` is a handle; `sequences` as its docs say; `bytes` has room for a number.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cp_attention_saved_size(
+    attention: *const cp_attention,
+    sequences: *const cp_sequences,
+    bytes: *mut usize,
+) -> cp_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let layer = unsafe { layer(attention)? };
+        // SAFETY: the caller's promise.
+        let problem = unsafe { problem(&layer, sequences)? };
+        output("bytes", bytes)?.write(layer.saved_bytes(&problem));
+        Ok(())
+    })
+}
+
+/// What calls with these sequences need and move on this rank. Local.
+///
+/// # Safety
+/// `attention` is a handle; `sequences` as its docs say; `out` points to `struct_size` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cp_attention_report(
+    attention: *const cp_attention,
+    sequences: *const cp_sequences,
+    out: *mut cp_report,
+) -> cp_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let mut layer = unsafe { layer(attention)? };
+        // SAFETY: the caller's promise.
+        let problem = unsafe { problem(&layer, sequences)? };
+        let (f, b) =
+            (layer.account(&problem, Pass::Forward), layer.account(&problem, Pass::Backward));
+        let filled = cp_report {
+            forward_workspace: f.workspace,
+            backward_workspace: b.workspace,
+            saved: f.saved,
+            transport: layer.group().transport_bytes() as u64,
+            kernels: layer.kernel_bytes() as u64,
+            forward_sent: f.sent,
+            forward_received: f.received,
+            backward_sent: b.sent,
+            backward_received: b.received,
+            forward_flops: f.flops,
+            backward_flops: b.flops,
+            stages: problem.stages,
+            inner: problem.inner,
+            ..cp_report::default()
+        };
+        // SAFETY: the caller's promise.
+        unsafe { report("report", out, filled) }
+    })
+}
+
+/// Exact attention of this rank's queries over all keys of the group that the mask lets them see.
+///
+/// O = softmax(scale·Q·Kᵀ)·V; LSE = log Σ exp(scale·q·k), natural log, fp32. A row that sees no key, and padding: O = 0, LSE = -inf.
+/// Collective over the layer's group, in the same order on all ranks; blocking on the CPU, where `stream` must be NULL.
+/// If one rank's arguments are wrong, that rank gets its error and all others CP_ERR_MISMATCH naming it; nothing has moved.
+///
+/// # Safety
+/// `attention` is a handle; `args` points to `struct_size` bytes; its tensors' memory is as their shapes and strides say, and outputs overlap nothing.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cp_attention_forward(
+    attention: *mut cp_attention,
+    args: *const cp_forward_args,
+    stream: *mut c_void,
+) -> cp_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let mut layer = unsafe { layer(attention)? };
+        // SAFETY: the caller's promise.
+        let read = unsafe { forward_args(&layer, args, stream) };
+        let (args, context) = match read {
+            Ok((args, context)) => (Ok(args), context),
+            Err(e) => (Err(e), std::ptr::null_mut()),
+        };
+        // SAFETY: the caller's promise.
+        let made = unsafe { layer.forward(args)? };
+        if !context.is_null() {
+            // SAFETY: checked below to be aligned; room for one by the caller's promise.
+            unsafe {
+                context.write(cp_context {
+                    problem: made.problem,
+                    attached: made.attached,
+                    dropout_seed: 0,
+                    reserved: 0,
+                })
+            };
+        }
+        Ok(())
+    })
+}
+
+/// # Safety
+/// As [`cp_attention_forward`].
+unsafe fn forward_args(
+    layer: &Attention,
+    args: *const cp_forward_args,
+    stream: *mut c_void,
+) -> Result<(Args, *mut cp_context)> {
+    no_stream(stream)?;
+    // SAFETY: the caller's promise.
+    let a = unsafe { extensible("args", args)? };
+    zero("args.flags", a.flags.into())?;
+    if !a.context.is_null() {
+        output("args.context", a.context)?;
+    }
+    let inputs = [(Tensor::Q, &a.q), (Tensor::K, &a.k), (Tensor::V, &a.v)];
+    let outputs = [(Tensor::Out, &a.out), (Tensor::Lse, &a.lse)];
+    let workspace = buffer("workspace", a.workspace, a.workspace_bytes)?;
+    let saved = buffer("saved", a.saved, a.saved_bytes)?;
+    // SAFETY: the caller's promise.
+    let args = unsafe {
+        pass_args(layer, a.sequences, layer.group().size(), &inputs, &outputs, workspace, saved)?
+    };
+    Ok((args, a.context))
+}
+
+/// Gradients of Q, K and V. Finds the group and communication that the forward used in `context`, whatever is attached now.
+///
+/// Collective over that group; blocking on the CPU, where `stream` must be NULL. Gradients of padding are exactly 0.
+/// Errors as in cp_attention_forward, and CP_ERR_INVALID_ARGUMENT for a context of another layer or of other sequences.
+///
+/// # Safety
+/// As cp_attention_forward.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cp_attention_backward(
+    attention: *mut cp_attention,
+    args: *const cp_backward_args,
+    stream: *mut c_void,
+) -> cp_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let mut layer = unsafe { layer(attention)? };
+        // SAFETY: the caller's promise.
+        let (context, args) = unsafe { backward_args(&layer, args, stream) };
+        // SAFETY: the caller's promise.
+        unsafe { layer.backward(context, args) }
+    })
+}
+
+/// # Safety
+/// As [`cp_attention_backward`].
+unsafe fn backward_args(
+    layer: &Attention,
+    args: *const cp_backward_args,
+    stream: *mut c_void,
+) -> (Result<Context>, Result<Args>) {
+    // SAFETY: the caller's promise.
+    let a = match no_stream(stream).and_then(|()| unsafe { extensible("args", args) }) {
+        Ok(a) => a,
+        Err(e) => return (Err(e.clone()), Err(e)),
+    };
+    let context = if a.context.is_null() || !a.context.is_aligned() {
+        Err(Error::argument(format!(
+            "args.context: got {:p}, must be what forward wrote",
+            a.context
+        )))
+    } else {
+        // SAFETY: not null and aligned; readable by the caller's promise.
+        let c = unsafe { a.context.read() };
+        Ok(Context { problem: c.problem, attached: c.attached })
+    };
+    let ranks = context
+        .as_ref()
+        .ok()
+        .and_then(|c| layer.ranks_of(c))
+        .unwrap_or_else(|| layer.group().size());
+    let read = || {
+        zero("args.flags", a.flags.into())?;
+        let inputs = [
+            (Tensor::Q, &a.q),
+            (Tensor::K, &a.k),
+            (Tensor::V, &a.v),
+            (Tensor::Out, &a.out),
+            (Tensor::Lse, &a.lse),
+            (Tensor::DOut, &a.d_out),
+        ];
+        let outputs = [(Tensor::DQ, &a.dq), (Tensor::DK, &a.dk), (Tensor::DV, &a.dv)];
+        let workspace = buffer("workspace", a.workspace, a.workspace_bytes)?;
+        let saved = buffer("saved", a.saved.cast_mut(), a.saved_bytes)?;
+        // SAFETY: the caller's promise.
+        unsafe { pass_args(layer, a.sequences, ranks, &inputs, &outputs, workspace, saved) }
+    };
+    (context, read())
+}
+
+type Named_<'a> = (Tensor, &'a cp_tensor);
+
+/// # Safety
+/// The sequences are as their docs say.
+unsafe fn pass_args(
+    layer: &Attention,
+    sequences: *const cp_sequences,
+    ranks: u32,
+    inputs: &[Named_],
+    outputs: &[Named_],
+    workspace: Option<(*mut u8, usize)>,
+    saved: Option<(*mut u8, usize)>,
+) -> Result<Args> {
+    let config = layer.config();
+    let list = matches!(config.partition, Partition::List { .. });
+    // SAFETY: the caller's promise.
+    let (seqs, list) = unsafe { decode::sequences(sequences, config.packed, list, ranks)? };
+    let (mut views, mut shapes) = (Vec::with_capacity(9), Vec::with_capacity(9));
+    for (i, (tensor, t)) in inputs.iter().chain(outputs).enumerate() {
+        let name = crate::attention::name(*tensor);
+        let (view, shape) = match tensor {
+            Tensor::Lse => decode::statistic(name, t, config.packed)?,
+            _ => decode::tensor(name, t, config.dtype, config.packed)?,
+        };
+        if i >= inputs.len() {
+            decode::not_overlapping(name, &view)?;
+        }
+        views.push((*tensor, view));
+        shapes.push((*tensor, shape));
+    }
+    debug_assert!(views.iter().all(|(t, v)| *t != Tensor::Lse || v.dtype == DType::F32));
+    Ok(Args { seqs, list, views, shapes, workspace, saved })
+}
+
+fn no_stream(stream: *mut c_void) -> Result<()> {
+    if stream.is_null() {
+        Ok(())
+    } else {
+        Err(Error::argument(format!("stream: got {stream:p}, must be NULL on the CPU")))
+    }
+}
+
+fn buffer(name: &str, ptr: *mut c_void, bytes: usize) -> Result<Option<(*mut u8, usize)>> {
+    match (ptr.is_null(), bytes) {
+        (true, 0) => Ok(None),
+        (true, _) => Err(Error::argument(format!("args.{name}: got NULL with {bytes} bytes"))),
+        (false, _) => Ok(Some((ptr.cast(), bytes))),
+    }
+}
+
+/// The problem that these sequences make on the layer's current group.
+///
+/// # Safety
+/// The sequences are as their docs say.
+unsafe fn problem(layer: &Attention, sequences: *const cp_sequences) -> Result<Arc<Problem>> {
+    let config = layer.config();
+    let list = matches!(config.partition, Partition::List { .. });
+    // SAFETY: the caller's promise.
+    let (seqs, list) =
+        unsafe { decode::sequences(sequences, config.packed, list, layer.group().size())? };
+    layer.problem(seqs, list)
+}
+
+/// This rank's plan for these sequences on the current group, as text or JSON. Writes at most `capacity` bytes, ended by 0, and the full
+/// length without the 0 to `length`. With `text` NULL only the length. Local.
+///
+/// # Safety
+/// `attention` is a handle; `sequences` as its docs say; `text` is NULL or has room for `capacity` bytes; `length` has room for a number.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cp_attention_plan(
+    attention: *const cp_attention,
+    sequences: *const cp_sequences,
+    pass: cp_pass,
+    format: cp_plan_format,
+    text: *mut c_char,
+    capacity: usize,
+    length: *mut usize,
+) -> cp_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        let layer = unsafe { layer(attention)? };
+        let out = output("length", length)?;
+        let pass = match pass {
+            CP_PASS_FORWARD => Pass::Forward,
+            CP_PASS_BACKWARD => Pass::Backward,
+            other => {
+                return Err(Error::argument(format!(
+                    "pass: got {other}, allowed CP_PASS_FORWARD (0), CP_PASS_BACKWARD (1)"
+                )));
+            }
+        };
+        // SAFETY: the caller's promise.
+        let problem = unsafe { problem(&layer, sequences)? };
+        let plan = layer.plan(&problem, pass);
+        let written = match format {
+            CP_PLAN_TEXT => plan.to_string(),
+            CP_PLAN_JSON => json::plan(&plan),
+            other => {
+                return Err(Error::argument(format!(
+                    "format: got {other}, allowed CP_PLAN_TEXT (0), CP_PLAN_JSON (1)"
+                )));
+            }
+        };
+        if !text.is_null() {
+            if capacity == 0 {
+                return Err(Error::argument("capacity: got 0 with a text buffer"));
+            }
+            let count = written.len().min(capacity - 1);
+            // SAFETY: room for `capacity` bytes, by the caller's promise.
+            unsafe {
+                std::ptr::copy_nonoverlapping(written.as_ptr().cast(), text, count);
+                *text.add(count) = 0;
+            }
+        }
+        out.write(written.len());
+        Ok(())
+    })
+}
+
+/// Destroys the layer; NULL does nothing. Local.
+///
+/// # Safety
+/// `attention` is NULL or a handle that no other call uses.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cp_attention_destroy(attention: *mut cp_attention) -> cp_status {
+    guard(|| {
+        if !attention.is_null() {
+            // SAFETY: the caller's promise.
+            match unsafe { object(attention.cast_const())? }.try_lock() {
+                Err(TryLockError::WouldBlock) => {
+                    return Err(Error::new(
+                        Status::InvalidUsage,
+                        "attention: is in use by another thread; it was not destroyed",
+                    ));
+                }
+                Ok(_) | Err(TryLockError::Poisoned(_)) => {}
+            }
+        }
+        // SAFETY: the caller's promise.
+        unsafe { destroy(attention) }
+    })
+}

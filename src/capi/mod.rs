@@ -1,0 +1,14 @@
+//! The C ABI. Every exported function is: guard → decode → call → encode; nothing is decided here.
+//!
+//! In lifecycle order: `about` (version, errors), `group`, `partition`, `attention`. The structs are in `abi`, all argument checks in `decode`,
+//! panics and handles in `guard`. cbindgen makes `include/context_parallel.h` from these files; a test compares.
+
+#![allow(non_camel_case_types)]
+
+pub mod abi;
+pub mod about;
+pub mod attention;
+mod decode;
+pub mod group;
+mod guard;
+pub mod partition;

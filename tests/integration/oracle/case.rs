@@ -1,0 +1,229 @@
+//! The corpus: `tests/data/cases.csv`, described in `tests/data/README.md`.
+
+use context_parallel::dtype::DType;
+use context_parallel::error::Result;
+use context_parallel::mask::Mask;
+use context_parallel::partition::{Partition, Side, Stretch};
+use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
+use std::sync::OnceLock;
+
+/// How `[token, head, dim]` lies in a caller's tensor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    Bshd,
+    Sbhd,
+    Thd,
+}
+
+/// The partition column.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Dealing {
+    Zigzag,
+    Contiguous,
+    Striped,
+    List,
+}
+
+/// One line of the corpus.
+#[derive(Clone, Debug)]
+pub struct Case {
+    pub name: String,
+    pub tags: Vec<String>,
+    pub format: Format,
+    pub seqs: Vec<Sequence>,
+    pub heads: usize,
+    pub kv_heads: usize,
+    pub dim_qk: usize,
+    pub dim_v: usize,
+    pub causal: bool,
+    pub bottom_right: bool,
+    pub left: Option<u32>,
+    pub right: Option<u32>,
+    pub dealing: Dealing,
+    pub scale: f32,
+}
+
+/// All cases, in file order.
+pub fn cases() -> &'static [Case] {
+    static CASES: OnceLock<Vec<Case>> = OnceLock::new();
+    CASES.get_or_init(|| parse(include_str!("../../data/cases.csv")))
+}
+
+const COLUMNS: &str = "name,tags,format,batch,lens_q,lens_k,padded_q,padded_k,before_q,before_k,\
+heads,kv_heads,dim_qk,dim_v,causal,bottom_right,window_left,window_right,partition,scale";
+
+fn parse(text: &str) -> Vec<Case> {
+    let mut lines = text.lines();
+    assert_eq!(lines.next(), Some(COLUMNS), "cases.csv: the header changed, its readers did not");
+    lines.map(line).collect()
+}
+
+fn line(line: &str) -> Case {
+    let f: Vec<&str> = line.split(',').collect();
+    assert_eq!(f.len(), COLUMNS.split(',').count(), "cases.csv: {line}");
+    let number =
+        |i: usize| -> usize { f[i].parse().unwrap_or_else(|e| panic!("{}: {e}: {}", f[0], f[i])) };
+    let batch = number(3);
+    let limit = |i: usize| (f[i] != "-").then(|| number(i) as u32);
+    let q = extents(batch, f[4], f[6], f[8]);
+    let k = extents(batch, f[5], f[7], f[9]);
+    let dim_qk = number(12);
+    Case {
+        name: f[0].to_string(),
+        tags: f[1].split(' ').map(str::to_string).collect(),
+        format: match f[2] {
+            "bshd" => Format::Bshd,
+            "sbhd" => Format::Sbhd,
+            "thd" => Format::Thd,
+            other => panic!("{}: format {other}", f[0]),
+        },
+        seqs: q.into_iter().zip(k).map(|(q, k)| Sequence { q, k }).collect(),
+        heads: number(10),
+        kv_heads: number(11),
+        dim_qk,
+        dim_v: number(13),
+        causal: number(14) == 1,
+        bottom_right: number(15) == 1,
+        left: limit(16),
+        right: limit(17),
+        dealing: match f[18] {
+            "zigzag" => Dealing::Zigzag,
+            "contiguous" => Dealing::Contiguous,
+            "striped" => Dealing::Striped,
+            "list" => Dealing::List,
+            other => panic!("{}: partition {other}", f[0]),
+        },
+        scale: match f[19] {
+            "-" => 1.0 / (dim_qk as f32).sqrt(),
+            text => text.parse().unwrap_or_else(|e| panic!("{}: {e}: {text}", f[0])),
+        },
+    }
+}
+
+fn extents(batch: usize, lens: &str, padded: &str, before: &str) -> Vec<Extent> {
+    let list = |text: &str, absent: &[u32]| -> Vec<u32> {
+        if text == "-" {
+            return absent.to_vec();
+        }
+        let values: Vec<u32> = text.split(' ').map(|v| v.parse().expect(text)).collect();
+        if values.len() == 1 {
+            return vec![values[0]; batch];
+        }
+        assert_eq!(values.len(), batch, "{text}: one value, or one for each of {batch} sequences");
+        values
+    };
+    let len = list(lens, &[]);
+    let padded = list(padded, &len);
+    let before = list(before, &vec![0; batch]);
+    (0..batch).map(|i| Extent { before: before[i], len: len[i], padded: padded[i] }).collect()
+}
+
+impl Case {
+    /// Does the case carry this tag?
+    pub fn is(&self, tag: &str) -> bool {
+        self.tags.iter().any(|t| t == tag)
+    }
+
+    /// May query `i` of a sequence see its key `j`? Positions count from the first true token. This is the definition of the mask.
+    pub fn sees(&self, seq: usize, i: usize, j: usize) -> bool {
+        let (len_q, len_k) = (i64::from(self.seqs[seq].q.len), i64::from(self.seqs[seq].k.len));
+        let diagonal = i as i64 + if self.bottom_right { len_k - len_q } else { 0 };
+        let after = j as i64 - diagonal; // keys after the diagonal are positive
+        if self.causal && after > 0 {
+            return false;
+        }
+        self.left.is_none_or(|l| after >= -i64::from(l))
+            && (self.causal || self.right.is_none_or(|r| after <= i64::from(r)))
+    }
+
+    /// Tokens of a side, padding included.
+    pub fn tokens(&self, side: Side) -> usize {
+        self.seqs.iter().map(|s| s.extent(side).padded as usize).sum()
+    }
+
+    /// Global index of a sequence's first true token.
+    pub fn first(&self, seq: usize, side: Side) -> usize {
+        let base: u32 = self.seqs[..seq].iter().map(|s| s.extent(side).padded).sum();
+        (base + self.seqs[seq].extent(side).before) as usize
+    }
+
+    /// Global indices of the true tokens, in order.
+    pub fn true_tokens(&self, side: Side) -> Vec<usize> {
+        let of = |s: usize| {
+            let first = self.first(s, side);
+            first..first + self.seqs[s].extent(side).len as usize
+        };
+        (0..self.seqs.len()).flat_map(of).collect()
+    }
+
+    /// The case as a problem for `ranks` ranks. `stages`: `None` is what the communication type's name stands for.
+    pub fn problem(
+        &self,
+        ranks: u32,
+        comm: CommType,
+        stages: Option<u32>,
+        dtype: DType,
+    ) -> Result<Problem> {
+        let inner = comm.inner(ranks, 0)?;
+        let problem = Problem {
+            ranks,
+            inner,
+            stages: stages.unwrap_or(comm.default_stages(ranks / inner)),
+            relay: false,
+            partition: match self.dealing {
+                Dealing::Zigzag => Partition::Zigzag,
+                Dealing::Contiguous => Partition::Contiguous,
+                Dealing::Striped => Partition::Striped,
+                Dealing::List => Partition::List {
+                    q: self.lists(ranks, Side::Query),
+                    k: self.lists(ranks, Side::Key),
+                },
+            },
+            mask: Mask {
+                causal: self.causal,
+                bottom_right: self.bottom_right,
+                left: self.left,
+                right: self.right,
+            },
+            packed: self.format == Format::Thd,
+            seqs: self.seqs.clone(),
+            heads: self.heads as u32,
+            kv_heads: self.kv_heads as u32,
+            dim_qk: self.dim_qk as u32,
+            dim_v: self.dim_v as u32,
+            dtype,
+            wire: Wire::Storage,
+            scale: self.scale,
+        };
+        problem.validate().map(|()| problem)
+    }
+
+    /// The corpus' own `list` partition: blocks of 5 positions, dealt by a hash; odd ranks hold their blocks of a sequence in
+    /// descending order. Batch entries are dealt alike, documents and the two sides are not.
+    fn lists(&self, ranks: u32, side: Side) -> Vec<Vec<Stretch>> {
+        let mut lists = vec![Vec::new(); ranks as usize];
+        for (seq, s) in self.seqs.iter().enumerate() {
+            let padded = s.extent(side).padded;
+            let mut of_seq = vec![Vec::new(); ranks as usize];
+            for block in 0..padded.div_ceil(5) {
+                let document = if self.format == Format::Thd { seq as u64 } else { 0 };
+                let key =
+                    (u64::from(side == Side::Key) << 62) + (document << 31) + u64::from(block);
+                let rank = super::inputs::mix(key) % u64::from(ranks);
+                of_seq[rank as usize].push(Stretch {
+                    seq: seq as u32,
+                    start: block * 5,
+                    step: 1,
+                    len: (padded - block * 5).min(5),
+                });
+            }
+            for (rank, mut stretches) in of_seq.into_iter().enumerate() {
+                if rank % 2 == 1 {
+                    stretches.reverse();
+                }
+                lists[rank].extend(stretches);
+            }
+        }
+        lists
+    }
+}

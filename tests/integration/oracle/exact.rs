@@ -1,0 +1,94 @@
+//! The float64 oracle: attention and its gradients by a double loop over positions.
+
+use super::Results;
+use super::case::Case;
+use super::inputs::Inputs;
+use context_parallel::partition::Side;
+
+/// The right results, and how large the terms are that were summed to get them.
+pub struct Exact {
+    /// Right to fifteen digits.
+    pub right: Results<f64>,
+    /// The same sums with every term made positive: what rounding errors are proportional to when the terms cancel. LSE: unused.
+    pub terms: Results<f64>,
+    /// Which key tokens are seen by any query.
+    pub seen: Vec<bool>,
+}
+
+pub fn exact(case: &Case, x: &Inputs) -> Exact {
+    let mut out = Exact {
+        right: Results::empty(case, 0.0, f64::NEG_INFINITY),
+        terms: Results::empty(case, 0.0, 0.0),
+        seen: vec![false; case.tokens(Side::Key)],
+    };
+    for seq in 0..case.seqs.len() {
+        for head in 0..case.heads {
+            for i in 0..case.seqs[seq].q.len as usize {
+                row(case, x, seq, head, i, &mut out);
+            }
+        }
+    }
+    out
+}
+
+/// One query row: its own outputs, and what it adds to the gradients of the keys it sees.
+fn row(case: &Case, x: &Inputs, seq: usize, head: usize, i: usize, out: &mut Exact) {
+    let (dqk, dv) = (case.dim_qk, case.dim_v);
+    let scale = f64::from(case.scale);
+    let kv_head = head / (case.heads / case.kv_heads);
+    let query = (case.first(seq, Side::Query) + i) * case.heads + head;
+    let (q, d_o) = (&x.q[query * dqk..][..dqk], &x.d_o[query * dv..][..dv]);
+    let first_key = case.first(seq, Side::Key);
+    let keys: Vec<usize> = (0..case.seqs[seq].k.len as usize)
+        .filter(|&j| case.sees(seq, i, j))
+        .map(|j| (first_key + j) * case.kv_heads + kv_head)
+        .collect();
+    if keys.is_empty() {
+        return;
+    }
+    let k = |key: usize| &x.k[key * dqk..][..dqk];
+    let v = |key: usize| &x.v[key * dv..][..dv];
+
+    let scores: Vec<f64> = keys.iter().map(|&key| scale * dot(q, k(key))).collect();
+    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+    let lse = max + sum.ln();
+    let p: Vec<f64> = scores.iter().map(|s| (s - lse).exp()).collect();
+    out.right.lse[query] = lse;
+
+    for (&key, p) in keys.iter().zip(&p) {
+        out.seen[key / case.kv_heads] = true;
+        add(&mut out.right.o[query * dv..][..dv], *p, v(key));
+        add_terms(&mut out.terms.o[query * dv..][..dv], *p, v(key));
+    }
+    let o = &out.right.o[query * dv..][..dv];
+    let delta: f64 = o.iter().zip(d_o).map(|(o, g)| o * f64::from(*g)).sum();
+    let delta_terms: f64 = o.iter().zip(d_o).map(|(o, g)| (o * f64::from(*g)).abs()).sum();
+    for (&key, p) in keys.iter().zip(&p) {
+        let ds = scale * p * (dot(d_o, v(key)) - delta);
+        let ds_terms = scale.abs() * p * (dot_terms(d_o, v(key)) + delta_terms);
+        add(&mut out.right.dq[query * dqk..][..dqk], ds, k(key));
+        add_terms(&mut out.terms.dq[query * dqk..][..dqk], ds_terms, k(key));
+        add(&mut out.right.dk[key * dqk..][..dqk], ds, q);
+        add_terms(&mut out.terms.dk[key * dqk..][..dqk], ds_terms, q);
+        add(&mut out.right.dv[key * dv..][..dv], *p, d_o);
+        add_terms(&mut out.terms.dv[key * dv..][..dv], *p, d_o);
+    }
+}
+
+fn add(sums: &mut [f64], factor: f64, row: &[f32]) {
+    sums.iter_mut().zip(row).for_each(|(s, x)| *s += factor * f64::from(*x));
+}
+
+/// The same, with positive terms.
+fn add_terms(sums: &mut [f64], factor: f64, row: &[f32]) {
+    sums.iter_mut().zip(row).for_each(|(s, x)| *s += factor * f64::from(x.abs()));
+}
+
+pub fn dot(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum()
+}
+
+fn dot_terms(a: &[f32], b: &[f32]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| (f64::from(*a) * f64::from(*b)).abs()).sum()
+}
