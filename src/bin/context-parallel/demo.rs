@@ -120,10 +120,6 @@ const COLUMNS: [(&str, Align, usize); 12] = [
     ("", Align::Left, 1),
 ];
 
-fn plural(n: u64, word: &str) -> String {
-    format!("{n} {word}{}", if n == 1 { "" } else { "s" })
-}
-
 fn introduce(job: &Job, p: &Problem, bytes: &[u8]) {
     let cores = probe::cores();
     let mut out = format!(
@@ -139,17 +135,17 @@ fn introduce(job: &Job, p: &Problem, bytes: &[u8]) {
     out += &format!(
         "{}  {}, {}, {} elements each, {}; forward and backward\n",
         bold("The layer"),
-        plural(p.heads.into(), "query head"),
-        plural(p.kv_heads.into(), "key head"),
+        text::plural(p.heads.into(), "query head"),
+        text::plural(p.kv_heads.into(), "key head"),
         p.dim_qk,
         p.dtype.name()
     );
     out += &format!(
-        "{}  {} processes with {}, over shared memory, on {} ({}){}\n\n",
+        "{}  {} processes with {} each, over shared memory, on {} ({}){}\n\n",
         bold("The ranks"),
         job.ranks,
-        plural(job.threads as u64, "thread").replace("1 thread", "one thread each"),
-        plural(cores, "core"),
+        text::plural(job.threads as u64, "thread"),
+        text::plural(cores, "core"),
         probe::simd_name(),
         if u64::from(job.ranks) > cores {
             " — more ranks than cores, so they take turns"
@@ -158,7 +154,7 @@ fn introduce(job: &Job, p: &Problem, bytes: &[u8]) {
         }
     );
     out += &format!(
-        "{} zigzag: {} chunks, rank r holds chunks r and {}−r, so that all have equal work\n",
+        "{} {} chunks; rank r holds chunks r and {}−r (zigzag), so that all have equal work\n",
         bold("Who holds what:"),
         2 * job.ranks,
         2 * job.ranks - 1
@@ -257,11 +253,15 @@ fn finish(job: &Job, wrong: &[String]) -> Result<(), Failure> {
     let case = &job.cases[0];
     let limit = check::tolerance(case.config.dtype)[0];
     let inner = CommType::A2aP2p.inner(job.ranks, 0).unwrap_or(1);
+    let teams = match inner {
+        1 => format!("both; but {} ranks make no even teams, so here as p2p", job.ranks),
+        u => format!("both: teams of {u} trade, keys and values go between teams"),
+    };
     text::out(&dim(&format!(
         "\n  p2p         keys and values arrive from one rank at a time; their gradients go home the same way\n  \
            all_gather  they arrive from all ranks at once\n  \
            a2a         ranks trade: the whole sequence for a share of the heads, and back\n  \
-           a2a+p2p     teams of {inner} trade; keys and values go between teams\n\n  \
+           a2a+p2p     {teams}\n\n  \
          Sent is the mean of a rank, and equal to the plan's account to the byte. Times are the slowest rank's first call.\n  \
          O … dV: the worst relative error of 64 rows of a head; LSE: the worst absolute error, as it is a logarithm.\n",
     )));

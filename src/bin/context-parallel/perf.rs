@@ -197,7 +197,9 @@ impl Row {
         let ranks = self.stages.is_some();
         let share = |x: f64| if ranks { format!("{:.0} %", 100.0 * x) } else { String::new() };
         let sent = |n: u64| if ranks { text::bytes(n) } else { String::new() };
-        let worst = self.errors.map(|e| e.into_iter().fold(0.0, f64::max));
+        // The LSE is compared absolutely; it counts for `agrees`.
+        let worst =
+            self.errors.map(|[o, _, dq, dk, dv]| [dq, dk, dv].into_iter().fold(o, f64::max));
         let error = match worst {
             None => String::new(),
             Some(e) if self.agrees => text::error(e),
@@ -344,14 +346,14 @@ fn preamble(job: &Job, processes: bool) -> Result<String, Failure> {
     Ok([
         format!("context-parallel perf {} · {}, {cores} cores, {}", env!("CARGO_PKG_VERSION"), probe::cpu_name(), probe::simd_name()),
         format!(
-            "{} ranks as {}, {} thread(s) each{over}",
+            "{} ranks as {}, {} each{over}",
             job.ranks,
             if processes { "processes over shared memory" } else { "threads of one process" },
-            job.threads
+            text::plural(job.threads as u64, "thread")
         ),
-        format!("one rank: {} thread(s)", want.min(cores)),
+        format!("one rank alone has {}", text::plural(want.min(cores), "thread")),
         cost::layer(&p),
-        format!("median of {} after {} warm-up; error: the worst of O, LSE, dQ, dK, dV against one rank", job.iters, job.warmup),
+        format!("median of {} after {} warm-up; error: the worst of O, dQ, dK, dV, relative to one rank", job.iters, job.warmup),
     ]
     .map(line)
     .concat()

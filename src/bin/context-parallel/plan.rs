@@ -64,6 +64,9 @@ pub const COMMAND: Command = Command {
     notes: "Numbers may end in k, m or g: 128k = 131072. Default storage type: bf16.",
 };
 
+/// Ranks that a table shows.
+const MOST_COLUMNS: usize = 16;
+
 /// Triples of (query, key, head) that --check follows one by one; some tens of seconds.
 const MOST_TRIPLES: u64 = 4_000_000_000;
 
@@ -110,10 +113,10 @@ pub fn run(given: &Given) -> Result<(), Failure> {
         return Ok(());
     }
     let mut out = headline(&problem, case.comm.kind.name());
-    for (pass, plans) in passes.iter().zip(&chosen) {
+    for plans in &chosen {
         match rank {
             Some(rank) => out += &format!("\n{}", plans[rank as usize]),
-            None => out += &format!("\n{}\n{}", bold(&format!("{pass:?}")), table(plans)),
+            None => out += &format!("\n{}", table(plans)),
         }
     }
     out += &format!("\n{}\n{}", bold("Cost"), cost.table());
@@ -170,44 +173,39 @@ fn headline(p: &Problem, kind: &str) -> String {
     format!("{} · {}\n", bold(&format!("{} ranks, {kind}", p.ranks)), cost::describe(p))
 }
 
-/// The step × rank table, with as many ranks as fit.
+/// The step × rank table, in blocks of ranks that fit the terminal; at most sixteen ranks.
 fn table(plans: &[Plan]) -> String {
-    let limit =
-        if plans.len() <= 16 && !text::coloured() { usize::MAX } else { text::width().max(100) };
-    let fits = |n: usize| print::table(&plans[..n]).lines().all(|l| l.chars().count() <= limit);
-    if fits(plans.len()) {
-        return print::table(plans);
+    let limit = text::width().max(60);
+    let shown = plans.len().min(MOST_COLUMNS);
+    let fits =
+        |block: &[Plan]| print::table(block).lines().skip(1).all(|l| l.chars().count() <= limit);
+    let (mut out, mut at) = (String::new(), 0);
+    while at < shown {
+        let end = (at + 1..=shown)
+            .rev()
+            .find(|end| *end == at + 1 || fits(&plans[at..*end]))
+            .unwrap_or(at + 1);
+        let block = print::table(&plans[at..end]);
+        // The legend once.
+        out += if at == 0 { &block } else { block.split_once('\n').map_or("", |(_, rest)| rest) };
+        at = end;
     }
-    let (mut low, mut high) = (1, plans.len());
-    while low + 1 < high {
-        let middle = (low + high) / 2;
-        if fits(middle) { low = middle } else { high = middle }
+    if shown < plans.len() {
+        out += &dim(&format!(
+            "ranks {shown} … {} likewise; --rank R shows any one, --json all\n",
+            plans.len() - 1
+        ));
     }
-    let rest = dim(&format!(
-        "ranks {low} … {} do not fit here; --rank R shows one, --json all\n",
-        plans.len() - 1
-    ));
-    print::table(&plans[..low]) + &rest
+    out
 }
 
-fn as_json(
-    p: &Arc<Problem>,
-    kind: &str,
-    cost: &Cost,
-    passes: &[Pass],
-    chosen: &[&[Plan]],
-    rank: Option<u32>,
-    proved: bool,
-) -> String {
-    let mut out = Object::default()
-        .text("version", env!("CARGO_PKG_VERSION"))
+/// The plans as the library writes them (see `plan/json.rs`), and what was found out about them.
+fn as_json(p: &Problem, kind: &str, cost: &Cost, plans: &[Plan], proved: bool) -> String {
+    Object::default()
         .text("comm", kind)
-        .raw("problem", cost::problem_json(p))
+        .text("summary", &cost::describe(p))
         .raw("cost", cost.json())
-        .raw("proved", proved);
-    for (pass, plans) in passes.iter().zip(chosen) {
-        let shown = plans.iter().filter(|plan| rank.is_none_or(|r| r == plan.rank)).map(json::plan);
-        out = out.raw(if *pass == Pass::Forward { "forward" } else { "backward" }, array(shown));
-    }
-    out.end()
+        .raw("proved", proved)
+        .raw("plan", json::json(plans))
+        .end()
 }

@@ -85,6 +85,11 @@ pub fn bytes(n: u64) -> String {
     format!("{} {}", digits(x), ["KiB", "MiB", "GiB", "TiB", "PiB"][unit])
 }
 
+/// `1 rank`, `2 ranks`.
+pub fn plural(n: u64, word: &str) -> String {
+    format!("{n} {word}{}", if n == 1 { "" } else { "s" })
+}
+
 /// Large counts: `1.23 G`.
 pub fn count(n: u64) -> String {
     if n < 10_000 {
