@@ -101,8 +101,8 @@ pub unsafe fn run(
     // SAFETY: the caller's promise.
     let result = unsafe { steps(plan, &slots, cpu, &mut comm) };
     let stats = comm.stats;
-    if result.is_err() {
-        comm.give_up();
+    if let Err(e) = &result {
+        comm.give_up(e);
     }
     scratch.views = views;
     result.map(|()| stats)
@@ -347,18 +347,14 @@ impl Comm<'_, '_> {
     /// Who was waited for, and in which step.
     fn late(&self, timeout: Duration) -> Error {
         let plan = self.slots.plan;
-        let Some(index) = self.in_flight else {
+        let (Some(index), Some(link)) = (self.in_flight, &self.link) else {
             return Error::internal("waits for an event, but nothing is in flight");
         };
-        let Op::Exchange { sends, recvs } = &plan.steps[index].op else {
-            unreachable!("only exchanges are in flight")
-        };
-        let mut peers: Vec<u32> = sends.iter().chain(recvs).map(|m| m.peer).collect();
-        peers.sort_unstable();
-        peers.dedup();
+        let peer = link.transport.waiting_for();
         let text = format!(
-            "rank {}: no end after {} ms of the exchange with rank(s) {peers:?} (step {index} of the {:?} plan, stage {})",
-            plan.rank,
+            "rank {}: rank {} did not end its part of an exchange within {} ms (step {index} of the {:?} plan, stage {})",
+            link.transport.rank(),
+            peer.map_or("?".into(), |p| p.to_string()),
             timeout.as_millis(),
             plan.pass,
             plan.steps[index].stage
@@ -366,10 +362,11 @@ impl Comm<'_, '_> {
         Error::new(Status::Timeout, text)
     }
 
-    /// After an error: nothing stays in flight.
-    fn give_up(&mut self) {
-        if let (Some(_), Some(link)) = (self.in_flight.take(), &mut self.link) {
-            link.transport.cancel();
+    /// After an error nothing stays in flight, and peers that wait for this rank learn why they wait in vain.
+    fn give_up(&mut self, why: &Error) {
+        self.in_flight = None;
+        if let Some(link) = &mut self.link {
+            link.transport.give_up(why.clone());
         }
     }
 

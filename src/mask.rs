@@ -149,9 +149,11 @@ pub fn overlap(query: &Segment, key: &Segment, band: Band) -> Option<Overlap> {
     debug_assert!(query.step == key.step || query.len <= 1 || key.len <= 1);
     let step = i64::from(if query.len > 1 { query.step } else { key.step });
     let between = i64::from(key.start) - i64::from(query.start);
-    let lo =
-        (band.lo - between).div_euclid(step) + i64::from((band.lo - between).rem_euclid(step) != 0);
-    let hi = (band.hi - between).div_euclid(step);
+    let (lo, hi) = (band.lo - between, band.hi - between);
+    let (lo, hi) = match step {
+        1 => (lo, hi), // nearly always; divisions would be most of the planner's time
+        _ => (lo.div_euclid(step) + i64::from(lo.rem_euclid(step) != 0), hi.div_euclid(step)),
+    };
     let (n, m) = (i64::from(query.len), i64::from(key.len));
     let (q0, q1) = ((-hi).max(0), (m - 1 - lo).min(n - 1) + 1);
     if lo > hi || q0 >= q1 {

@@ -14,7 +14,9 @@ mod pool;
 mod rows;
 mod scalar;
 mod simd;
+#[cfg(target_arch = "x86_64")]
 mod simd_avx2;
+#[cfg(target_arch = "x86_64")]
 mod simd_avx512;
 mod tile;
 
@@ -46,6 +48,7 @@ impl Scratch {
         let lines = |units: usize| units.div_ceil(16) + 1;
         let total = sizes.iter().map(|&s| lines(s)).sum();
         if self.lines.len() < total {
+            self.lines.reserve_exact(total - self.lines.len());
             self.lines.resize(total, Line([0; 16]));
         }
         let mut at = self.lines.as_mut_ptr();
@@ -192,7 +195,7 @@ impl Cpu {
     /// As for [`Cpu::forward`].
     pub unsafe fn delta(&mut self, step: &Delta) {
         // SAFETY: the caller's promise is passed on.
-        unsafe { rows::delta(step) }
+        unsafe { rows::delta(step, Kernels::of(self.simd, step.out.dtype)) }
     }
 
     /// Copies or adds rows.
@@ -201,7 +204,7 @@ impl Cpu {
     /// As for [`Cpu::forward`]; source and destination do not overlap, and no destination row is named twice.
     pub unsafe fn copy_rows(&mut self, step: &CopyRows) {
         // SAFETY: the caller's promise is passed on.
-        unsafe { rows::copy(step) }
+        unsafe { rows::copy(step, Kernels::of(self.simd, step.src.dtype)) }
     }
 
     /// Sets a dense buffer to zero.

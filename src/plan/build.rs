@@ -1,7 +1,7 @@
 //! The builder that the planner's parts push steps into, and the order in which they do it.
 
-use super::stages::Stages;
-use super::team::{HeadShare, Team};
+use super::survey::Survey;
+use super::team::HeadShare;
 use super::{
     Event, Kind, Lane, Message, Op, Options, Pass, Plan, Rows, Slot, SlotInfo, Step, Tensor, Value,
 };
@@ -9,11 +9,18 @@ use crate::backend::Run;
 use crate::dtype::DType;
 use crate::partition::{Side, holding};
 use crate::problem::{Problem, Wire};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
-/// Plans one rank: trade heads, go through the stages, trade back.
-pub(super) fn plan(problem: &Arc<Problem>, rank: u32, pass: Pass, options: Options) -> Plan {
-    let mut b = Builder::new(problem, rank, options);
+/// Plans one pass of the surveyed rank: trade heads, go through the stages, trade back.
+pub(super) fn plan(
+    problem: &Arc<Problem>,
+    rank: u32,
+    survey: &Survey,
+    pass: Pass,
+    options: Options,
+) -> Plan {
+    let mut b = Builder::new(survey, rank, options);
     match pass {
         Pass::Forward => {
             b.trade_in(&[Tensor::Q, Tensor::K, Tensor::V]);
@@ -22,29 +29,24 @@ pub(super) fn plan(problem: &Arc<Problem>, rank: u32, pass: Pass, options: Optio
         }
         Pass::Backward => {
             b.delta();
-            match options.saved {
-                true => b.trade_in(&[Tensor::DOut, Tensor::Delta]),
-                false => b.trade_in(&[
-                    Tensor::Q,
-                    Tensor::K,
-                    Tensor::V,
-                    Tensor::DOut,
-                    Tensor::Lse,
-                    Tensor::Delta,
-                ]),
+            let (kept, new) =
+                ([Tensor::Q, Tensor::K, Tensor::V, Tensor::Lse], [Tensor::DOut, Tensor::Delta]);
+            // A team of one saves nothing: rows that a launch asked to pack are packed again.
+            match options.saved && problem.inner > 1 {
+                true => b.trade_in(&new),
+                false => b.trade_in(&[kept.as_slice(), &new].concat()),
             }
             b.backward_stages();
             b.trade_out(&[Tensor::DQ, Tensor::DK, Tensor::DV]);
         }
     }
-    b.slots.sort_by_key(|s| s.slot);
     Plan {
         problem: problem.clone(),
         rank,
         pass,
         options,
-        share: b.share(b.member),
-        slots: b.slots,
+        share: b.share(survey.member),
+        slots: b.slots.into_values().collect(),
         steps: b.steps,
         events: b.events,
     }
@@ -53,52 +55,29 @@ pub(super) fn plan(problem: &Arc<Problem>, rank: u32, pass: Pass, options: Optio
 pub(super) struct Builder<'a> {
     pub problem: &'a Problem,
     pub options: Options,
-    /// This rank's team, and all others.
-    pub team: u32,
-    pub teams: Vec<Team>,
-    /// This rank's place in its team.
-    pub member: u32,
-    /// Rows of the caller's tensors.
+    pub survey: &'a Survey<'a>,
+    /// Rows of the caller's tensors, queries and keys.
     local_rows: [u32; 2],
-    slots: Vec<SlotInfo>,
+    slots: BTreeMap<Slot, SlotInfo>,
     steps: Vec<Step>,
     events: u32,
     /// Stage that new steps are marked with.
     pub stage: u32,
-    /// What each stage moves.
-    pub stages: Stages,
 }
 
 impl<'a> Builder<'a> {
-    fn new(problem: &'a Problem, rank: u32, options: Options) -> Builder<'a> {
-        let (team, member) = (rank / problem.inner, rank % problem.inner);
-        // Other teams' keys are only counted and numbered, so how they lie there does not matter, but every rank must number
-        // its own as it sends them.
-        let teams = (0..problem.teams())
-            .map(|t| Team::new(problem, t, options.pack && t == team))
-            .collect();
-        let rows = |side| holding(problem, rank, side).rows;
-        let local_rows = [rows(Side::Query), rows(Side::Key)];
-        let (slots, steps, stages) = (Vec::new(), Vec::new(), Stages::new());
-        let mut b = Builder {
-            problem,
+    fn new(survey: &'a Survey<'a>, rank: u32, options: Options) -> Builder<'a> {
+        let rows = |side| holding(survey.problem, rank, side).rows;
+        Builder {
+            problem: survey.problem,
             options,
-            team,
-            teams,
-            member,
-            local_rows,
-            slots,
-            steps,
+            survey,
+            local_rows: [rows(Side::Query), rows(Side::Key)],
+            slots: BTreeMap::new(),
+            steps: Vec::new(),
             events: 0,
             stage: 0,
-            stages,
-        };
-        b.list_stages();
-        b
-    }
-
-    pub fn mine(&self) -> &Team {
-        &self.teams[self.team as usize]
+        }
     }
 
     pub fn share(&self, member: u32) -> HeadShare {
@@ -107,7 +86,7 @@ impl<'a> Builder<'a> {
 
     /// The rank in this rank's place of another team.
     pub fn peer_in(&self, team: u32) -> u32 {
-        team * self.problem.inner + self.member
+        team * self.problem.inner + self.survey.member
     }
 
     /// Are the rows of this side gathered into team buffers, or used where the caller has them?
@@ -131,13 +110,13 @@ impl<'a> Builder<'a> {
             Kind::Caller | Kind::Sum => self.local_rows[key],
             Kind::Team | Kind::Acc => {
                 if key == 1 {
-                    self.mine().k.rows
+                    self.survey.mine.k.rows
                 } else {
-                    self.mine().q.rows
+                    self.survey.mine.q.rows
                 }
             }
             Kind::Split | Kind::Merge => {
-                self.member_runs(self.member, tensor).iter().map(|r| r.rows).sum()
+                self.member_runs(self.survey.member, tensor).iter().map(|r| r.rows).sum()
             }
             Kind::Recv | Kind::Part | Kind::Wire | Kind::Return => 0,
         };
@@ -147,7 +126,7 @@ impl<'a> Builder<'a> {
     /// A slot with at least this many rows.
     pub fn slot_rows(&mut self, kind: Kind, tensor: Tensor, index: u32, rows: u32) -> Slot {
         let slot = Slot::indexed(kind, tensor, index);
-        if let Some(known) = self.slots.iter_mut().find(|s| s.slot == slot) {
+        if let Some(known) = self.slots.get_mut(&slot) {
             known.rows = known.rows.max(rows);
             return slot;
         }
@@ -155,7 +134,7 @@ impl<'a> Builder<'a> {
         let share = match kind {
             Kind::Caller | Kind::Sum => HeadShare { q: 0..p.heads, kv: 0..p.kv_heads },
             Kind::Split | Kind::Merge => self.share(index),
-            _ => self.share(self.member),
+            _ => self.share(self.survey.member),
         };
         let dim = match tensor {
             Tensor::Q | Tensor::K | Tensor::DQ | Tensor::DK => p.dim_qk,
@@ -172,17 +151,18 @@ impl<'a> Builder<'a> {
         let kept = matches!(tensor, Tensor::Q | Tensor::K | Tensor::V | Tensor::Lse);
         let saved = self.options.saved && p.inner > 1 && kind == Kind::Team && kept;
         let heads = share.side(tensor.key_side()).len() as u32;
-        self.slots.push(SlotInfo { slot, rows, heads, dim, dtype, saved });
+        self.slots.insert(slot, SlotInfo { slot, rows, heads, dim, dtype, saved });
         slot
     }
 
     pub fn info(&self, slot: Slot) -> SlotInfo {
-        *self.slots.iter().find(|s| s.slot == slot).expect("slot was made before it is used")
+        self.slots[&slot]
     }
 
     /// Local row → team row of a member of this rank's team.
-    pub fn member_runs(&self, member: u32, tensor: Tensor) -> &[Run] {
-        let side = if tensor.key_side() { &self.mine().k } else { &self.mine().q };
+    pub fn member_runs(&self, member: u32, tensor: Tensor) -> &'a [Run] {
+        let mine = &self.survey.mine;
+        let side = if tensor.key_side() { &mine.k } else { &mine.q };
         &side.members[member as usize]
     }
 

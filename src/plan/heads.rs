@@ -25,17 +25,17 @@ impl Builder<'_> {
             let from = if tensor == Tensor::Delta { Kind::Sum } else { Kind::Caller };
             let src = self.slot(from, tensor, 0);
             let team = self.slot(Kind::Team, tensor, 0);
+            let dense = packed(self.member_runs(self.survey.member, tensor), false);
             for member in 0..self.problem.inner {
                 let heads = self.share(member).side(tensor.key_side());
                 let count = heads.len() as u32;
-                if member == self.member {
+                if member == self.survey.member {
                     let runs = self.member_runs(member, tensor).to_vec();
                     self.copy_heads(&[], (src, heads.start), (team, 0), count, runs, false);
                     continue;
                 }
                 let split = self.slot(Kind::Split, tensor, member);
-                let runs = packed(self.member_runs(self.member, tensor), false);
-                self.copy_heads(&[], (src, heads.start), (split, 0), count, runs, false);
+                self.copy_heads(&[], (src, heads.start), (split, 0), count, dense.clone(), false);
                 sends.push(self.to_member(member, split));
                 recvs.push(self.team_rows(member, tensor, team));
             }
@@ -48,7 +48,7 @@ impl Builder<'_> {
     pub fn trade_out(&mut self, tensors: &[Tensor]) {
         let tensors: Vec<Tensor> = tensors.iter().copied().filter(|t| self.gathered(*t)).collect();
         let (mut sends, mut recvs) = (Vec::new(), Vec::new());
-        let me = self.member;
+        let me = self.survey.member;
         for &tensor in &tensors {
             let team = self.result(tensor);
             for member in (0..self.problem.inner).filter(|m| *m != me) {
@@ -70,6 +70,7 @@ impl Builder<'_> {
         let local = self.info(caller).rows;
         let shared = self.heads_are_shared(tensor);
         let dst = if shared { self.slot(Kind::Sum, tensor, 0) } else { caller };
+        let spread = packed(self.member_runs(self.survey.member, tensor), true);
         match shared {
             true => self.clear(&[], dst, local),
             false => self.fill_padding(tensor, caller),
@@ -77,14 +78,13 @@ impl Builder<'_> {
         for member in 0..self.problem.inner {
             let heads = self.share(member).side(tensor.key_side());
             let (count, to) = (heads.len() as u32, (dst, heads.start));
-            if member == self.member {
+            if member == self.survey.member {
                 let runs = self.member_runs(member, tensor).iter().map(reverse).collect();
                 let team = self.result(tensor);
                 self.copy_heads(&[], (team, 0), to, count, runs, shared);
             } else {
                 let merge = self.slot(Kind::Merge, tensor, member);
-                let runs = packed(self.member_runs(self.member, tensor), true);
-                self.copy_heads(&[arrived], (merge, 0), to, count, runs, shared);
+                self.copy_heads(&[arrived], (merge, 0), to, count, spread.clone(), shared);
             }
         }
         if shared {
@@ -108,7 +108,7 @@ impl Builder<'_> {
     /// A whole Split or Merge buffer, to or from the member it is for.
     fn to_member(&self, member: u32, slot: Slot) -> Message {
         Message {
-            peer: self.team * self.problem.inner + member,
+            peer: self.survey.team * self.problem.inner + member,
             slot,
             rows: vec![Rows::range(0, self.info(slot).rows)],
         }
@@ -121,14 +121,14 @@ impl Builder<'_> {
             step: r.dst_step,
             count: r.rows,
         });
-        Message { peer: self.team * self.problem.inner + member, slot, rows: rows.collect() }
+        Message { peer: self.survey.team * self.problem.inner + member, slot, rows: rows.collect() }
     }
 
     /// Results of padding rows are exactly 0, their LSE −∞.
     fn fill_padding(&mut self, tensor: Tensor, caller: Slot) {
         let mut rows = Vec::new();
         let mut at = 0;
-        for run in self.member_runs(self.member, tensor) {
+        for run in self.member_runs(self.survey.member, tensor) {
             if run.src > at {
                 rows.push(Rows::range(at, run.src - at));
             }
@@ -145,14 +145,19 @@ impl Builder<'_> {
     }
 }
 
-/// Local rows ↔ the same rows without gaps.
+/// Local rows ↔ the same rows without gaps, neighbours joined.
 fn packed(runs: &[Run], back: bool) -> Vec<Run> {
+    let mut out: Vec<Run> = Vec::new();
     let mut at = 0;
-    let mut out = Vec::new();
     for r in runs {
-        let run = Run { src: r.src, src_step: 1, dst: at, dst_step: 1, rows: r.rows };
-        out.push(if back { reverse(&run) } else { run });
+        match out.last_mut() {
+            Some(last) if last.src + last.rows == r.src => last.rows += r.rows,
+            _ => out.push(Run { src: r.src, src_step: 1, dst: at, dst_step: 1, rows: r.rows }),
+        }
         at += r.rows;
+    }
+    if back {
+        out.iter_mut().for_each(|r| *r = reverse(r));
     }
     out
 }

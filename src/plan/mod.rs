@@ -3,6 +3,7 @@
 //! ```text
 //!   Problem, rank ──▶ team     who is in which team, which heads and rows a rank works on
 //!                     needs    which key rows one team needs of another; the slices they make
+//!                     survey   both, for all stages: what the two passes of a rank have in common
 //!                     heads    head exchange: trade heads for sequence, and back
 //!                     stages   KV exchange: arrive, attend, return; forward and backward
 //!                  ──▶ Plan ──▶ check (proves all ranks' plans together), account (bytes, FLOPs, memory), print
@@ -12,22 +13,24 @@
 pub mod account;
 mod build;
 pub mod check;
+mod fit;
 mod heads;
 pub mod json;
 mod needs;
 pub mod print;
 mod stages;
+mod survey;
 pub mod svg;
 mod team;
 
 use crate::backend::{HeadMap, Run};
 use crate::dtype::DType;
-use crate::error::Result;
 use crate::mask::Slice;
 use crate::problem::Problem;
 use std::fmt;
 use std::sync::Arc;
 
+pub use fit::{fewest_stages, peaks};
 pub use team::{HeadShare, Team};
 
 /// Which half of a training step.
@@ -339,7 +342,7 @@ pub struct Plan {
     pub pass: Pass,
     /// What the launch told.
     pub options: Options,
-    /// All slots, the caller's first.
+    /// All slots, sorted; the caller's first.
     pub slots: Vec<SlotInfo>,
     /// The steps.
     pub steps: Vec<Step>,
@@ -352,7 +355,15 @@ pub struct Plan {
 impl Plan {
     /// Plans one rank. The problem is validated before.
     pub fn new(problem: &Arc<Problem>, rank: u32, pass: Pass, options: Options) -> Plan {
-        build::plan(problem, rank, pass, options)
+        let survey = survey::Survey::new(problem, rank, options.pack);
+        build::plan(problem, rank, &survey, pass, options)
+    }
+
+    /// Plans forward and backward of one rank, in less time than one after the other.
+    pub fn both(problem: &Arc<Problem>, rank: u32, options: Options) -> [Plan; 2] {
+        let survey = survey::Survey::new(problem, rank, options.pack);
+        [Pass::Forward, Pass::Backward]
+            .map(|pass| build::plan(problem, rank, &survey, pass, options))
     }
 
     /// The plans of all ranks.
@@ -362,8 +373,10 @@ impl Plan {
 
     /// Shape of a slot; every slot that a step names is there.
     pub fn info(&self, slot: Slot) -> &SlotInfo {
-        let found = self.slots.iter().find(|s| s.slot == slot);
-        found.unwrap_or_else(|| panic!("plan has no slot {slot:?}"))
+        match self.slots.binary_search_by_key(&slot, |s| s.slot) {
+            Ok(index) => &self.slots[index],
+            Err(_) => panic!("plan has no slot {slot:?}"),
+        }
     }
 
     /// Query head → key head for this rank's share.
@@ -374,38 +387,4 @@ impl Plan {
             kv_first: self.share.kv.start,
         }
     }
-}
-
-/// Resolves a stage count that the caller left open: the fewest stages with which every rank's workspace, forward and backward,
-/// stays within `cap` bytes. More stages never need more memory.
-pub fn fewest_stages(problem: &Problem, cap: u64) -> Result<u32> {
-    let most = problem.teams() - 1;
-    let peak = |stages: u32| -> u64 {
-        let p = Arc::new(Problem { stages, ..problem.clone() });
-        let plans = |pass| Plan::all(&p, pass, Options::default());
-        let bytes = |plan: &Plan| account::workspace_bytes(plan) as u64;
-        plans(Pass::Forward).iter().chain(&plans(Pass::Backward)).map(bytes).max().unwrap_or(0)
-    };
-    if most == 0 {
-        return Ok(0);
-    }
-    if peak(most) > cap {
-        return Err(crate::error::Error::new(
-            crate::error::Status::OutOfMemory,
-            format!(
-                "memory cap: got {cap} bytes; with the most stages ({most}) a rank needs {}",
-                peak(most)
-            ),
-        ));
-    }
-    let (mut low, mut high) = (1, most);
-    while low < high {
-        let middle = (low + high) / 2;
-        if peak(middle) <= cap {
-            high = middle;
-        } else {
-            low = middle + 1;
-        }
-    }
-    Ok(low)
 }

@@ -20,13 +20,14 @@ pub struct Interval {
 /// queries sees in a segment of keys are one interval without holes, so this is exactly what is needed.
 pub fn needed(problem: &Problem, reader: &[Segment], owner: &[Segment]) -> Vec<Interval> {
     let mut out: Vec<Interval> = Vec::new();
+    let mut spans: Vec<(u32, u32)> = Vec::new();
     for_pairs(reader, owner, |qs, index, key| {
         let s = &problem.seqs[key.seq as usize];
         let band = problem.mask.band(s.q.len, s.k.len);
-        let mut spans: Vec<(u32, u32)> =
-            qs.iter().filter_map(|q| overlap(q, key, band)).map(|o| o.k).collect();
+        spans.clear();
+        spans.extend(qs.iter().filter_map(|q| overlap(q, key, band)).map(|o| o.k));
         spans.sort_unstable();
-        for (from, to) in spans {
+        for &(from, to) in &spans {
             match out.last_mut() {
                 Some(last) if last.segment == index && from <= last.to => last.to = last.to.max(to),
                 _ => out.push(Interval { segment: index, from, to }),

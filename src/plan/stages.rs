@@ -12,151 +12,31 @@
 //! receiver's slices need. A relay passes on what the left neighbour sent instead, all rows, and gradients travel with them.
 
 use super::build::Builder;
-use super::needs::{self, Interval};
+use super::needs;
+use super::survey::Traffic;
 use super::{Event, Kind, Message, Op, Rows, Slot, Tensor};
 use crate::backend::Run;
 use crate::dtype::DType;
 use crate::mask::Slice;
 use crate::problem::Wire;
-use std::rc::Rc;
-
-/// What each stage moves, 1 … n; computed once, read by both passes' loops.
-pub(super) struct Stages {
-    arriving: Vec<Rc<Side>>,
-    leaving: Vec<Rc<Side>>,
-}
-
-impl Stages {
-    pub fn new() -> Stages {
-        Stages { arriving: Vec::new(), leaving: Vec::new() }
-    }
-}
-
-/// Keys of another team that arrive in a stage, or go out in it.
-struct Transfer {
-    /// The other team.
-    team: u32,
-    /// Team whose keys they are.
-    owner: u32,
-    /// Which of them.
-    keys: Vec<Interval>,
-    /// First row in the receiver's buffer (arriving), or in the buffer that their gradients return to (going out).
-    base: u32,
-}
-
-impl Transfer {
-    fn rows(&self) -> u32 {
-        needs::count(&self.keys)
-    }
-}
-
-/// Everything that stage s moves, in one direction.
-#[derive(Default)]
-pub(super) struct Side {
-    transfers: Vec<Transfer>,
-    rows: u32,
-}
-
-impl Side {
-    fn push(&mut self, team: u32, owner: u32, keys: Vec<Interval>) {
-        let transfer = Transfer { team, owner, keys, base: self.rows };
-        self.rows += transfer.rows();
-        self.transfers.push(transfer);
-    }
-}
 
 impl Builder<'_> {
-    /// Distances of stage s in 1 … n: as even as they go.
-    fn distances(&self, s: u32) -> std::ops::RangeInclusive<u32> {
-        let (n, others) = (self.problem.stages, self.problem.teams() - 1);
-        (s - 1) * others / n + 1..=s * others / n
-    }
-
-    /// Works out every stage.
-    pub fn list_stages(&mut self) {
-        let n = self.problem.stages;
-        let arriving = (1..=n).map(|s| Rc::new(self.list_arriving(s))).collect();
-        let leaving = (1..=n).map(|s| Rc::new(self.list_leaving(s))).collect();
-        self.stages = Stages { arriving, leaving };
-    }
-
-    fn arriving(&self, s: u32) -> Rc<Side> {
-        self.stages.arriving[s as usize - 1].clone()
-    }
-
-    fn leaving(&self, s: u32) -> Rc<Side> {
-        self.stages.leaving[s as usize - 1].clone()
-    }
-
-    /// What arrives in stage s.
-    fn list_arriving(&self, s: u32) -> Side {
-        let b = self.problem.teams();
-        let mut side = Side::default();
-        for d in self.distances(s) {
-            let owner = (self.team + b - d) % b;
-            let from = if self.problem.relay { (self.team + b - 1) % b } else { owner };
-            side.push(from, owner, self.keys_for(self.team, owner));
-        }
-        side
-    }
-
-    /// What leaves in stage s.
-    fn list_leaving(&self, s: u32) -> Side {
-        let b = self.problem.teams();
-        let mut side = Side::default();
-        for d in self.distances(s) {
-            if self.problem.relay {
-                let owner = (self.team + b - (s - 1)) % b;
-                side.push((self.team + 1) % b, owner, self.keys_for(self.team, owner));
-            } else {
-                let to = (self.team + d) % b;
-                side.push(to, self.team, self.keys_for(to, self.team));
-            }
-        }
-        side
-    }
-
-    /// Keys of `owner` that travel to `reader`.
-    fn keys_for(&self, reader: u32, owner: u32) -> Vec<Interval> {
-        let owner = &self.teams[owner as usize].k.segments;
-        match self.problem.relay {
-            true => needs::everything(owner),
-            false => needs::needed(self.problem, &self.teams[reader as usize].q.segments, owner),
-        }
-    }
-
-    /// The stage's slices over its receive buffer.
-    fn stage_slices(&self, side: &Side) -> Vec<Slice> {
-        let mut out = Vec::new();
-        for t in &side.transfers {
-            let owner = &self.teams[t.owner as usize].k.segments;
-            needs::slices(self.problem, &self.mine().q.segments, owner, &t.keys, t.base, &mut out);
-        }
-        needs::sort(&mut out);
-        out
-    }
-
-    /// Slices over this team's own keys.
-    fn own_slices(&self) -> Vec<Slice> {
-        needs::own_slices(self.problem, &self.mine().q.segments, &self.mine().k.segments)
-    }
-
     /// Messages that bring the keys of stage s, both directions.
     fn key_messages(&mut self, s: u32) -> (Vec<Message>, Vec<Message>) {
-        let (arriving, leaving) = (self.arriving(s), self.leaving(s));
+        let stage = self.survey.stage(s);
+        let (arriving, leaving) = (&stage.arriving, &stage.leaving);
         let (mut sends, mut recvs) = (Vec::new(), Vec::new());
         for tensor in [Tensor::K, Tensor::V] {
             let own = self.input(tensor);
             let landing = self.slot_rows(Kind::Recv, tensor, s % 2, arriving.rows);
             for t in &leaving.transfers {
-                let rows = match t.owner == self.team {
-                    true => needs::rows(&self.mine().k.segments, &t.keys),
-                    false => vec![Rows::range(0, t.rows())],
-                };
-                let slot = if t.owner == self.team {
-                    own
-                } else {
-                    Slot::indexed(Kind::Recv, tensor, (s - 1) % 2)
+                // A relay sends what the stage before brought.
+                let (slot, rows) = match t.owner == self.survey.team {
+                    true => (own, needs::rows(&self.survey.mine.k.segments, &t.keys)),
+                    false => (
+                        Slot::indexed(Kind::Recv, tensor, (s - 1) % 2),
+                        vec![Rows::range(0, t.rows)],
+                    ),
                 };
                 sends.push(Message { peer: self.peer_in(t.team), slot, rows });
             }
@@ -164,7 +44,7 @@ impl Builder<'_> {
                 recvs.push(Message {
                     peer: self.peer_in(t.team),
                     slot: landing,
-                    rows: vec![Rows::range(t.base, t.rows())],
+                    rows: vec![Rows::range(t.base, t.rows)],
                 });
             }
         }
@@ -179,9 +59,9 @@ impl Builder<'_> {
             (self.input(Tensor::Q), self.output(Tensor::Out), self.output(Tensor::Lse));
         let own = self.input(Tensor::K);
         self.input(Tensor::V);
-        let work: Vec<Vec<Slice>> = (1..=n).map(|s| self.stage_slices(&self.arriving(s))).collect();
+        let survey = self.survey;
         // A stage without work is skipped, so the last attend is the last one with work.
-        let last = (1..=n).rev().find(|s| !work[*s as usize - 1].is_empty()).unwrap_or(0);
+        let last = (1..=n).rev().find(|s| !survey.stage(*s).work.is_empty()).unwrap_or(0);
         if last > 0 {
             for tensor in [Tensor::Out, Tensor::Max, Tensor::Sum] {
                 self.slot(Kind::Acc, tensor, 0);
@@ -189,14 +69,15 @@ impl Builder<'_> {
         }
         let ready = self.computed();
         let mut next = self.push_keys(1, &[ready]);
-        let slices = self.own_slices();
+        let slices = survey.own.clone();
         let finish = (last == 0).then_some((out, lse));
         self.compute(&[arrived], Op::Attend { q, k: own, slices, first: true, last: finish });
-        for (s, slices) in (1..=n).zip(work) {
+        for s in 1..=n {
             let this = next;
             self.stage = s;
             let free = self.computed();
             next = self.push_keys(s + 1, &[free]);
+            let slices = survey.stage(s).work.clone();
             if !slices.is_empty() {
                 let k = Slot::indexed(Kind::Recv, Tensor::K, s % 2);
                 let finish = (s == last).then_some((out, lse));
@@ -229,8 +110,9 @@ impl Builder<'_> {
             let rows = self.info(acc).rows;
             self.clear(&[], acc, rows);
         }
+        let own_work = &self.survey.own;
         let (first_half, second_half) =
-            if n > 0 { needs::halve(&self.own_slices()) } else { (self.own_slices(), Vec::new()) };
+            if n > 0 { needs::halve(own_work) } else { (own_work.clone(), Vec::new()) };
         let ready = self.computed();
         let mut next = self.push_keys(1, &[ready]);
         self.attend_backward(arrived, own.0, own.1, first_half);
@@ -273,23 +155,22 @@ impl Builder<'_> {
 
     /// Converts the gradients of stage s to wire type and addresses them: to the owners, or to the next team of a relay.
     fn gradient_messages(&mut self, s: u32, sends: &mut Vec<Message>, recvs: &mut Vec<Message>) {
-        let (arriving, leaving) = (self.arriving(s), self.leaving(s));
+        let stage = self.survey.stage(s);
+        let (arriving, leaving) = (&stage.arriving, &stage.leaving);
         let b = self.problem.teams();
         for tensor in [Tensor::DK, Tensor::DV] {
             let wire = self.wired(tensor, s, arriving.rows);
             if self.problem.relay {
                 // What comes in belongs to the owner that the left neighbour just worked for.
-                let (left, right) = ((self.team + b - 1) % b, (self.team + 1) % b);
-                let owner = (left + b - s) % b;
-                let rows = needs::count(&self.keys_for(left, owner));
+                let rows = self.survey.left_rows[s as usize - 1];
                 let landing = self.slot_rows(Kind::Return, tensor, s % 2, rows);
                 sends.push(Message {
-                    peer: self.peer_in(right),
+                    peer: self.peer_in((self.survey.team + 1) % b),
                     slot: wire,
                     rows: vec![Rows::range(0, arriving.rows)],
                 });
                 recvs.push(Message {
-                    peer: self.peer_in(left),
+                    peer: self.peer_in((self.survey.team + b - 1) % b),
                     slot: landing,
                     rows: vec![Rows::range(0, rows)],
                 });
@@ -300,14 +181,14 @@ impl Builder<'_> {
                 sends.push(Message {
                     peer: self.peer_in(t.team),
                     slot: wire,
-                    rows: vec![Rows::range(t.base, t.rows())],
+                    rows: vec![Rows::range(t.base, t.rows)],
                 });
             }
             for t in &leaving.transfers {
                 recvs.push(Message {
                     peer: self.peer_in(t.team),
                     slot: landing,
-                    rows: vec![Rows::range(t.base, t.rows())],
+                    rows: vec![Rows::range(t.base, t.rows)],
                 });
             }
         }
@@ -326,18 +207,17 @@ impl Builder<'_> {
 
     /// Attends stage s into fresh gradients.
     fn stage_gradients(&mut self, arrived: Option<Event>, s: u32) {
-        let side = self.arriving(s);
-        let slices = self.stage_slices(&side);
+        let stage = self.survey.stage(s);
         for tensor in [Tensor::DK, Tensor::DV] {
             // The exchange also took the gradients of stage s−2 away, from the same buffer if they travel as fp32.
-            let part = self.slot_rows(Kind::Part, tensor, s % 2, side.rows);
-            self.clear(&[arrived], part, side.rows);
+            let part = self.slot_rows(Kind::Part, tensor, s % 2, stage.arriving.rows);
+            self.clear(&[arrived], part, stage.arriving.rows);
         }
         let (k, dk) = (
             Slot::indexed(Kind::Recv, Tensor::K, s % 2),
             Slot::indexed(Kind::Part, Tensor::DK, s % 2),
         );
-        self.attend_backward(arrived, k, dk, slices);
+        self.attend_backward(arrived, k, dk, stage.work.clone());
     }
 
     fn attend_backward(&mut self, arrived: Option<Event>, k: Slot, dk: Slot, slices: Vec<Slice>) {
@@ -351,7 +231,7 @@ impl Builder<'_> {
     /// Relay: adds the travelling gradients to those of stage s, which are for the same owner.
     fn fold(&mut self, arrived: Option<Event>, s: u32) {
         for tensor in [Tensor::DK, Tensor::DV] {
-            let rows = self.arriving(s).rows;
+            let rows = self.survey.stage(s).arriving.rows;
             let part = self.slot_rows(Kind::Part, tensor, s % 2, rows);
             let landed = self.slot_rows(Kind::Return, tensor, (s - 1) % 2, rows);
             self.copy(&[arrived], landed, part, vec![straight(rows)], true);
@@ -360,14 +240,21 @@ impl Builder<'_> {
 
     /// Adds gradients of this team's keys that came home from stage s.
     fn reduce(&mut self, arrived: Option<Event>, s: u32) {
-        let owned = if self.problem.relay { Rc::new(self.whole()) } else { self.leaving(s) };
+        let whole;
+        let owned = match self.problem.relay {
+            true => {
+                whole = self.whole();
+                &whole
+            }
+            false => &self.survey.stage(s).leaving,
+        };
         for tensor in [Tensor::DK, Tensor::DV] {
             let acc = Slot::of(Kind::Acc, tensor);
             let landed = self.slot_rows(Kind::Return, tensor, s % 2, owned.rows);
             for t in &owned.transfers {
                 let mut src = t.base;
                 let mut runs = Vec::new();
-                for r in needs::rows(&self.mine().k.segments, &t.keys) {
+                for r in needs::rows(&self.survey.mine.k.segments, &t.keys) {
                     runs.push(Run { src, src_step: 1, dst: r.first, dst_step: 1, rows: r.count });
                     src += r.count;
                 }
@@ -377,10 +264,11 @@ impl Builder<'_> {
     }
 
     /// All of this team's keys: what a relay brings home.
-    fn whole(&self) -> Side {
-        let mut side = Side::default();
-        side.push(self.team, self.team, needs::everything(&self.mine().k.segments));
-        side
+    fn whole(&self) -> Traffic {
+        let mut home = Traffic::default();
+        let team = self.survey.team;
+        home.push(team, team, needs::everything(&self.survey.mine.k.segments));
+        home
     }
 
     /// The one rounding at the end.

@@ -1,7 +1,7 @@
 //! P = u × b: teams of u consecutive ranks trade heads for sequence, b teams exchange keys and values.
 
 use crate::backend::Run;
-use crate::partition::{Segment, Side, holding, joins};
+use crate::partition::{Partition, Segment, Side, holding, joins};
 use crate::problem::Problem;
 use std::ops::Range;
 
@@ -55,73 +55,100 @@ pub struct Team {
 impl Team {
     /// Team `team` of the problem. With `pack` the key rows are gathered even when the team is one rank.
     pub fn new(problem: &Problem, team: u32, pack: bool) -> Team {
-        let direct = problem.inner == 1;
-        let side = |side, direct| {
-            if direct {
-                direct_side(problem, team, side)
-            } else {
-                gathered_side(problem, team, side)
-            }
+        let make = |side, direct| match direct {
+            true => direct_side(problem, team, side),
+            false => gathered_side(problem, team, side),
         };
-        Team { q: side(Side::Query, direct), k: side(Side::Key, direct && !pack) }
+        let direct = problem.inner == 1;
+        let q = make(Side::Query, direct);
+        let k = match sides_are_alike(problem) && !(direct && pack) {
+            true => q.clone(),
+            false => make(Side::Key, direct && !pack),
+        };
+        Team { q, k }
     }
+}
+
+/// Are keys cut and dealt as queries are?
+pub(super) fn sides_are_alike(problem: &Problem) -> bool {
+    let lists = match &problem.partition {
+        Partition::List { q, k } => q == k,
+        _ => true,
+    };
+    lists && problem.seqs.iter().all(|s| s.q == s.k)
+}
+
+/// A team's true tokens on one side, sorted by (sequence, start): what others need to know of it. (Whether a team of one gathers
+/// its rows moves them in its buffers, but not in this order.)
+pub(super) fn team_segments(problem: &Problem, team: u32, side: Side) -> Vec<Segment> {
+    match problem.inner {
+        1 => sorted(holding(problem, team, side).segments),
+        _ => gather(problem, team, side, |_, _| {}).1,
+    }
+}
+
+fn sorted(mut segments: Vec<Segment>) -> Vec<Segment> {
+    segments.sort_by_key(|s| (s.seq, s.start));
+    segments
 }
 
 /// A team of one works on the caller's rows as they are, padding rows included.
 fn direct_side(problem: &Problem, rank: u32, side: Side) -> TeamSide {
     let held = holding(problem, rank, side);
-    let mut segments = held.segments;
-    segments.sort_by_key(|s| (s.seq, s.start));
     let identity = Run { src: 0, src_step: 1, dst: 0, dst_step: 1, rows: held.rows };
-    TeamSide { rows: held.rows, segments, members: vec![vec![identity]] }
+    TeamSide { rows: held.rows, segments: sorted(held.segments), members: vec![vec![identity]] }
 }
 
-/// Members' tokens in sequence order without padding, so that neighbouring pieces become one segment.
 fn gathered_side(problem: &Problem, team: u32, side: Side) -> TeamSide {
+    let mut members = vec![Vec::new(); problem.inner as usize];
+    let (rows, segments) = gather(problem, team, side, |member, run| members[member].push(run));
+    members.iter_mut().for_each(|runs: &mut Vec<Run>| runs.sort_by_key(|r| r.src));
+    TeamSide { rows, segments, members }
+}
+
+/// Members' tokens in sequence order without padding, so that neighbouring pieces become one segment: the number of rows and the
+/// segments. Calls `place(member, local row → team row)` for every piece.
+fn gather(
+    problem: &Problem,
+    team: u32,
+    side: Side,
+    mut place: impl FnMut(usize, Run),
+) -> (u32, Vec<Segment>) {
     let u = problem.inner;
-    let members: Vec<Vec<Segment>> =
-        (0..u).map(|a| holding(problem, team * u + a, side).segments).collect();
-    let mut pieces: Vec<(u32, Segment)> = members
-        .iter()
-        .enumerate()
-        .flat_map(|(a, list)| list.iter().map(move |s| (a as u32, *s)))
-        .collect();
-    pieces.sort_by_key(|(_, s)| (s.seq, s.start));
-    // A team that is the whole group holds whole sequences: stripes interleave into step 1.
-    let whole = problem.teams() == 1;
-    let mut out = TeamSide { members: vec![Vec::new(); u as usize], ..TeamSide::default() };
-    let mut at = 0;
-    while at < pieces.len() {
-        let seq = pieces[at].1.seq;
-        let end = at + pieces[at..].iter().take_while(|(_, s)| s.seq == seq).count();
-        let base = out.rows;
-        for (member, s) in &pieces[at..end] {
-            let (dst, dst_step) = if whole { (base + s.start, s.step) } else { (out.rows, 1) };
-            out.members[*member as usize].push(Run {
-                src: s.offset,
-                src_step: 1,
-                dst,
-                dst_step,
-                rows: s.len,
-            });
-            let placed = Segment { offset: out.rows, ..*s };
-            match out.segments.last_mut() {
+    let held: Vec<Vec<Segment>> =
+        (0..u).map(|a| sorted(holding(problem, team * u + a, side).segments)).collect();
+    // A team that is the whole group holds whole sequences: stripes interleave into step 1. (Not a team of one: its queries are
+    // left as they are, and both sides must have the same step.)
+    let whole = problem.teams() == 1 && u > 1;
+    let mut at = vec![0; held.len()];
+    let mut pieces: Vec<(usize, Segment)> = Vec::new();
+    let mut rows = 0;
+    let mut segments: Vec<Segment> = Vec::new();
+    for seq in 0..problem.seqs.len() as u32 {
+        pieces.clear();
+        for (member, list) in held.iter().enumerate() {
+            let mine = list[at[member]..].iter().take_while(|s| s.seq == seq);
+            pieces.extend(mine.map(|s| (member, *s)));
+            at[member] += list[at[member]..].iter().take_while(|s| s.seq == seq).count();
+        }
+        pieces.sort_unstable_by_key(|(_, s)| s.start);
+        let base = rows;
+        for (member, s) in &pieces {
+            let (dst, dst_step) = if whole { (base + s.start, s.step) } else { (rows, 1) };
+            place(*member, Run { src: s.offset, src_step: 1, dst, dst_step, rows: s.len });
+            let placed = Segment { offset: rows, ..*s };
+            match segments.last_mut() {
                 _ if whole => {}
                 Some(last) if joins(last, &placed) => last.len += placed.len,
-                _ => out.segments.push(placed),
+                _ => segments.push(placed),
             }
-            out.rows += s.len;
+            rows += s.len;
         }
-        if whole {
-            let len = problem.seqs[seq as usize].extent(side).len;
-            out.segments.push(Segment { seq, start: 0, step: 1, len, offset: base });
+        if whole && rows > base {
+            segments.push(Segment { seq, start: 0, step: 1, len: rows - base, offset: base });
         }
-        at = end;
     }
-    for runs in &mut out.members {
-        runs.sort_by_key(|r| r.src);
-    }
-    out
+    (rows, segments)
 }
 
 #[cfg(test)]

@@ -312,7 +312,7 @@ impl Hello {
         b
     }
 
-    fn from_bytes(b: &[u8; HELLO]) -> Hello {
+    fn from_bytes(b: &[u8]) -> Hello {
         let long = |at: usize| (0..8).fold(0, |n, i| n | u64::from(b[at + i]) << (8 * i));
         let short = |at: usize| long(at) as u32;
         Hello {
@@ -324,6 +324,10 @@ impl Hello {
         }
     }
 }
+
+/// What a rank says later: its memory is mapped, or its deadline has passed.
+const READY: u8 = 1;
+const TOO_LATE: u8 = 2;
 
 /// Rank 0's answers: a word, a number, and the length of a text that follows.
 const WAITING: u32 = 1;
@@ -338,7 +342,8 @@ const ANSWER: usize = 12;
 struct Guest {
     stream: UnixStream,
     heard: usize,
-    hello: [u8; HELLO],
+    /// The hello, and one byte more if it gives up.
+    hello: [u8; HELLO + 1],
     /// Set once the hello is complete.
     rank: Option<u32>,
 }
@@ -369,8 +374,10 @@ fn lead(
                     .set_nonblocking(false)
                     .and_then(|()| g.stream.set_read_timeout(Some(time_left(deadline))))
             };
-            match wait().and_then(|()| g.stream.read_exact(&mut [0])) {
-                Ok(()) => {}
+            let mut word = [0];
+            match wait().and_then(|()| g.stream.read_exact(&mut word)) {
+                Ok(()) if word == [READY] => {}
+                Ok(()) => return Err(not_come(rank, 0, "the end of the group's init")),
                 Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {
                     return Err(not_come(0, rank, "the group's init"));
                 }
@@ -429,7 +436,10 @@ fn gather_guests(
             match g.stream.read(&mut g.hello[g.heard..]) {
                 Ok(n) if n > 0 => {
                     g.heard += n;
-                    if g.heard == HELLO {
+                    if let (Some(rank), true) = (g.rank, g.heard > HELLO) {
+                        return Err(not_come(rank, missing, "the group's init"));
+                    }
+                    if g.heard >= HELLO {
                         let hello = Hello::from_bytes(&g.hello);
                         let rank = check_hello(&hello, &own, &came)?;
                         came[rank] = Some(hello.process);
@@ -448,7 +458,7 @@ fn gather_guests(
         gone.into_iter().rev().for_each(|i| drop(guests.remove(i)));
         while let Ok((stream, _)) = listener.accept() {
             if same_user(&stream) && stream.set_nonblocking(true).is_ok() {
-                guests.push(Guest { stream, heard: 0, hello: [0; HELLO], rank: None });
+                guests.push(Guest { stream, heard: 0, hello: [0; HELLO + 1], rank: None });
             }
         }
         // Those who wait can name the rank that is missing if their own deadline comes first.
@@ -536,6 +546,7 @@ fn follow(
         stream.set_read_timeout(Some(time_left(deadline))).map_err(broken)?;
         let heard = hear(&stream, deadline).map_err(|e| match e.kind() {
             ErrorKind::WouldBlock | ErrorKind::TimedOut => {
+                let _ = send(&stream, &[TOO_LATE]);
                 not_come(rank, missing, "the group's init")
             }
             _ => broken(e),
@@ -551,7 +562,7 @@ fn follow(
             (MEET_LOCAL, ..) => return local::join(*key, rank, size, deadline),
             (MAP_SHM, _, _, Some(fd)) => {
                 transport = Some(shm::attach(fd, rank, size)?);
-                send(&stream, &[1]).map_err(broken)?;
+                send(&stream, &[READY]).map_err(broken)?;
             }
             (GO, ..) if transport.is_some() => break,
             (word, ..) => {

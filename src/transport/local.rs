@@ -21,15 +21,13 @@ const NOBODY: u32 = u32::MAX;
 const HERE: u8 = 0;
 const GONE: u8 = 1;
 
-/// What is in the slot of one ordered pair. Only the sender posts and collects; only the receiver copies and refuses.
+/// What is in the slot of one ordered pair. Only the sender posts and collects; only the receiver copies.
 enum State {
     Empty,
     Posted,
     /// The receiver reads the sender's memory right now.
     Copying,
     Done,
-    /// The receiver expects this many bytes, not what was posted.
-    Refused(usize),
 }
 
 struct Slot {
@@ -200,12 +198,9 @@ impl Local {
             let presence = hub.presence(s.peer);
             let mut slot = hub.slot(s.peer, me);
             match slot.state {
+                // The reason reaches the sender when this rank gives up.
                 State::Posted if slot.bytes != s.bytes => {
-                    slot.state = State::Refused(s.bytes);
-                    let sent = slot.bytes;
-                    drop(slot);
-                    hub.ring(s.peer);
-                    return Err(streams::lengths_differ(s.peer, sent, me, s.bytes));
+                    return Err(streams::lengths_differ(s.peer, slot.bytes, me, s.bytes));
                 }
                 State::Posted => {
                     slot.state = State::Copying;
@@ -232,9 +227,6 @@ impl Local {
                 State::Done => {
                     slot.state = State::Empty;
                     s.done = true;
-                }
-                State::Refused(wanted) => {
-                    return Err(streams::lengths_differ(me, s.bytes, s.peer, wanted));
                 }
                 _ if presence != HERE => gone = gone.or(Some(s.peer)),
                 _ => {}

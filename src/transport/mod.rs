@@ -3,6 +3,9 @@
 //! A plan's exchange step becomes one [`Transport::start`]: a *group* of sends and receives that progress together, as in
 //! `ncclGroupStart … ncclGroupEnd`. Between one pair of ranks messages are matched in the order they were given, across groups
 //! too. At most one group is in flight per transport: all communication is one queue (design §2.3).
+//!
+//! `local`: ranks are threads. `shm` (over `segment`): ranks are processes of one host. `user`: the caller's table of C functions, such as MPI.
+//! `bootstrap` makes the first two from a unique id, an allgather callback, or a launcher's `environment`. `delay` is for tests.
 
 pub mod bootstrap;
 pub mod delay;

@@ -67,8 +67,6 @@ struct RingIndex {
     tail: Line<AtomicU64>,
     /// Bytes ever read; only the receiver changes it.
     head: Line<AtomicU64>,
-    /// 1 + the number of bytes that the receiver expects instead of what the sender announced, or 0.
-    refused: AtomicU64,
 }
 
 /// One of the two rings of an ordered pair of ranks.
@@ -471,22 +469,14 @@ impl Ring<'_> {
         }
     }
 
-    fn consume(&self, len: usize) {
-        self.index.head.0.fetch_add(len as u64, Ordering::SeqCst);
+    /// Removes `len` readable bytes and returns the index after them.
+    pub fn consume(&self, len: usize) -> u64 {
+        self.index.head.0.fetch_add(len as u64, Ordering::SeqCst).wrapping_add(len as u64)
     }
 
     /// The reader has come past index `end`.
     pub fn is_read_to(&self, end: u64) -> bool {
         self.index.head.0.load(Ordering::SeqCst).wrapping_sub(end) as i64 >= 0
-    }
-
-    pub fn refuse(&self, wanted: usize) {
-        self.index.refused.store(wanted as u64 + 1, Ordering::SeqCst);
-    }
-
-    /// The number of bytes that the reader expects instead.
-    pub fn refused(&self) -> Option<u64> {
-        self.index.refused.load(Ordering::SeqCst).checked_sub(1)
     }
 
     /// The next `N` bytes, left in place.
@@ -562,10 +552,5 @@ impl Ring<'_> {
             self.consume(chunk);
             moved += chunk;
         }
-    }
-
-    /// Removes the peeked head of a stream.
-    pub fn skip(&self, len: usize) -> u64 {
-        self.index.head.0.fetch_add(len as u64, Ordering::SeqCst).wrapping_add(len as u64)
     }
 }

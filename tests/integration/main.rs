@@ -4,4 +4,7 @@ mod header;
 mod numbers;
 mod oracle;
 mod plans;
+mod plans_random;
+mod plans_time;
 mod ranks;
+mod tidy;

@@ -20,7 +20,7 @@ mod plain;
 mod selftest;
 
 pub use case::{Case, cases};
-pub use inputs::{Inputs, decode, encode, gather, inputs, scatter};
+pub use inputs::{Inputs, decode, encode, gather, inputs, mix, scatter};
 pub use leakage::leakage;
 pub use metric::{Reference, Tensor, reference};
 pub use plain::{Variation, plain};

@@ -1,74 +1,103 @@
-//! N ranks as threads of this process: scatter global tensors, run plans, gather the results.
+//! N ranks as threads of this process: deal global tensors out, run plans, collect what every rank wrote.
+//!
+//! Every run proves more than its results: inputs keep their bits, nothing is written between the rows of a strided tensor or beyond
+//! the workspace and the saved buffer, all memory starts as NaNs, and the bytes that moved are those of the account.
 
+use crate::oracle::{Inputs, Results};
 use context_parallel::backend::View;
 use context_parallel::backend::cpu::{Cpu, Simd};
 use context_parallel::dtype::DType;
-use context_parallel::error::Result;
-use context_parallel::exec::{self, Link, Memory, Scratch, Stats};
+use context_parallel::exec::{self, Link, Memory, Scratch};
 use context_parallel::partition::{Side, holding, tokens};
-use context_parallel::plan::account::{ALIGN, layout, saved_bytes, workspace_bytes};
+use context_parallel::plan::account::{ALIGN, account, layout, saved_bytes, workspace_bytes};
 use context_parallel::plan::{Options, Pass, Plan, Tensor};
 use context_parallel::problem::Problem;
 use context_parallel::transport::Transport;
 use context_parallel::transport::delay::delay;
+use context_parallel::transport::local::local_group;
 use half::{bf16, f16};
 use std::sync::Arc;
 use std::time::Duration;
 
-/// Tensors over global padded tokens, `[token, head, dim]`, as fp32 values.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Global {
-    pub q: Vec<f32>,
-    pub k: Vec<f32>,
-    pub v: Vec<f32>,
-    pub d_out: Vec<f32>,
+/// How a rank's `[batch, seq, heads, dim]` lies in memory.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// bshd, thd.
+    Dense,
+    /// sbhd.
+    SeqFirst,
+    /// bhsd: rows are not dense.
+    HeadsFirst,
+    /// bshd with unused elements after every row, as in a slice of a fused tensor.
+    Gaps,
 }
 
-/// Results in the same layout; LSE `[token, head]`.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct Results {
-    pub out: Vec<f32>,
-    pub lse: Vec<f32>,
-    pub dq: Vec<f32>,
-    pub dk: Vec<f32>,
-    pub dv: Vec<f32>,
-    /// Of every rank, forward and backward.
-    pub stats: Vec<[Stats; 2]>,
+impl Layout {
+    pub const ALL: [Layout; 4] =
+        [Layout::Dense, Layout::SeqFirst, Layout::HeadsFirst, Layout::Gaps];
 }
 
 /// How ranks run.
 #[derive(Clone, Copy, Debug)]
 pub struct How {
-    pub options: Options,
+    /// Gather K and V rows before sending, though they are dense.
+    pub pack: bool,
+    /// Forward leaves head-split tensors for backward.
+    pub saved: bool,
+    pub layout: Layout,
     pub simd: Simd,
     pub threads: usize,
     /// Seed of random transport delays.
     pub delay: Option<u64>,
-    /// Lay K and V out heads first, so that rows are not dense.
-    pub heads_first: bool,
 }
 
 impl Default for How {
     fn default() -> How {
-        let options = Options { pack: false, saved: false };
-        How { options, simd: Simd::detect(), threads: 1, delay: None, heads_first: false }
+        How {
+            pack: false,
+            saved: false,
+            layout: Layout::Dense,
+            simd: Simd::detect(),
+            threads: 1,
+            delay: None,
+        }
     }
 }
 
-/// A local tensor in storage type, with its view. Outputs start as NaN, so that rows nobody writes are seen.
-struct Local {
-    bytes: Vec<u64>,
-    view: View,
+/// A rank's tensor in storage type. All bytes start as 0xFF, NaN in every type, so that what nobody writes is seen.
+pub struct Local {
+    pub bytes: Vec<u64>,
+    pub view: View,
+    /// `[batch, seq, heads, dim]`.
+    pub shape: [i64; 4],
 }
 
+// SAFETY: a `Local` owns what its view points to.
+unsafe impl Send for Local {}
+
 impl Local {
-    fn new(dtype: DType, rows: usize, heads: usize, dim: usize, heads_first: bool) -> Local {
-        let mut bytes = vec![u64::MAX; (rows * heads * dim * dtype.size()).div_ceil(8) + 1];
-        let mut view = View::dense(bytes.as_mut_ptr().cast(), dtype, rows, heads, dim);
-        if heads_first {
-            (view.stride_row, view.stride_head) = (dim, rows * dim);
-        }
-        Local { bytes, view }
+    pub fn new(dtype: DType, shape: [usize; 4], layout: Layout) -> Local {
+        let [batch, seq, heads, dim] = shape;
+        let gap = if layout == Layout::Gaps { 3 * dim } else { 0 };
+        let (row, head, entry) = match layout {
+            Layout::Dense | Layout::Gaps => (heads * dim + gap, dim, seq * (heads * dim + gap)),
+            Layout::SeqFirst => (batch * heads * dim, dim, heads * dim),
+            Layout::HeadsFirst => (dim, seq * dim, heads * seq * dim),
+        };
+        let elements = batch * seq * (heads * dim + gap);
+        let mut bytes = vec![u64::MAX; (elements * dtype.size()).div_ceil(8) + 1];
+        let view = View {
+            ptr: bytes.as_mut_ptr().cast(),
+            dtype,
+            rows: batch * seq,
+            heads,
+            dim,
+            rows_per_batch: seq.max(1),
+            stride_batch: entry,
+            stride_row: row,
+            stride_head: head,
+        };
+        Local { bytes, view, shape: shape.map(|n| n as i64) }
     }
 
     fn put(&mut self, row: usize, head: usize, values: &[f32]) {
@@ -100,87 +129,46 @@ impl Local {
             };
         }
     }
+
+    /// Elements that belong to no row keep their bits.
+    fn gaps_untouched(&self) -> bool {
+        let v = &self.view;
+        let used = v.heads * v.dim;
+        let size = v.dtype.size();
+        v.stride_row <= used
+            || v.stride_head != v.dim
+            || v.rows_per_batch * v.stride_row != v.stride_batch
+            || (0..v.rows).all(|row| {
+                let first = (row * v.stride_row + used) * size;
+                let bytes: *const u8 = self.bytes.as_ptr().cast();
+                // SAFETY: inside the buffer by construction of the view.
+                (first..(row + 1) * v.stride_row * size)
+                    .all(|i| unsafe { bytes.add(i).read() } == 0xFF)
+            })
+    }
 }
 
-/// One rank's run: every tensor by role.
-fn rank(
-    problem: &Arc<Problem>,
-    rank: u32,
-    how: How,
-    global: &Global,
-    mut transport: Option<Box<dyn Transport>>,
-) -> Result<(Vec<(Tensor, Local)>, [Stats; 2])> {
-    let p = &**problem;
-    let options = Options { pack: how.options.pack || how.heads_first, ..how.options };
-    let mut cpu = Cpu::new(how.threads, how.simd)?;
-    let mut tensors = Vec::new();
-    for tensor in [
-        Tensor::Q,
-        Tensor::K,
-        Tensor::V,
-        Tensor::Out,
-        Tensor::Lse,
-        Tensor::DOut,
-        Tensor::DQ,
-        Tensor::DK,
-        Tensor::DV,
-    ] {
-        let side = if tensor.key_side() { Side::Key } else { Side::Query };
-        let (heads, dim) = shape(p, tensor);
-        let dtype = if tensor == Tensor::Lse { DType::F32 } else { p.dtype };
-        let heads_first = how.heads_first && tensor.key_side();
-        let mut local =
-            Local::new(dtype, holding(p, rank, side).rows as usize, heads, dim, heads_first);
-        let source = match tensor {
-            Tensor::Q => &global.q,
-            Tensor::K => &global.k,
-            Tensor::V => &global.v,
-            Tensor::DOut => &global.d_out,
-            _ => &Vec::new(),
-        };
-        if !source.is_empty() {
-            for (row, token) in tokens(p, rank, side).into_iter().enumerate() {
-                for head in 0..heads {
-                    let at = (token as usize * heads + head) * dim;
-                    local.put(row, head, &source[at..at + dim]);
-                }
-            }
-        }
-        tensors.push((tensor, local));
-    }
-    let views: Vec<(Tensor, View)> = tensors.iter().map(|(t, l)| (*t, l.view)).collect();
-    let members: Vec<u32> = (0..p.ranks).collect();
-    let mut saved = Vec::new();
-    let mut stats = [Stats::default(); 2];
-    for (i, pass) in [Pass::Forward, Pass::Backward].into_iter().enumerate() {
-        let plan = Plan::new(problem, rank, pass, options);
-        let layout = layout(&plan);
-        let offsets: Vec<usize> =
-            plan.slots.iter().map(|s| layout.get(&s.slot).copied().unwrap_or(0)).collect();
-        // Poisoned with NaNs: what a plan does not write must not matter.
-        let mut workspace = vec![u8::MAX; workspace_bytes(&plan) + ALIGN];
-        if i == 0 {
-            saved = vec![u8::MAX; saved_bytes(&plan) + ALIGN];
-        }
-        let aligned = |v: &mut Vec<u8>| v.as_mut_ptr().wrapping_add(v.as_ptr().align_offset(ALIGN));
-        let memory = Memory {
-            caller: &views,
-            offsets: &offsets,
-            workspace: aligned(&mut workspace),
-            saved: aligned(&mut saved),
-        };
-        let link = transport.as_mut().map(|t| Link {
-            transport: &mut **t,
-            members: &members,
-            timeout: Duration::from_secs(60),
-        });
-        // SAFETY: the buffers above live until the end of this iteration or longer, and have the plan's sizes.
-        stats[i] = unsafe { exec::run(&plan, &memory, &mut cpu, link, &mut Scratch::default())? };
-    }
-    Ok((tensors, stats))
+/// The tensors of a training step.
+pub const TENSORS: [Tensor; 9] = [
+    Tensor::Q,
+    Tensor::K,
+    Tensor::V,
+    Tensor::Out,
+    Tensor::Lse,
+    Tensor::DOut,
+    Tensor::DQ,
+    Tensor::DK,
+    Tensor::DV,
+];
+/// Those that the library writes.
+pub const OUTPUTS: [Tensor; 5] = [Tensor::Out, Tensor::Lse, Tensor::DQ, Tensor::DK, Tensor::DV];
+
+fn side(tensor: Tensor) -> Side {
+    if tensor.key_side() { Side::Key } else { Side::Query }
 }
 
-fn shape(p: &Problem, tensor: Tensor) -> (usize, usize) {
+/// Heads and elements per head.
+fn width(p: &Problem, tensor: Tensor) -> (usize, usize) {
     let heads = if tensor.key_side() { p.kv_heads } else { p.heads };
     let dim = match tensor {
         Tensor::Q | Tensor::K | Tensor::DQ | Tensor::DK => p.dim_qk,
@@ -190,57 +178,209 @@ fn shape(p: &Problem, tensor: Tensor) -> (usize, usize) {
     (heads as usize, dim as usize)
 }
 
-/// Runs forward and backward on all ranks and gathers what they wrote.
-pub fn run(problem: &Problem, how: How, global: &Global) -> Results {
-    problem.validate().unwrap();
-    let problem = Arc::new(problem.clone());
-    let p = &*problem;
-    let group = context_parallel::transport::local::local_group(p.ranks);
-    let all: Vec<_> = std::thread::scope(|scope| {
-        let threads: Vec<_> = group
-            .into_iter()
-            .enumerate()
-            .map(|(r, t)| {
-                let problem = &problem;
-                scope.spawn(move || {
-                    let t = match how.delay {
-                        Some(seed) => delay(t, seed + r as u64),
-                        None => t,
-                    };
-                    rank(problem, r as u32, how, global, Some(t))
-                        .unwrap_or_else(|e| panic!("rank {r}: {e}"))
-                })
-            })
-            .collect();
-        // Views hold raw pointers, so the tensors themselves are not sent between threads; they are read here after the join.
-        threads.into_iter().map(|t| t.join().expect("a rank panicked")).collect()
-    });
-    let mut out =
-        Results { stats: all.iter().map(|(_, stats)| *stats).collect(), ..Results::default() };
-    for tensor in [Tensor::Out, Tensor::Lse, Tensor::DQ, Tensor::DK, Tensor::DV] {
-        let side = if tensor.key_side() { Side::Key } else { Side::Query };
-        let (heads, dim) = shape(p, tensor);
-        let total: u32 = p.seqs.iter().map(|s| s.extent(side).padded).sum();
+/// All tensors of one rank: inputs dealt out, outputs poisoned.
+pub struct Shard(pub Vec<(Tensor, Local)>);
+
+impl Shard {
+    pub fn deal(p: &Problem, rank: u32, global: &Inputs, layout: Layout) -> Shard {
+        let batch = if p.packed { 1 } else { p.seqs.len() };
+        let local = |tensor| {
+            let (heads, dim) = width(p, tensor);
+            let rows = holding(p, rank, side(tensor)).rows as usize;
+            let dtype = if tensor == Tensor::Lse { DType::F32 } else { p.dtype };
+            let mut local = Local::new(dtype, [batch, rows / batch, heads, dim], layout);
+            let source = match tensor {
+                Tensor::Q => &global.q,
+                Tensor::K => &global.k,
+                Tensor::V => &global.v,
+                Tensor::DOut => &global.d_o,
+                _ => return (tensor, local),
+            };
+            for (row, token) in tokens(p, rank, side(tensor)).into_iter().enumerate() {
+                for head in 0..heads {
+                    let at = (token as usize * heads + head) * dim;
+                    local.put(row, head, &source[at..at + dim]);
+                }
+            }
+            (tensor, local)
+        };
+        Shard(TENSORS.into_iter().map(local).collect())
+    }
+
+    pub fn get(&self, tensor: Tensor) -> &Local {
+        &self.0.iter().find(|(t, _)| *t == tensor).expect("every tensor is there").1
+    }
+
+    pub fn get_mut(&mut self, tensor: Tensor) -> &mut Local {
+        &mut self.0.iter_mut().find(|(t, _)| *t == tensor).expect("every tensor is there").1
+    }
+
+    pub fn views(&self) -> Vec<(Tensor, View)> {
+        self.0.iter().map(|(t, l)| (*t, l.view)).collect()
+    }
+
+    /// Bytes of some tensors, to see that they stay.
+    fn bits(&self, which: &[Tensor]) -> Vec<Vec<u64>> {
+        which.iter().map(|t| self.get(*t).bytes.clone()).collect()
+    }
+}
+
+/// What all ranks wrote, as global tensors.
+pub fn collect(p: &Problem, shards: &[Shard]) -> Results<f32> {
+    let one = |tensor| {
+        let (heads, dim) = width(p, tensor);
+        let total: u32 = p.seqs.iter().map(|s| s.extent(side(tensor)).padded).sum();
         let mut values = vec![f32::NAN; total as usize * heads * dim];
-        for (r, (locals, _)) in all.iter().enumerate() {
-            let local = &locals.iter().find(|(t, _)| *t == tensor).unwrap().1;
-            for (row, token) in tokens(p, r as u32, side).into_iter().enumerate() {
+        for (rank, shard) in shards.iter().enumerate() {
+            let local = shard.get(tensor);
+            for (row, token) in tokens(p, rank as u32, side(tensor)).into_iter().enumerate() {
                 for head in 0..heads {
                     let at = (token as usize * heads + head) * dim;
                     local.get(row, head, &mut values[at..at + dim]);
                 }
             }
         }
-        *match tensor {
-            Tensor::Out => &mut out.out,
-            Tensor::Lse => &mut out.lse,
-            Tensor::DQ => &mut out.dq,
-            Tensor::DK => &mut out.dk,
-            _ => &mut out.dv,
-        } = values;
-    }
-    out
+        values
+    };
+    let [o, lse, dq, dk, dv] = OUTPUTS.map(one);
+    Results { o, lse, dq, dk, dv }
 }
 
-// SAFETY: a `Local` owns what its view points to.
-unsafe impl Send for Local {}
+/// Memory that must not be written beyond its end. Starts as NaNs.
+pub struct Fenced {
+    bytes: Vec<u8>,
+    len: usize,
+}
+
+impl Fenced {
+    pub fn new(len: usize) -> Fenced {
+        Fenced { bytes: vec![u8::MAX; len + 2 * ALIGN], len }
+    }
+
+    pub fn ptr(&mut self) -> *mut u8 {
+        let at = self.bytes.as_ptr().align_offset(ALIGN);
+        // SAFETY: there are ALIGN bytes more than needed at either end.
+        unsafe { self.bytes.as_mut_ptr().add(at) }
+    }
+
+    pub fn intact(&self) -> bool {
+        let end = self.bytes.as_ptr().align_offset(ALIGN) + self.len;
+        self.bytes[end..].iter().all(|b| *b == u8::MAX)
+    }
+}
+
+/// One rank's forward and backward.
+fn rank(
+    problem: &Arc<Problem>,
+    rank: u32,
+    how: How,
+    global: &Inputs,
+    mut transport: Box<dyn Transport>,
+) -> Result<Shard, String> {
+    let shard = Shard::deal(problem, rank, global, how.layout);
+    let dense = |t| shard.get(t).view.is_dense();
+    let pack = how.pack || !(dense(Tensor::K) && dense(Tensor::V));
+    let options = Options { pack, saved: how.saved };
+    let mut cpu = Cpu::new(how.threads, how.simd).map_err(|e| e.to_string())?;
+    let views = shard.views();
+    let members: Vec<u32> = (0..problem.ranks).collect();
+    let mut saved = None;
+    let mut scratch = Scratch::default();
+    for pass in [Pass::Forward, Pass::Backward] {
+        let plan = Plan::new(problem, rank, pass, options);
+        let layout = layout(&plan);
+        let offsets: Vec<usize> =
+            plan.slots.iter().map(|s| layout.get(&s.slot).copied().unwrap_or(0)).collect();
+        let mut workspace = Fenced::new(workspace_bytes(&plan));
+        let saved = saved.get_or_insert_with(|| Fenced::new(saved_bytes(&plan)));
+        let memory = Memory {
+            caller: &views,
+            offsets: &offsets,
+            workspace: workspace.ptr(),
+            saved: saved.ptr(),
+        };
+        let link = Link {
+            transport: &mut *transport,
+            members: &members,
+            timeout: Duration::from_secs(60),
+        };
+        let mut inputs = vec![Tensor::Q, Tensor::K, Tensor::V, Tensor::DOut];
+        if pass == Pass::Backward {
+            inputs.extend([Tensor::Out, Tensor::Lse]);
+        }
+        let before = shard.bits(&inputs);
+        // SAFETY: the buffers above live until the end of this iteration or longer, and have the plan's sizes.
+        let stats = unsafe { exec::run(&plan, &memory, &mut cpu, Some(link), &mut scratch) }
+            .map_err(|e| format!("{pass:?}: {e}"))?;
+        let want = account(&plan);
+        if (stats.sent, stats.received) != (want.sent, want.received) {
+            return Err(format!(
+                "{pass:?}: sent {} and received {} bytes, the account says {} and {}",
+                stats.sent, stats.received, want.sent, want.received
+            ));
+        }
+        if before != shard.bits(&inputs) {
+            return Err(format!("{pass:?}: an input was written to"));
+        }
+        if let Some((t, _)) = shard.0.iter().find(|(_, l)| !l.gaps_untouched()) {
+            return Err(format!("{pass:?}: written between the rows of {t:?}"));
+        }
+        if !workspace.intact() || !saved.intact() {
+            return Err(format!("{pass:?}: written beyond the workspace or the saved buffer"));
+        }
+    }
+    Ok(shard)
+}
+
+/// Runs every member of a group on a thread of its own. A rank that fails takes others along that wait for it, so of several errors
+/// those that are not only the loss of a peer are returned.
+pub fn on_threads<T: Send>(
+    group: Vec<Box<dyn Transport>>,
+    body: impl Fn(u32, Box<dyn Transport>) -> Result<T, String> + Sync,
+) -> Result<Vec<T>, String> {
+    let results: Vec<Result<T, String>> = std::thread::scope(|scope| {
+        let threads: Vec<_> = group
+            .into_iter()
+            .enumerate()
+            .map(|(r, t)| {
+                let body = &body;
+                scope.spawn(move || body(r as u32, t))
+            })
+            .collect();
+        threads.into_iter().map(|t| t.join().unwrap_or_else(|e| Err(panic_text(&*e)))).collect()
+    });
+    let mut errors: Vec<String> = results
+        .iter()
+        .enumerate()
+        .filter_map(|(r, x)| x.as_ref().err().map(|e| format!("rank {r}: {e}")))
+        .collect();
+    if errors.is_empty() {
+        return Ok(results.into_iter().flatten().collect());
+    }
+    if errors.iter().any(|e| !e.contains("peer lost")) {
+        errors.retain(|e| !e.contains("peer lost"));
+    }
+    errors.truncate(3);
+    Err(errors.join("; "))
+}
+
+/// What a panic said.
+pub fn panic_text(payload: &(dyn std::any::Any + Send)) -> String {
+    let text = payload.downcast_ref::<String>().map(String::as_str);
+    let text = text.or(payload.downcast_ref::<&str>().copied());
+    format!("panic: {}", text.unwrap_or("?"))
+}
+
+/// Forward and backward on all ranks; what they wrote, or what went wrong.
+pub fn run(problem: &Problem, how: How, global: &Inputs) -> Result<Results<f32>, String> {
+    problem.validate().map_err(|e| e.to_string())?;
+    let problem = Arc::new(problem.clone());
+    let shards = on_threads(local_group(problem.ranks), |r, t| {
+        let t = match how.delay {
+            Some(seed) => delay(t, seed + u64::from(r)),
+            None => t,
+        };
+        rank(&problem, r, how, global, t)
+    })?;
+    Ok(collect(&problem, &shards))
+}

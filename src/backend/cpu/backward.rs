@@ -6,9 +6,9 @@
 use super::Scratch;
 use super::forward::lanes_of;
 use super::kernels::{Gemm, Gradient, Into, Kernels, LANES};
-use super::rows::stat;
-use super::tile::{Bounds, Groups, KEYS, Packer, Tiling, heads_of, stride};
-use crate::backend::{Backward, View};
+use super::rows::{add, stat};
+use super::tile::{Bounds, Groups, KEYS, Packer, Tiling, heads_of, prefetch, stride};
+use crate::backend::Backward;
 use std::ops::Range;
 use std::sync::atomic::{AtomicU32, Ordering};
 
@@ -167,9 +167,10 @@ impl Task<'_> {
             for key in rows {
                 let i = key - keys.start;
                 let dqk = stride(self.step.q.dim);
-                add_row(&self.step.dk, key, kv, buffers.dk.add(i * dqk), self.step.scale);
+                let to = self.step.dk.at(key, kv).cast();
+                add(to, buffers.dk.add(i * dqk), self.step.k.dim, self.step.scale);
                 let dv = stride(self.step.v.dim);
-                add_row(&self.step.dv, key, kv, buffers.dv.add(i * dv), 1.0);
+                add(self.step.dv.at(key, kv).cast(), buffers.dv.add(i * dv), self.step.v.dim, 1.0);
             }
         }
     }
@@ -300,6 +301,18 @@ impl Task<'_> {
                 (row, head) = (row + 1, 0);
             }
         }
+        for lane in panel * LANES..(panel + 1) * LANES {
+            let at =
+                |lane: usize| (rows.start + lane / heads.len(), heads.start + lane % heads.len());
+            let ((row, head), (next_row, next_head)) = (at(lane), at(lane + LANES));
+            if next_row < self.step.q.rows {
+                prefetch(&self.step.q, next_row, next_head);
+                prefetch(&self.step.d_out, next_row, next_head);
+            }
+            if row < self.step.q.rows {
+                prefetch(&self.step.dq, row, head);
+            }
+        }
         let (lo, hi) = bounds.relative_to(keys.start);
         let (q_units, o_units) = (dqk / pairs, dv / pairs);
         // SAFETY: the waiting place is free, the block is packed, and the buffers do not overlap.
@@ -410,21 +423,9 @@ impl Task<'_> {
             // SAFETY: the lane lies in the buffer and (row, head) in dQ.
             unsafe {
                 let from = b.dq.add(lane * stride(self.step.q.dim));
-                add_row(&self.step.dq, row, head, from, self.step.scale);
+                let to = self.step.dq.at(row, head).cast();
+                add(to, from, self.step.q.dim, self.step.scale);
             }
         }
     }
-}
-
-/// Adds a scaled row of a buffer to a row of an fp32 view.
-///
-/// # Safety
-/// Both rows are valid for `view.dim` numbers, and nobody else accesses them.
-unsafe fn add_row(view: &View, row: usize, head: usize, from: *const f32, scale: f32) {
-    // SAFETY: the caller's promise.
-    let (to, from) = unsafe {
-        let to = view.at(row, head).cast::<f32>();
-        (std::slice::from_raw_parts_mut(to, view.dim), std::slice::from_raw_parts(from, view.dim))
-    };
-    to.iter_mut().zip(from).for_each(|(to, x)| *to += scale * x);
 }

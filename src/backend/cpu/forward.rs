@@ -6,7 +6,7 @@
 use super::Scratch;
 use super::kernels::{Gemm, Into, Kernels, LANES, Softmax};
 use super::rows::{set_stat, stat};
-use super::tile::{Bounds, KEYS, Packer, Tiling, heads_of, store, stride};
+use super::tile::{Bounds, KEYS, Packer, Tiling, heads_of, prefetch, stride};
 use crate::backend::Forward;
 use std::ops::Range;
 
@@ -97,7 +97,14 @@ impl Task<'_> {
                 for from in groups.keys.clone().step_by(KEYS) {
                     let block = from..(from + KEYS).min(groups.keys.end);
                     self.pack_keys(&buffers, block.clone(), kv);
+                    let next = block.end..(block.end + KEYS).min(groups.keys.end);
+                    let share = next.len().div_ceil(panels);
                     for panel in 0..panels {
+                        let ahead = next.start + panel * share..next.start + (panel + 1) * share;
+                        for key in ahead.start.min(next.end)..ahead.end.min(next.end) {
+                            prefetch(&self.step.k, key, kv);
+                            prefetch(&self.step.v, key, kv);
+                        }
                         let bounds =
                             Bounds::new(&groups.rows, panel * LANES, heads.len(), block.clone());
                         if !bounds.keys.is_empty() {
@@ -264,7 +271,8 @@ impl Task<'_> {
                         out.iter_mut().for_each(|x| *x *= norm);
                         max + sum.ln()
                     };
-                    store(last.out.dtype, out, last.out.at(row, head));
+                    let to = last.out.at(row, head);
+                    (self.kernels.narrow)(last.out.dtype, out.as_ptr(), to, dv);
                     set_stat(&last.lse, row, head, lse);
                 } else if let Some(state) = &self.step.state {
                     let to = state.out.at(row, head).cast::<f32>();

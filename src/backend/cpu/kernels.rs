@@ -11,8 +11,10 @@
 //! B             b[p·step + (j/32)·panel + j%32]: row-major (panel = 32), or transposed in panels of 32 (step = 32)
 //! ```
 
+use super::scalar;
 use super::simd::Simd;
-use super::{scalar, simd_avx2, simd_avx512};
+#[cfg(target_arch = "x86_64")]
+use super::{simd_avx2, simd_avx512};
 use crate::dtype::DType;
 
 /// Lanes of a panel: the query rows that one call of the softmax handles, and the columns of a B panel.
@@ -124,6 +126,8 @@ pub struct Kernels {
     pub gradient: unsafe fn(&Gradient),
     /// Reads a row of a storage type as fp32.
     pub widen: unsafe fn(DType, *const u8, *mut f32, usize),
+    /// Writes a row of fp32 numbers in a storage type, rounding to nearest.
+    pub narrow: unsafe fn(DType, *const f32, *mut u8, usize),
     /// Rows `[32][stride]` of units to a panel `[units][32]`: source, stride, units, destination.
     pub transpose: unsafe fn(*const u32, usize, usize, *mut u32),
     /// Pairs two rows of 16-bit numbers: first row, second row, length, destination.
@@ -135,9 +139,14 @@ impl Kernels {
     pub fn of(simd: Simd, dtype: DType) -> &'static Kernels {
         match simd {
             Simd::Scalar => &scalar::KERNELS,
+            #[cfg(target_arch = "x86_64")]
             Simd::Avx2 => &simd_avx2::KERNELS,
+            #[cfg(target_arch = "x86_64")]
             Simd::Avx512Bf16 if dtype == DType::Bf16 => &simd_avx512::KERNELS_BF16,
+            #[cfg(target_arch = "x86_64")]
             Simd::Avx512 | Simd::Avx512Bf16 => &simd_avx512::KERNELS,
+            #[cfg(not(target_arch = "x86_64"))]
+            _ => unreachable!("{simd:?} was refused when the backend was made"),
         }
     }
 }

@@ -6,7 +6,7 @@ use half::{bf16, f16};
 
 /// For every storage type; operands are fp32.
 pub static KERNELS: Kernels =
-    Kernels { pairs: 1, gemm, softmax, gradient, widen, transpose, interleave };
+    Kernels { pairs: 1, gemm, softmax, gradient, widen, narrow, transpose, interleave };
 
 /// # Safety
 /// The tiles are as [`Gemm`] says; C overlaps neither A nor B.
@@ -127,6 +127,22 @@ pub unsafe fn widen(dtype: DType, from: *const u8, to: *mut f32, len: usize) {
                 DType::F16 => from.cast::<f16>().add(i).read().to_f32(),
             })
         };
+    }
+}
+
+/// # Safety
+/// `from` has `len` readable numbers and `to` has room for as many elements of the type.
+pub unsafe fn narrow(dtype: DType, from: *const f32, to: *mut u8, len: usize) {
+    for i in 0..len {
+        // SAFETY: the caller's promise, and `i` is below `len`.
+        unsafe {
+            let x = from.add(i).read();
+            match dtype {
+                DType::F32 => to.cast::<f32>().add(i).write(x),
+                DType::Bf16 => to.cast::<bf16>().add(i).write(bf16::from_f32(x)),
+                DType::F16 => to.cast::<f16>().add(i).write(f16::from_f32(x)),
+            }
+        }
     }
 }
 

@@ -11,6 +11,7 @@ pub static KERNELS: Kernels = Kernels {
     softmax: softmax_f32,
     gradient: gradient_f32,
     widen,
+    narrow,
     transpose,
     interleave,
 };
@@ -375,6 +376,37 @@ unsafe fn widen(dtype: DType, from: *const u8, to: *mut f32, len: usize) {
                 }
             };
             _mm512_mask_storeu_ps(to.add(i), mask, x);
+        }
+    }
+}
+
+/// # Safety
+/// `from` has `len` readable numbers and `to` has room for as many elements of the type.
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn narrow(dtype: DType, from: *const f32, to: *mut u8, len: usize) {
+    for i in (0..len).step_by(16) {
+        let mask = first(len - i);
+        // SAFETY: the caller's promise; lanes beyond the end are masked.
+        unsafe {
+            let x = _mm512_maskz_loadu_ps(mask, from.add(i));
+            let half = match dtype {
+                DType::F32 => {
+                    _mm512_mask_storeu_ps(to.cast::<f32>().add(i), mask, x);
+                    continue;
+                }
+                DType::Bf16 => {
+                    // Half a unit of the last place, less when the result is even already; NaN only becomes quiet.
+                    let bits = _mm512_castps_si512(x);
+                    let odd = _mm512_and_si512(_mm512_srli_epi32::<16>(bits), _mm512_set1_epi32(1));
+                    let half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+                    let nan = _mm512_cmp_ps_mask::<_CMP_UNORD_Q>(x, x);
+                    let quiet = _mm512_or_si512(bits, _mm512_set1_epi32(0x40_0000));
+                    let rounded = _mm512_mask_mov_epi32(_mm512_add_epi32(bits, half), nan, quiet);
+                    _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded))
+                }
+                DType::F16 => _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x),
+            };
+            _mm256_mask_storeu_epi16(to.cast::<i16>().add(i), mask, half);
         }
     }
 }

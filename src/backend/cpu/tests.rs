@@ -3,14 +3,15 @@
 use super::*;
 use crate::backend::{HeadMap, Output, State};
 use crate::dtype::DType;
+use crate::error::Status;
 use crate::mask::{Mask, Slice, overlap};
 use crate::partition::Segment;
 
 /// Deterministic pseudo-random numbers.
-pub(super) struct Rng(u64);
+struct Rng(u64);
 
 impl Rng {
-    pub(super) fn new(seed: u64) -> Rng {
+    fn new(seed: u64) -> Rng {
         Rng(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
     }
 
@@ -26,7 +27,7 @@ impl Rng {
     }
 
     /// Roughly normal, variance 1.
-    pub(super) fn normal(&mut self) -> f32 {
+    fn normal(&mut self) -> f32 {
         let unit = |x: u64| x as f64 / (1u64 << 53) as f64;
         let sum: f64 = (0..6).map(|_| unit(self.next())).sum();
         ((sum - 3.0) * std::f64::consts::SQRT_2) as f32
@@ -77,14 +78,16 @@ impl Tensor {
     }
 
     fn set(&mut self, row: usize, head: usize, values: &[f32]) {
+        let (to, len) = (self.view.at(row, head), values.len());
         // SAFETY: (row, head) lies in the tensor's memory.
-        unsafe { rows::store(&self.view, row, head, values) }
+        unsafe { scalar::narrow(self.view.dtype, values.as_ptr(), to, len) }
     }
 
     fn get(&self, row: usize, head: usize) -> Vec<f32> {
         let mut values = vec![0f32; self.view.dim];
+        let (from, len) = (self.view.at(row, head), values.len());
         // SAFETY: (row, head) lies in the tensor's memory.
-        unsafe { rows::load(&self.view, row, head, &mut values) };
+        unsafe { scalar::widen(self.view.dtype, from, values.as_mut_ptr(), len) };
         values
     }
 
@@ -110,6 +113,7 @@ impl Tensor {
     }
 }
 
+#[derive(Clone)]
 struct Case {
     name: String,
     dtype: DType,
@@ -376,8 +380,9 @@ impl Case {
                         + 1e-7 * norm(&|r| terms[r][h].clone());
                     assert!(
                         err <= bound,
-                        "{what} {}: {name} head {h} rows {range:?}: error {err:e}, bound {bound:e}, plain {err_plain:e}",
-                        self.name
+                        "{what} {} {:?}: {name} head {h} rows {range:?}: error {err:e}, bound {bound:e}, plain {err_plain:e}",
+                        self.name,
+                        self.dtype
                     );
                 }
             }
@@ -430,95 +435,118 @@ fn documents(rng: &mut Rng, rows: u32, longest: u32, mask: Mask) -> Vec<Slice> {
     }
 }
 
-fn cases() -> Vec<Case> {
-    let mut rng = Rng::new(7);
-    let one = |n| [segment(0, 1, n, 0)];
-    let masks = |n: u32, m: u32| -> Vec<(&'static str, Vec<Slice>)> {
-        let of = |mask| slices_of(&one(n), &one(m), mask, n, m);
-        let window = Mask { left: Some(17), right: Some(5), ..Mask::FULL };
-        vec![
-            ("full", of(Mask::FULL)),
-            ("causal", of(Mask::CAUSAL)),
-            ("window", of(window)),
-            ("causal window", of(Mask { left: Some(40), ..Mask::CAUSAL })),
-            ("bottom right", of(Mask { bottom_right: true, ..Mask::CAUSAL })),
-            ("narrow", of(Mask { left: Some(0), ..Mask::CAUSAL })),
-        ]
-    };
-    let plain_map = HeadMap { q_first: 0, group: 1, kv_first: 0 };
-    let base = Case {
-        name: String::new(),
+/// Two heads of dimension 64, every query its own key head.
+fn base(name: impl Into<String>, rows: u32, key_rows: u32, slices: Vec<Slice>) -> Case {
+    Case {
+        name: name.into(),
         dtype: DType::F32,
         layout: Layout::Dense,
-        rows: 0,
-        key_rows: 0,
+        rows: rows as usize,
+        key_rows: key_rows as usize,
         heads: 2,
-        map: plain_map,
+        map: HeadMap { q_first: 0, group: 1, kv_first: 0 },
         dqk: 64,
         dv: 64,
         scale: 0.125,
         gain: 1.0,
-        slices: vec![],
-    };
+        slices,
+    }
+}
+
+/// One sequence in one piece.
+fn whole(rows: u32, keys: u32, mask: Mask) -> Vec<Slice> {
+    slices_of(&[segment(0, 1, rows, 0)], &[segment(0, 1, keys, 0)], mask, rows, keys)
+}
+
+fn bits(results: &Results) -> [&[u8]; 5] {
+    [&results.out, &results.lse, &results.dq, &results.dk, &results.dv].map(|t| &t.memory[..])
+}
+
+/// Every storage type and instruction set: against the oracle in one step and in several, and threads against one thread.
+fn check_all(cases: Vec<Case>) {
+    let available = Simd::ALL.into_iter().filter(|s| s.available());
+    let mut cpus: Vec<[Cpu; 3]> =
+        available.map(|s| [1, 2, 3].map(|n| Cpu::new(n, s).unwrap())).collect();
+    for (mut case, dtype) in cases.into_iter().flat_map(|c| DType::ALL.map(|d| (c.clone(), d))) {
+        case.dtype = dtype;
+        let inputs = case.inputs();
+        let (oracle, plain) = (case.double_loop(&inputs, false), case.double_loop(&inputs, true));
+        for cpus in &mut cpus {
+            let simd = cpus[0].simd().name();
+            let once = case.run(&mut cpus[0], &inputs, 1);
+            case.check(simd, &once, &oracle, &plain);
+            for cpu in cpus.iter_mut() {
+                let again = case.run(cpu, &inputs, 1);
+                let same = bits(&once) == bits(&again);
+                assert!(same, "{simd} {}: {} threads", case.name, cpu.threads());
+            }
+            for stages in [2, 3] {
+                let staged = case.run(&mut cpus[stages - 1], &inputs, stages);
+                case.check(&format!("{simd} {stages} stages"), &staged, &oracle, &plain);
+            }
+        }
+    }
+}
+
+#[test]
+fn masks_keep_the_error_contract() {
+    let masks = [
+        ("full", Mask::FULL),
+        ("causal", Mask::CAUSAL),
+        ("window", Mask { left: Some(17), right: Some(5), ..Mask::FULL }),
+        ("causal window", Mask { left: Some(40), ..Mask::CAUSAL }),
+        ("bottom right", Mask { bottom_right: true, ..Mask::CAUSAL }),
+        ("narrow", Mask { left: Some(0), ..Mask::CAUSAL }),
+    ];
+    let sizes = [(150, 150), (37, 300), (333, 61), (1, 5)];
     let mut cases = Vec::new();
-    let mut push = |name: &str, rows: u32, key_rows: u32, slices: Vec<Slice>, rest: Case| {
-        for dtype in DType::ALL {
-            cases.push(Case {
-                name: format!(
-                    "{name} {rows}x{key_rows} {dtype:?} {:?} d {}/{}",
-                    rest.layout, rest.dqk, rest.dv
-                ),
-                dtype,
-                rows: rows as usize,
-                key_rows: key_rows as usize,
-                slices: slices.clone(),
-                ..rest
-            });
-        }
-    };
-    for (rows, keys) in [(150, 150), (37, 300), (333, 61), (1, 5)] {
-        for (name, slices) in masks(rows, keys) {
-            push(name, rows, keys, slices, Case { name: String::new(), slices: vec![], ..base });
-        }
+    for ((rows, keys), (name, mask)) in sizes.into_iter().flat_map(|s| masks.map(|m| (s, m))) {
+        cases.push(base(name, rows, keys, whole(rows, keys, mask)));
     }
+    cases.push(base("nothing", 20, 20, vec![]));
+    check_all(cases);
+}
+
+#[test]
+fn head_dimensions_and_layouts_keep_the_error_contract() {
     let dims = [(8, 8), (24, 24), (24, 8), (128, 128), (192, 128), (256, 256), (40, 72)];
-    for (i, (dqk, dv)) in dims.into_iter().enumerate() {
-        let layout = [Layout::Bshd, Layout::Bhsd, Layout::Sbhd][i % 3];
-        let slices = slices_of(&one(200), &one(180), Mask::CAUSAL, 200, 180);
+    let layouts = [Layout::Bshd, Layout::Bhsd, Layout::Sbhd].into_iter().cycle();
+    let case = |((dqk, dv), layout)| {
         let scale = 1.0 / (dqk as f32).sqrt();
-        let name = String::new();
-        push(
-            "dims",
-            200,
-            180,
-            slices,
-            Case { name, dqk, dv, layout, scale, slices: vec![], ..base },
-        );
-    }
-    // Three local query heads that start inside a group, the uneven head map of an all-to-all.
-    for (q_first, group, kv_first, heads) in
-        [(3, 4, 0, 6), (2, 3, 0, 1), (8, 4, 2, 5), (0, 40, 0, 40)]
-    {
+        let case = base("dims", 200, 180, whole(200, 180, Mask::CAUSAL));
+        Case { dqk, dv, layout, scale, ..case }
+    };
+    check_all(dims.into_iter().zip(layouts).map(case).collect());
+}
+
+#[test]
+fn head_maps_keep_the_error_contract() {
+    let mut rng = Rng::new(7);
+    // The second and third start and end inside a group, as the shares of an uneven all-to-all do.
+    let maps = [(0, 2, 0, 4), (3, 4, 0, 6), (8, 4, 2, 5), (2, 3, 0, 1), (0, 40, 0, 40)];
+    let case = |(q_first, group, kv_first, heads)| {
         let map = HeadMap { q_first, group, kv_first };
         let slices = documents(&mut rng, 170, 90, Mask::CAUSAL);
-        let name = format!("heads {q_first} {group} {kv_first} {heads}");
-        let rest =
-            Case { name: String::new(), map, heads, dqk: 32, dv: 32, slices: vec![], ..base };
-        push(&name, 170, 170, slices, rest);
-    }
-    for longest in [3, 14, 60] {
-        for mask in [Mask::FULL, Mask::CAUSAL] {
-            let slices = documents(&mut rng, 400, longest, mask);
-            let name = format!("documents of {longest}");
-            push(
-                &name,
-                400,
-                400,
-                slices,
-                Case { name: String::new(), slices: vec![], layout: Layout::Bshd, ..base },
-            );
-        }
-    }
+        let name = format!("{heads} heads, {map:?}");
+        Case { map, heads, dqk: 32, dv: 32, ..base(name, 170, 170, slices) }
+    };
+    check_all(maps.into_iter().map(case).collect());
+}
+
+#[test]
+fn documents_keep_the_error_contract() {
+    let mut rng = Rng::new(11);
+    let kinds = [3, 14, 60, 300].map(|longest| [(longest, Mask::FULL), (longest, Mask::CAUSAL)]);
+    let case = |(longest, mask)| {
+        let slices = documents(&mut rng, 700, longest, mask);
+        let case = base(format!("documents up to {longest}, {mask:?}"), 700, 700, slices);
+        Case { layout: Layout::Bshd, dqk: 16, dv: 32, heads: 1, ..case }
+    };
+    check_all(kinds.into_iter().flatten().map(case).collect());
+}
+
+#[test]
+fn scattered_segments_keep_the_error_contract() {
     // Zigzag: two query segments against the segments of three ranks, in another order in memory.
     let queries = [segment(60, 1, 30, 0), segment(150, 1, 30, 35)];
     let keys = [
@@ -529,76 +557,129 @@ fn cases() -> Vec<Case> {
         segment(120, 1, 30, 140),
         segment(150, 1, 30, 200),
     ];
-    let slices = slices_of(&queries, &keys, Mask::CAUSAL, 180, 180);
-    push("zigzag", 70, 240, slices, Case { name: String::new(), slices: vec![], ..base });
-    let window = Mask { left: Some(33), ..Mask::CAUSAL };
-    let slices = slices_of(&queries, &keys, window, 180, 180);
-    push("zigzag window", 70, 240, slices, Case { name: String::new(), slices: vec![], ..base });
     // Striped: every third token.
     let striped = [segment(1, 3, 90, 0)];
     let sources = [segment(0, 3, 90, 0), segment(1, 3, 90, 90), segment(2, 3, 90, 180)];
-    let slices = slices_of(&striped, &sources, window, 270, 270);
-    push("striped", 90, 270, slices, Case { name: String::new(), slices: vec![], ..base });
-    // Scores in the hundreds, negative scale, zero scale, nothing to do.
-    let causal = || slices_of(&one(130), &one(130), Mask::CAUSAL, 130, 130);
-    for (name, scale, gain) in
-        [("large", 1.0, 8.0), ("negative", -0.2, 1.0), ("zero", 0.0, 1.0), ("tiny", 1e-6, 1.0)]
+    let mut cases = Vec::new();
+    for (name, mask) in
+        [("causal", Mask::CAUSAL), ("window", Mask { left: Some(33), ..Mask::CAUSAL })]
     {
-        push(
-            name,
-            130,
-            130,
-            causal(),
-            Case { name: String::new(), slices: vec![], scale, gain, ..base },
-        );
+        let slices = slices_of(&queries, &keys, mask, 180, 180);
+        cases.push(base(format!("zigzag {name}"), 70, 240, slices));
+        let slices = slices_of(&striped, &sources, mask, 270, 270);
+        cases.push(base(format!("striped {name}"), 90, 270, slices));
     }
-    push("nothing", 20, 20, vec![], Case { name: String::new(), slices: vec![], ..base });
-    cases
+    check_all(cases);
 }
 
-fn bits(results: &Results) -> [&[u8]; 5] {
-    [&results.out, &results.lse, &results.dq, &results.dk, &results.dv].map(|t| &t.memory[..])
+#[test]
+fn unusual_scales_keep_the_error_contract() {
+    let scales =
+        [("large", 1.0, 8.0), ("negative", -0.2, 1.0), ("zero", 0.0, 1.0), ("tiny", 1e-6, 1.0)];
+    let case = |(name, scale, gain)| Case {
+        scale,
+        gain,
+        ..base(name, 130, 130, whole(130, 130, Mask::CAUSAL))
+    };
+    check_all(scales.into_iter().map(case).collect());
 }
 
-/// All cases of one instruction set: against the oracle, staged against the oracle, threads against one thread.
-fn check_all(simd: Simd) {
-    if !simd.available() {
-        eprintln!("{}: not on this CPU", simd.name());
-        return;
+#[test]
+fn an_error_of_progress_stops_the_step_and_is_returned() {
+    let case = base("stop", 1500, 1500, whole(1500, 1500, Mask::FULL));
+    let (inputs, results) = (case.inputs(), case.results());
+    let mut step = case.forward(&inputs, &case.slices);
+    step.last = Some(Output { out: results.out.view, lse: results.lse.view });
+    for threads in [1, 3] {
+        let mut cpu = Cpu::new(threads, Simd::detect()).unwrap();
+        let mut calls = 0;
+        let mut progress = || {
+            calls += 1;
+            if calls < 4 { Ok(()) } else { Err(Error::internal("on purpose")) }
+        };
+        // SAFETY: the tensors outlive the call.
+        let stopped = unsafe { cpu.forward(&step, &mut progress) };
+        assert_eq!(stopped, Err(Error::internal("on purpose")));
+        assert_eq!(calls, 4, "progress was called again after its error");
+        let mut calls = 0;
+        let mut progress = || {
+            calls += 1;
+            Ok(())
+        };
+        // SAFETY: as above.
+        unsafe { cpu.forward(&step, &mut progress) }.unwrap();
+        // 2 heads × 6 tiles × 12 blocks of keys; another thread may take nearly all of them.
+        assert!(calls > if threads == 1 { 140 } else { 0 }, "progress was called {calls} times");
     }
-    let mut cpus: Vec<Cpu> = [1, 2, 3].map(|n| Cpu::new(n, simd).unwrap()).into();
-    for case in cases() {
-        let inputs = case.inputs();
-        let (oracle, plain) = (case.double_loop(&inputs, false), case.double_loop(&inputs, true));
-        let once = case.run(&mut cpus[0], &inputs, 1);
-        case.check(simd.name(), &once, &oracle, &plain);
-        for cpu in &mut cpus {
-            let again = case.run(cpu, &inputs, 1);
-            assert!(bits(&once) == bits(&again), "{}: {} threads", case.name, cpu.threads());
-        }
-        for stages in [2, 3] {
-            let staged = case.run(&mut cpus[stages - 1], &inputs, stages);
-            case.check(&format!("{} {stages} stages", simd.name()), &staged, &oracle, &plain);
-        }
+}
+
+#[test]
+fn rows_without_lse_have_no_gradient() {
+    let case = base("no LSE", 40, 40, whole(40, 40, Mask::CAUSAL));
+    let (inputs, mut results) = (case.inputs(), case.results());
+    results.lse.fill(|| f32::NEG_INFINITY);
+    for simd in Simd::ALL.into_iter().filter(|s| s.available()) {
+        let step = Backward {
+            q: inputs.q.view,
+            k: inputs.k.view,
+            v: inputs.v.view,
+            d_out: inputs.d_out.view,
+            lse: results.lse.view,
+            delta: results.lse.view,
+            slices: &case.slices,
+            heads: case.map,
+            scale: case.scale,
+            dq: results.dq.view,
+            dk: results.dk.view,
+            dv: results.dv.view,
+        };
+        // SAFETY: the tensors outlive the call.
+        unsafe { Cpu::new(1, simd).unwrap().backward(&step, &mut || Ok(())) }.unwrap();
+        let zero = |t: &Tensor| t.values().iter().flatten().flatten().all(|&x| x == 0.0);
+        assert!(zero(&results.dq) && zero(&results.dk) && zero(&results.dv), "{}", simd.name());
     }
 }
 
 #[test]
-fn scalar_keeps_the_error_contract() {
-    check_all(Simd::Scalar);
+fn scratch_grows_once() {
+    fn is_send<T: Send>(_: &T) {}
+    let case = base("scratch", 300, 300, whole(300, 300, Mask::CAUSAL));
+    let inputs = case.inputs();
+    let mut cpu = Cpu::new(1, Simd::detect()).unwrap();
+    is_send(&cpu);
+    assert!(cpu.scratch_bytes() < 1 << 12);
+    case.run(&mut cpu, &inputs, 1);
+    let bytes = cpu.scratch_bytes();
+    assert!((1 << 18..1 << 22).contains(&bytes), "{bytes}");
+    case.run(&mut cpu, &inputs, 1);
+    assert_eq!(cpu.scratch_bytes(), bytes);
 }
 
 #[test]
-fn avx2_keeps_the_error_contract() {
-    check_all(Simd::Avx2);
-}
-
-#[test]
-fn avx512_keeps_the_error_contract() {
-    check_all(Simd::Avx512);
-}
-
-#[test]
-fn avx512_bf16_keeps_the_error_contract() {
-    check_all(Simd::Avx512Bf16);
+fn wrong_shapes_and_thread_counts_are_refused() {
+    assert_eq!(Cpu::new(0, Simd::Scalar).err().unwrap().status, Status::InvalidArgument);
+    let mut cpu = Cpu::new(1, Simd::Scalar).unwrap();
+    let case = base("shapes", 4, 4, vec![]);
+    let inputs = case.inputs();
+    let mut step = case.forward(&inputs, &[]);
+    let mut refused = |step: &Forward| {
+        // SAFETY: the step is refused before anything is read.
+        unsafe { cpu.forward(step, &mut || Ok(())) }.is_err()
+    };
+    assert!(refused(&step), "neither state nor output");
+    let results = case.results();
+    step.last = Some(Output { out: results.out.view, lse: results.lse.view });
+    assert!(!refused(&step));
+    let bad: [fn(&mut Forward); 5] = [
+        |s| s.q.dim = 56,
+        |s| s.v.dim = 12,
+        |s| s.v.rows = 3,
+        |s| s.k.dtype = DType::Bf16,
+        |s| s.heads.q_first = 2,
+    ];
+    for change in bad {
+        let mut step = step;
+        change(&mut step);
+        assert!(refused(&step), "{step:?}");
+    }
 }

@@ -6,7 +6,6 @@
 
 use super::kernels::{Kernels, LANES};
 use crate::backend::{HeadMap, View};
-use crate::dtype::DType;
 use crate::mask::Slice;
 use std::ops::Range;
 
@@ -302,6 +301,19 @@ pub fn stride(dim: usize) -> usize {
     (dim.div_ceil(16) | 1) * 16
 }
 
+/// Asks for one row of a view to be fetched into the cache: rows of a head lie far apart, and no hardware guesses the next one.
+pub fn prefetch(view: &View, row: usize, head: usize) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_MM_HINT_T1, _mm_prefetch};
+        let at = view.at(row, head);
+        for byte in (0..view.dim * view.dtype.size()).step_by(64) {
+            // SAFETY: a prefetch may be given any address.
+            unsafe { _mm_prefetch::<_MM_HINT_T1>(at.wrapping_add(byte).cast()) };
+        }
+    }
+}
+
 /// Packs rows of one head.
 pub struct Packer<'a> {
     /// The instruction set's loops.
@@ -364,24 +376,6 @@ impl Packer<'_> {
                     to.add(i / 2 * stride),
                 );
             }
-        }
-    }
-}
-
-/// Narrowing on the way out.
-///
-/// # Safety
-/// `to` has room for `from.len()` elements of the type.
-pub unsafe fn store(dtype: DType, from: &[f32], to: *mut u8) {
-    use half::slice::HalfFloatSliceExt;
-    // SAFETY: the caller's promise; elements are aligned as the caller's tensor is.
-    unsafe {
-        match dtype {
-            DType::F32 => from.as_ptr().copy_to_nonoverlapping(to.cast::<f32>(), from.len()),
-            DType::Bf16 => std::slice::from_raw_parts_mut(to.cast::<half::bf16>(), from.len())
-                .convert_from_f32_slice(from),
-            DType::F16 => std::slice::from_raw_parts_mut(to.cast::<half::f16>(), from.len())
-                .convert_from_f32_slice(from),
         }
     }
 }

@@ -236,7 +236,7 @@ fn killed_rank_is_named() {
             );
         }
         assert_eq!(results[2], "", "rank 2 was killed");
-        assert!(began.elapsed() < Duration::from_secs(5), "{:?}", began.elapsed());
+        assert!(began.elapsed() < Duration::from_secs(3), "{:?}", began.elapsed());
     }
 }
 
@@ -245,17 +245,15 @@ fn rank_that_never_comes_is_named() {
     for missing in [0, 2] {
         let results = Children::start("come", (0..4).filter(|&r| r != missing), 4, "").results();
         for r in &results {
-            // Who is told late, or not at all because its own deadline came first, still names the rank.
             assert!(
-                (r.starts_with("12 |") || r.starts_with("13 |"))
-                    && r.contains(&format!("rank {missing}")),
+                r.starts_with("12 |") && r.contains(&format!("rank {missing} did not come")),
                 "{results:?}"
             );
         }
     }
 }
 
-/// What this user's groups could leave behind: names in the file system, abstract sockets.
+/// What groups could leave behind: names in the file system, processes.
 fn leftovers(of: &[u32]) -> Vec<String> {
     let mut found = Vec::new();
     for folder in ["/dev/shm", "/tmp"] {

@@ -1,0 +1,96 @@
+//! How many stages fit into a memory cap.
+
+use super::account::ALIGN;
+use super::needs;
+use super::survey::{Survey, distances};
+use super::team::team_segments;
+use super::{Kind, Options, Pass, SlotInfo, build};
+use crate::error::{Error, Result, Status};
+use crate::partition::{Segment, Side};
+use crate::problem::Problem;
+use std::sync::Arc;
+
+/// Resolves a stage count that the caller left open: the fewest stages with which every rank's workspace, forward and backward,
+/// stays within `cap` bytes. `problem.stages` is not read. Fails with [`Status::OutOfMemory`] if no count fits.
+pub fn fewest_stages(problem: &Problem, cap: u64) -> Result<u32> {
+    let peaks = peaks(problem);
+    let Some(least) = peaks.iter().min() else { return Ok(0) };
+    // More stages need less memory, but not always: two large distances may come to share a slot, or cease to.
+    match peaks.iter().position(|peak| *peak <= cap) {
+        Some(_) if problem.relay => Ok(problem.teams() - 1),
+        Some(index) => Ok(index as u32 + 1),
+        None => Err(Error::new(
+            Status::OutOfMemory,
+            format!("memory cap: got {cap} bytes; the least that a rank can do with is {least}"),
+        )),
+    }
+}
+
+/// Largest workspace of any rank and pass, in bytes, for 1, 2, … b − 1 stages (a relay: for b − 1). Empty when there is one team.
+/// Exact, but much cheaper than the plans: only the stages' slots change with their number.
+pub fn peaks(problem: &Problem) -> Vec<u64> {
+    let b = problem.teams();
+    if b == 1 {
+        return Vec::new();
+    }
+    let most = Arc::new(Problem { stages: b - 1, ..problem.clone() });
+    let rows = arriving_rows(problem);
+    let counts = if problem.relay { b - 1..b } else { 1..b };
+    let mut out = vec![0; counts.len()];
+    for rank in 0..problem.ranks {
+        let team = rank / problem.inner;
+        let arriving = |d: u32| rows[team as usize][d as usize];
+        let leaving = |d: u32| match problem.relay {
+            // What comes home in a relay, a stage at a time, is as many rows as the left neighbour had in it.
+            true => rows[((team + b - 1) % b) as usize][d as usize],
+            false => rows[((team + d) % b) as usize][d as usize],
+        };
+        let survey = Survey::without_traffic(&most, rank, (1..b).any(|d| arriving(d) > 0));
+        let traffic: Vec<_> = counts
+            .clone()
+            .map(|n| (stage_rows(b - 1, n, arriving), stage_rows(b - 1, n, leaving)))
+            .collect();
+        for pass in [Pass::Forward, Pass::Backward] {
+            let slots = build::plan(&most, rank, &survey, pass, Options::default()).slots;
+            for (peak, (rows, homes)) in out.iter_mut().zip(&traffic) {
+                let bytes = |s: &SlotInfo| {
+                    let rows = match s.slot.kind {
+                        Kind::Recv | Kind::Part | Kind::Wire => rows[s.slot.index as usize],
+                        Kind::Return => homes[s.slot.index as usize],
+                        _ => s.rows,
+                    };
+                    SlotInfo { rows, ..*s }.bytes().next_multiple_of(ALIGN) as u64
+                };
+                let own = slots.iter().filter(|s| s.slot.kind != Kind::Caller);
+                *peak = own.map(bytes).sum::<u64>().max(*peak);
+            }
+        }
+    }
+    out
+}
+
+/// Rows of the two slots that n stages take turns in: the largest even and the largest odd stage.
+fn stage_rows(others: u32, n: u32, rows: impl Fn(u32) -> u32) -> [u32; 2] {
+    let mut out = [0; 2];
+    for s in 1..=n {
+        let slot = &mut out[s as usize % 2];
+        *slot = distances(others, n, s).map(&rows).sum::<u32>().max(*slot);
+    }
+    out
+}
+
+/// Key rows that team t receives from distance d, as `[t][d]`.
+fn arriving_rows(problem: &Problem) -> Vec<Vec<u32>> {
+    let b = problem.teams();
+    let side =
+        |side| -> Vec<Vec<Segment>> { (0..b).map(|t| team_segments(problem, t, side)).collect() };
+    let (queries, keys) = (side(Side::Query), side(Side::Key));
+    let from = |team: u32, d: u32| {
+        let owner = &keys[((team + b - d) % b) as usize];
+        needs::count(&match problem.relay {
+            true => needs::everything(owner),
+            false => needs::needed(problem, &queries[team as usize], owner),
+        })
+    };
+    (0..b).map(|team| (0..b).map(|d| if d == 0 { 0 } else { from(team, d) }).collect()).collect()
+}

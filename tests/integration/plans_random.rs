@@ -1,0 +1,191 @@
+//! Random plans, up to 64 ranks, proved together. `CP_SEED` picks other cases, `CP_CASES` more of them:
+//! `CP_SEED=$RANDOM CP_CASES=20000 cargo test --release random_plans`.
+
+use crate::plans::prove;
+use context_parallel::dtype::DType;
+use context_parallel::error::Status;
+use context_parallel::mask::Mask;
+use context_parallel::partition::{Partition, Stretch};
+use context_parallel::plan::account::workspace_bytes;
+use context_parallel::plan::{self, Options, Plan};
+use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
+use std::sync::Arc;
+
+/// Xorshift (Marsaglia, 2003), 64 bits.
+pub struct Random(u64);
+
+impl Random {
+    pub fn new(seed: u64) -> Random {
+        Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    /// A number in `low ..= high`.
+    pub fn within(&mut self, low: u32, high: u32) -> u32 {
+        low + ((self.next() >> 16) % u64::from(high - low + 1)) as u32
+    }
+
+    /// True in one of `n` cases.
+    pub fn one_in(&mut self, n: u32) -> bool {
+        self.within(1, n) == 1
+    }
+
+    pub fn of<T: Clone>(&mut self, list: &[T]) -> T {
+        list[self.within(0, list.len() as u32 - 1) as usize].clone()
+    }
+}
+
+/// A number from the environment.
+fn setting(name: &str, default: u64) -> u64 {
+    match std::env::var(name) {
+        Ok(text) => text.parse().unwrap_or_else(|_| panic!("{name}={text} is not a number")),
+        Err(_) => default,
+    }
+}
+
+#[test]
+fn random_plans() {
+    let (seed, cases) = (setting("CP_SEED", 1), setting("CP_CASES", 400));
+    println!("CP_SEED={seed} CP_CASES={cases}");
+    for case in 0..cases {
+        let p = any_problem(&mut Random::new(seed.wrapping_mul(1_000_003).wrapping_add(case)));
+        prove(&p);
+    }
+}
+
+/// The cheap answer about memory against the plans themselves, and the way that it is not: monotone.
+#[test]
+fn peaks_are_those_of_the_plans() {
+    let two_sided = Problem {
+        partition: Partition::Contiguous,
+        mask: Mask { left: Some(10), right: Some(10), ..Mask::FULL },
+        ..crate::plans::problem(5, CommType::P2p, 0, 50, 4, 2)
+    };
+    let peaks = plan::peaks(&two_sided);
+    assert!(peaks[2] < peaks[3], "with 4 stages, distances 1 and 4 do not share a slot: {peaks:?}");
+    assert_eq!(plan::fewest_stages(&two_sided, peaks[2]), Ok(3));
+    assert_eq!(plan::fewest_stages(&two_sided, 0).unwrap_err().status, Status::OutOfMemory);
+    let random = (0..60).map(|case| any_problem(&mut Random::new(case)));
+    for p in random.filter(|p| p.ranks <= 16).chain([two_sided]) {
+        let most = p.teams() - 1;
+        let counts = if p.relay { most..=most } else { 1..=most };
+        let want: Vec<u64> = counts
+            .map(|stages| {
+                let p = Arc::new(Problem { stages, ..p.clone() });
+                let plans = (0..p.ranks).flat_map(|r| Plan::both(&p, r, Options::default()));
+                plans.map(|plan| workspace_bytes(&plan) as u64).max().unwrap()
+            })
+            .collect();
+        assert_eq!(plan::peaks(&p), want, "{p:?}");
+    }
+}
+
+/// Any problem that validates, small enough to be proved.
+pub fn any_problem(r: &mut Random) -> Problem {
+    let ranks = match r.within(0, 9) {
+        0..6 => r.within(1, 8),
+        6..9 => r.within(9, 24),
+        _ => r.within(25, 64),
+    };
+    let comm = r.of(&CommType::ALL);
+    let divisors: Vec<u32> = (1..=ranks).filter(|u| ranks.is_multiple_of(*u)).collect();
+    let inner = comm.inner(ranks, if comm == CommType::A2aP2p { r.of(&divisors) } else { 0 });
+    let inner = inner.unwrap();
+    let teams = ranks / inner;
+    let stages = match r.within(0, 2) {
+        0 if teams > 1 => r.within(1, teams - 1),
+        _ => comm.default_stages(teams),
+    };
+    let kv_heads = r.within(1, 5);
+    let (seqs, packed) = any_sequences(r, ranks);
+    let mut p = Problem {
+        ranks,
+        inner,
+        stages,
+        relay: stages + 1 == teams && stages > 0 && r.one_in(4),
+        partition: r.of(&[Partition::Zigzag, Partition::Contiguous, Partition::Striped]),
+        mask: any_mask(r, seqs[0].k.padded),
+        packed,
+        seqs,
+        heads: kv_heads * r.within(1, 4),
+        kv_heads,
+        dim_qk: 8 * r.within(1, 3),
+        dim_v: 8 * r.within(1, 3),
+        dtype: r.of(&[DType::F32, DType::Bf16, DType::F16]),
+        wire: r.of(&[Wire::Storage, Wire::F32]),
+        scale: 1.0,
+    };
+    if r.one_in(4) {
+        p.partition = any_list(r, &p);
+    }
+    p
+}
+
+fn any_mask(r: &mut Random, length: u32) -> Mask {
+    let window = |r: &mut Random| match r.within(0, 3) {
+        0 => Some(r.within(0, 3)),
+        1 => Some(r.within(0, length + 2)),
+        _ => None,
+    };
+    Mask { causal: !r.one_in(3), bottom_right: r.one_in(3), left: window(r), right: window(r) }
+}
+
+/// A batch of equal padded lengths, padded left or right, or packed documents; sometimes with other lengths for keys.
+fn any_sequences(r: &mut Random, ranks: u32) -> (Vec<Sequence>, bool) {
+    let cross = r.one_in(3);
+    let packed = r.one_in(2);
+    let total = if ranks > 24 { r.within(1, 260) } else { r.within(1, 90) };
+    let count = if packed { r.within(1, 12) } else { r.within(1, 3) };
+    let padded = [r.within(1, total.div_ceil(count)), r.within(1, total.div_ceil(count))];
+    let extent = |r: &mut Random, side: usize| {
+        let padded = match packed {
+            true => r.within(0, 2 * total.div_ceil(count)),
+            false => padded[side],
+        };
+        match r.within(0, 3) {
+            0 => {
+                let len = r.within(0, padded);
+                Extent { before: r.within(0, padded - len), len, padded }
+            }
+            1 => Extent { before: 0, len: r.within(0, padded), padded },
+            _ => Extent::full(padded),
+        }
+    };
+    let sequence = |r: &mut Random| {
+        let q = extent(r, 0);
+        Sequence { q, k: if cross { extent(r, 1) } else { q } }
+    };
+    ((0..count).map(|_| sequence(r)).collect(), packed)
+}
+
+/// Every sequence cut into pieces at random, dealt at random, in random order; the same step for its queries and keys.
+fn any_list(r: &mut Random, p: &Problem) -> Partition {
+    let mut lists = [(); 2].map(|()| vec![Vec::new(); p.ranks as usize]);
+    for (seq, s) in p.seqs.iter().enumerate() {
+        let step = if r.one_in(2) { 1 } else { r.within(1, 4) };
+        for (side, length) in [s.q.padded, s.k.padded].into_iter().enumerate() {
+            for first in 0..step.min(length) {
+                let count = (length - first).div_ceil(step);
+                let mut at = 0;
+                while at < count {
+                    let len = r.within(1, count - at);
+                    // The step of a single token says nothing.
+                    let own_step = if len == 1 { r.within(1, 4) } else { step };
+                    let start = first + at * step;
+                    let list = &mut lists[side][r.within(0, p.ranks - 1) as usize];
+                    let place = r.within(0, list.len() as u32) as usize;
+                    list.insert(place, Stretch { seq: seq as u32, start, step: own_step, len });
+                    at += len;
+                }
+            }
+        }
+    }
+    let [q, k] = lists;
+    Partition::List { q, k }
+}

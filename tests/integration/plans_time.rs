@@ -1,0 +1,58 @@
+//! How long planning takes. Only printed: `cargo test --release planning_time -- --nocapture`.
+
+use crate::plans::problem;
+use crate::plans_random::Random;
+use context_parallel::plan::{Options, Plan, fewest_stages};
+use context_parallel::problem::{CommType, Problem, Sequence};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// 300 documents of 14 to about 1700 tokens, most of them short, packed.
+pub fn documents(ranks: u32, comm: CommType) -> Problem {
+    let mut r = Random::new(1);
+    let lengths = (0..300).map(|_| {
+        let most = 14 << r.within(0, 7);
+        Sequence::square(r.within(14, most))
+    });
+    let seqs = lengths.collect();
+    Problem { packed: true, seqs, ..problem(ranks, comm, 0, 0, 32, 8) }
+}
+
+#[test]
+fn planning_time() {
+    let mut cases: Vec<(String, Problem)> = Vec::new();
+    for ranks in [8, 16, 32, 64] {
+        for comm in CommType::ALL {
+            let inner = if comm == CommType::A2aP2p { 8 } else { 0 };
+            let p = problem(ranks, comm, inner, 131072, 32, 8);
+            cases.push((format!("one causal sequence, {ranks} ranks, {}", comm.name()), p));
+        }
+    }
+    for comm in CommType::ALL {
+        cases.push((format!("300 documents, 64 ranks, {}", comm.name()), documents(64, comm)));
+    }
+    cases.retain(|c| std::env::var("CP_ONLY").map_or(true, |o| c.0.contains(&o)));
+    for (name, p) in cases {
+        let p = Arc::new(p);
+        let mut times: Vec<f64> = (0..std::env::var("CP_LOOP").map_or(15, |n| n.parse().unwrap()))
+            .map(|i| {
+                let start = Instant::now();
+                std::hint::black_box(Plan::both(&p, i % p.ranks, Options::default()));
+                start.elapsed().as_secs_f64() * 1e3
+            })
+            .collect();
+        times.sort_by(f64::total_cmp);
+        println!("{:8.3} ms  both passes of one rank: {name}", times[times.len() / 2]);
+    }
+    for (name, p) in [
+        ("one causal sequence", problem(64, CommType::P2p, 0, 131072, 32, 8)),
+        ("300 documents", documents(64, CommType::P2p)),
+    ] {
+        let start = Instant::now();
+        let stages = fewest_stages(&p, 1 << 40);
+        println!(
+            "{:8.3} ms  fewest stages on 64 ranks: {name}, {stages:?}",
+            start.elapsed().as_secs_f64() * 1e3
+        );
+    }
+}

@@ -1,0 +1,180 @@
+//! The shape of the source tree, asserted.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).to_path_buf()
+}
+
+/// Hand-written files of these kinds under the project's own folders.
+fn files(folders: &[&str], kinds: &[&str]) -> Vec<PathBuf> {
+    let mut found = Vec::new();
+    let mut open: Vec<PathBuf> = folders.iter().map(|f| root().join(f)).collect();
+    while let Some(path) = open.pop() {
+        if path.is_dir() {
+            open.extend(fs::read_dir(&path).unwrap().map(|e| e.unwrap().path()));
+        } else if path.extension().is_some_and(|e| kinds.iter().any(|k| e == *k)) {
+            found.push(path);
+        }
+    }
+    assert!(!found.is_empty());
+    found
+}
+
+/// The room of a source file: the first part of its path below `src`.
+fn room(path: &Path) -> String {
+    let inside = path.strip_prefix(root().join("src")).unwrap();
+    let first = inside.components().next().unwrap().as_os_str().to_string_lossy().into_owned();
+    first.trim_end_matches(".rs").to_string()
+}
+
+/// Rooms that a source file imports, unit tests apart.
+fn imports(text: &str) -> BTreeSet<String> {
+    let code = text.split("#[cfg(test)]\nmod ").next().unwrap();
+    let mut rooms = BTreeSet::new();
+    for (at, _) in code.match_indices("crate::") {
+        let line = code[..at].rsplit('\n').next().unwrap().trim_start();
+        if line.starts_with("//") {
+            continue;
+        }
+        let rest = &code[at + "crate::".len()..];
+        // `use crate::{a, b::c};` or `crate::a::…`
+        let names: Vec<&str> = match rest.strip_prefix('{') {
+            Some(list) => list.split('}').next().unwrap().split(',').collect(),
+            None => vec![rest],
+        };
+        for name in names {
+            let name: String =
+                name.trim().chars().take_while(|c| c.is_alphanumeric() || *c == '_').collect();
+            rooms.insert(name);
+        }
+    }
+    rooms
+}
+
+/// design: mask, partition, problem ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
+const MAY_IMPORT: [(&str, &[&str]); 13] = [
+    ("error", &[]),
+    ("dtype", &[]),
+    ("mask", &["partition"]),
+    ("partition", &["problem"]),
+    ("problem", &["dtype", "error", "mask", "partition"]),
+    // Of `backend` the plan uses plain data only: `HeadMap` and `Run`.
+    ("plan", &["backend", "dtype", "error", "mask", "partition", "problem"]),
+    ("backend", &["dtype", "error", "mask"]),
+    ("transport", &["error"]),
+    ("exec", &["backend", "dtype", "error", "plan", "transport"]),
+    ("group", &["error", "exec", "plan", "problem", "transport"]),
+    (
+        "attention",
+        &["backend", "dtype", "error", "exec", "group", "mask", "partition", "plan", "problem"],
+    ),
+    (
+        "capi",
+        &[
+            "attention",
+            "backend",
+            "dtype",
+            "error",
+            "group",
+            "mask",
+            "partition",
+            "plan",
+            "problem",
+            "transport",
+        ],
+    ),
+    ("lib", &[]),
+];
+
+#[test]
+fn imports_run_one_way() {
+    for file in files(&["src"], &["rs"]) {
+        let room = room(&file);
+        // Programs and unit tests sit on top of everything.
+        if room == "bin" || file.ends_with("tests.rs") {
+            continue;
+        }
+        let (_, allowed) = MAY_IMPORT
+            .iter()
+            .find(|(r, _)| *r == room)
+            .unwrap_or_else(|| panic!("{room}: a new room; name what it may import"));
+        for import in imports(&fs::read_to_string(&file).unwrap()) {
+            assert!(
+                import == room || allowed.contains(&import.as_str()),
+                "{} imports {import}",
+                file.display()
+            );
+        }
+    }
+}
+
+/// What the plan takes from the backend is data, not kernels.
+#[test]
+fn plans_know_no_kernels() {
+    for file in files(&["src/plan"], &["rs"]) {
+        let text = fs::read_to_string(&file).unwrap();
+        for word in ["backend::cpu", "Transport", "*mut", "*const", "unsafe"] {
+            assert!(!text.contains(word), "{} says {word}", file.display());
+        }
+    }
+}
+
+#[test]
+fn the_executor_names_no_algorithm() {
+    let text = fs::read_to_string(root().join("src/exec.rs")).unwrap().to_lowercase();
+    for word in [
+        "p2p",
+        "ring",
+        "all_gather",
+        "allgather",
+        "a2a",
+        "ulysses",
+        "zigzag",
+        "causal",
+        "window",
+        "commtype",
+        "relay",
+    ] {
+        // "string" is no ring.
+        let found = text
+            .match_indices(word)
+            .any(|(at, _)| !text[..at].ends_with(|c: char| c.is_alphanumeric()));
+        assert!(!found, "src/exec.rs says {word}");
+    }
+}
+
+#[test]
+fn no_file_is_too_long() {
+    for file in
+        files(&["src", "bindings", "tests", "include"], &["rs", "c", "h", "hpp", "cpp", "py", "sh"])
+    {
+        let generated = file.ends_with("include/context_parallel.h");
+        let lines = fs::read_to_string(&file).unwrap().lines().count();
+        assert!(generated || lines <= 900, "{}: {lines} lines", file.display());
+    }
+}
+
+/// No exported function without the guard that turns panics into a status. The exceptions cannot panic and return no status.
+#[test]
+fn exported_functions_are_guarded() {
+    let unguarded =
+        ["cp_version", "cp_build_info", "cp_status_string", "cp_last_error", "cp_last_error_copy"];
+    let mut count = 0;
+    for file in files(&["src/capi"], &["rs"]) {
+        let text = fs::read_to_string(&file).unwrap();
+        for part in text.split("#[unsafe(no_mangle)]").skip(1) {
+            let name = part.split("fn ").nth(1).unwrap().split('(').next().unwrap();
+            let body = &part[part.find('{').unwrap()..];
+            assert!(
+                body.trim_start_matches('{').trim_start().starts_with("guard(")
+                    || unguarded.contains(&name),
+                "{name} has no guard"
+            );
+            count += 1;
+        }
+    }
+    assert!(count > 20, "found only {count} exported functions");
+}
