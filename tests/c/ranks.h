@@ -7,6 +7,7 @@
 
 #ifdef CP_WITH_MPI
 #include "context_parallel_mpi.h"
+#include <time.h>
 #else
 #include <pthread.h>
 #include <sys/mman.h>
@@ -35,10 +36,13 @@ static inline void check(cp_status status, const world *w, const char *what) {
 /* Sums `x` over all ranks; the sum is in `x` of rank 0. */
 static inline void collect(world *w, float *x, size_t n) {
 #ifdef CP_WITH_MPI
-    if (w->rank == 0)
-        MPI_Reduce(MPI_IN_PLACE, x, (int)n, MPI_FLOAT, MPI_SUM, 0, MPI_COMM_WORLD);
-    else
-        MPI_Reduce(x, NULL, (int)n, MPI_FLOAT, MPI_SUM, 0, MPI_COMM_WORLD);
+    /* Polled, with naps: a blocking call would take a core from the ranks that compute. */
+    struct timespec nap = {0, 100000};
+    MPI_Request request;
+    int done = 0;
+    MPI_Ireduce(w->rank == 0 ? MPI_IN_PLACE : x, w->rank == 0 ? x : NULL, (int)n, MPI_FLOAT, MPI_SUM, 0, MPI_COMM_WORLD, &request);
+    while (MPI_Test(&request, &done, MPI_STATUS_IGNORE) == MPI_SUCCESS && !done)
+        nanosleep(&nap, NULL);
 #else
     int r;
     size_t i;
