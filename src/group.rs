@@ -256,12 +256,7 @@ impl Group {
         if self.size() == 1 {
             return local;
         }
-        let call = {
-            let mut calls = lock(&self.parent.calls);
-            let n = calls.entry(self.id).or_insert(0);
-            *n += 1;
-            *n
-        };
+        let call = lock(&self.parent.calls).get(&self.id).copied().unwrap_or(0) + 1;
         let mine = encode(header, self.id, call, local.as_ref().err());
         let mut sorted: Vec<u32> = self.members.to_vec();
         sorted.sort_unstable();
@@ -270,9 +265,14 @@ impl Group {
             &mine,
             Instant::now() + self.parent.timeout,
         ))?;
-        let value = local?;
         let posts: Vec<(u32, &[u8])> =
             sorted.iter().copied().zip(all.chunks(HEADER_BYTES)).collect();
+        // Ranks that called different lists stay where they were; those of one list go on in step, whatever the verdict.
+        if posts.iter().all(|(_, post)| number(post, 1) == self.id) {
+            let latest = posts.iter().map(|(_, post)| number(post, 2)).max().unwrap_or(call);
+            lock(&self.parent.calls).insert(self.id, latest);
+        }
+        let value = local?;
         self.compare(&posts, &mine)?;
         Ok(value)
     }
