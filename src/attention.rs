@@ -362,9 +362,10 @@ impl Attention {
         let saved = args.saved.map_or(std::ptr::null_mut(), |(ptr, _)| ptr);
         let memory = Memory { caller: &args.views, offsets: &prepared.offsets, workspace, saved };
         let (cpu, scratch) = (&mut self.cpu, &mut self.scratch);
-        // SAFETY: shapes and sizes were checked against the plan; validity of the memory is the caller's promise.
-        at.group
-            .linked(|link| unsafe { exec::run(&prepared.plan, &memory, cpu, link, scratch) })?;
+        at.group.linked(|link| {
+            // SAFETY: shapes and sizes were checked against the plan; validity of the memory is the caller's promise.
+            unsafe { exec::run(&prepared.plan, &memory, cpu, link, scratch) }
+        })?;
         Ok(hash)
     }
 

@@ -48,7 +48,7 @@ pub(super) fn plan(
         share: b.share(survey.member),
         slots: b.slots.into_values().collect(),
         steps: b.steps,
-        events: b.events,
+        events: b.events.len() as u32,
     }
 }
 
@@ -60,7 +60,10 @@ pub(super) struct Builder<'a> {
     local_rows: [u32; 2],
     slots: BTreeMap<Slot, SlotInfo>,
     steps: Vec<Step>,
-    events: u32,
+    /// What is known after each step: how many steps of each lane are done.
+    known: Vec<[usize; 2]>,
+    /// Step that signals each event.
+    events: Vec<usize>,
     /// Stage that new steps are marked with.
     pub stage: u32,
 }
@@ -75,7 +78,8 @@ impl<'a> Builder<'a> {
             local_rows: [rows(Side::Query), rows(Side::Key)],
             slots: BTreeMap::new(),
             steps: Vec::new(),
-            events: 0,
+            known: Vec::new(),
+            events: Vec::new(),
             stage: 0,
         }
     }
@@ -166,18 +170,41 @@ impl<'a> Builder<'a> {
         &side.members[member as usize]
     }
 
+    /// Pushes a step. Waits that its lane, or another of its waits, already implies are left out.
+    fn push(&mut self, lane: Lane, waits: &[Option<Event>], op: Op) {
+        let before = self.steps.iter().rposition(|s| s.lane == lane);
+        let mut known = before.map_or([0; 2], |index| self.known[index]);
+        let mut needed = Vec::new();
+        for event in waits.iter().flatten() {
+            let then = self.known[self.events[*event as usize]];
+            if then[0] > known[0] || then[1] > known[1] {
+                known = [known[0].max(then[0]), known[1].max(then[1])];
+                needed.push(*event);
+            }
+        }
+        known[lane as usize] += 1;
+        self.known.push(known);
+        self.steps.push(Step { lane, stage: self.stage, waits: needed, signal: None, op });
+    }
+
     /// Pushes a compute step.
     pub fn compute(&mut self, waits: &[Option<Event>], op: Op) {
-        let waits = waits.iter().flatten().copied().collect();
-        self.steps.push(Step { lane: Lane::Compute, stage: self.stage, waits, signal: None, op });
+        self.push(Lane::Compute, waits, op);
     }
 
     /// An event for "everything on the compute lane up to here".
     pub fn computed(&mut self) -> Option<Event> {
-        let step = self.steps.iter_mut().rev().find(|s| s.lane == Lane::Compute)?;
-        let event = *step.signal.get_or_insert(self.events);
-        self.events = self.events.max(event + 1);
-        Some(event)
+        let index = self.steps.iter().rposition(|s| s.lane == Lane::Compute)?;
+        Some(self.signal(index))
+    }
+
+    /// The event of a step.
+    fn signal(&mut self, index: usize) -> Event {
+        if self.steps[index].signal.is_none() {
+            self.steps[index].signal = Some(self.events.len() as Event);
+            self.events.push(index);
+        }
+        self.steps[index].signal.expect("just made")
     }
 
     /// The head exchange's event, if there was one: the last on the comm lane so far.
@@ -199,17 +226,8 @@ impl<'a> Builder<'a> {
         if sends.is_empty() && recvs.is_empty() {
             return None;
         }
-        let waits = waits.iter().flatten().copied().collect();
-        let signal = Some(self.events);
-        self.events += 1;
-        self.steps.push(Step {
-            lane: Lane::Comm,
-            stage: self.stage,
-            waits,
-            signal,
-            op: Op::Exchange { sends, recvs },
-        });
-        signal
+        self.push(Lane::Comm, waits, Op::Exchange { sends, recvs });
+        Some(self.signal(self.steps.len() - 1))
     }
 
     /// Copies all heads of some rows.

@@ -321,7 +321,8 @@ pub enum Op {
 pub struct Step {
     /// Its queue.
     pub lane: Lane,
-    /// KV stage that it serves; 0 is the rank's own keys, and everything outside the stages.
+    /// KV stage that it serves; 0 is the rank's own keys, and everything outside the stages. Exchange s brings the keys of stage s
+    /// and, in backward, takes home the gradients of stage s − 2, so there it goes on to two more than there are stages.
     pub stage: u32,
     /// Events that come first.
     pub waits: Vec<Event>,

@@ -1,6 +1,6 @@
 //! Plans as text: one line a step, and all ranks side by side.
 
-use super::{Kind, Lane, Message, Op, Plan, Rows, Slot, Step};
+use super::{Kind, Lane, Message, Op, Pass, Plan, Rows, Step, Tensor};
 use std::fmt;
 
 impl fmt::Display for Plan {
@@ -19,10 +19,14 @@ impl fmt::Display for Plan {
             self.share.kv.start,
             self.share.kv.end
         )?;
-        for step in &self.steps {
-            writeln!(f, "{step}")?;
+        writeln!(
+            f,
+            "s stage · <e waits for event · >e signals it · →rank:slot[rows] sends · ←rank:slot[rows] receives · .h from head"
+        )?;
+        for (index, step) in self.steps.iter().enumerate() {
+            writeln!(f, "{index:>4} {step}")?;
         }
-        write!(f, "slots:")?;
+        write!(f, "slots [rows, heads, dim], * kept between the passes:")?;
         for s in self.slots.iter().filter(|s| s.slot.kind != Kind::Caller && s.bytes() > 0) {
             write!(
                 f,
@@ -132,77 +136,99 @@ impl fmt::Display for Rows {
     }
 }
 
-/// What one rank does in one stage, in a few letters: `A` attends, `D` computes gradients, with the number of pairs; `↓n` key rows
-/// arrive, `↩n` gradient rows come home, `⇄n` rows are traded for heads.
-fn cell(plan: &Plan, stage: u32) -> String {
-    let mut pairs = 0u64;
-    let (mut keys, mut returns, mut traded) = (0, 0, 0);
-    let mut letter = ' ';
-    for step in plan.steps.iter().filter(|s| s.stage == stage) {
+/// Marks of the table's numbers, in the order of a cell.
+const MARKS: [char; 4] = ['⇄', '↓', '↩', 'A'];
+
+/// What one rank does in one stage, in the order of [`MARKS`]: rows that come in, and pairs attended.
+fn cell(plan: &Plan, stage: impl Fn(u32) -> bool) -> [u64; 4] {
+    let [mut traded, mut keys, mut home, mut pairs] = [0; 4];
+    for step in plan.steps.iter().filter(|s| stage(s.stage)) {
         match &step.op {
-            Op::Attend { slices, .. } => {
-                letter = 'A';
-                pairs += slices.iter().map(|s| s.pairs()).sum::<u64>();
-            }
-            Op::AttendBackward { slices, .. } => {
-                letter = 'D';
+            Op::Attend { slices, .. } | Op::AttendBackward { slices, .. } => {
                 pairs += slices.iter().map(|s| s.pairs()).sum::<u64>();
             }
             Op::Exchange { recvs, .. } => {
                 for m in recvs {
-                    let is = |slot: Slot, kind, tensor| slot.kind == kind && slot.tensor == tensor;
-                    if is(m.slot, Kind::Recv, super::Tensor::K) {
-                        keys += m.count();
-                    } else if is(m.slot, Kind::Return, super::Tensor::DK) {
-                        returns += m.count();
-                    } else if matches!(m.slot.kind, Kind::Team | Kind::Merge) {
-                        traded += m.count();
+                    let rows = u64::from(m.count());
+                    match (m.slot.kind, m.slot.tensor) {
+                        (Kind::Recv, Tensor::K) => keys += rows,
+                        (Kind::Return, Tensor::DK) => home += rows,
+                        (Kind::Team | Kind::Merge, _) => traded += rows,
+                        _ => {} // V and dV come with K and dK
                     }
                 }
             }
             _ => {}
         }
     }
-    let mut out = String::new();
-    for (mark, count) in [('⇄', traded), ('↓', keys), ('↩', returns)] {
-        if count > 0 {
-            out += &format!("{mark}{count} ");
-        }
-    }
-    if pairs > 0 {
-        out += &format!("{letter}{pairs}");
-    }
-    if out.is_empty() { "·".into() } else { out.trim_end().into() }
+    [traded, keys, home, pairs]
 }
 
-/// All ranks' plans as a table: one row a stage, one column a rank. Legend in the first line.
+/// Columns of a rank that are wider than this go on below.
+const WIDTH: usize = 150;
+
+/// All ranks' plans as a table: one row a stage, one column a rank.
 pub fn table(plans: &[Plan]) -> String {
+    let Some(first) = plans.first() else { return String::new() };
     let last = plans.iter().flat_map(|p| p.steps.iter().map(|s| s.stage)).max().unwrap_or(0);
-    let mut rows = vec![
-        std::iter::once("stage".to_string())
-            .chain(plans.iter().map(|p| format!("rank {}", p.rank)))
-            .collect::<Vec<_>>(),
-    ];
-    for stage in 0..=last {
-        rows.push(
-            std::iter::once(stage.to_string())
-                .chain(plans.iter().map(|p| cell(p, stage)))
-                .collect(),
-        );
+    let (title, verb) = match first.pass {
+        Pass::Forward => ("forward", "attends"),
+        Pass::Backward => ("backward", "differentiates"),
+    };
+    let mut out = format!("{title}: A {verb} so many (query, key) pairs, ↓ key rows arrive");
+    for (mark, text) in [('⇄', ", ⇄ rows traded for heads"), ('↩', ", ↩ gradient rows come home")]
+    {
+        let at = MARKS.iter().position(|m| *m == mark).expect("a mark");
+        if plans.iter().any(|p| cell(p, |_| true)[at] > 0) {
+            out += text;
+        }
     }
-    let width = |column: usize| rows.iter().map(|r| r[column].chars().count()).max().unwrap_or(0);
-    let widths: Vec<usize> = (0..rows[0].len()).map(width).collect();
-    let mut out = String::from(
-        "A attend, D gradients (pairs) · ↓ key rows in, ↩ gradient rows home, ⇄ rows traded for heads\n",
-    );
-    for row in rows {
-        let line: Vec<String> = row
-            .iter()
-            .zip(&widths)
-            .map(|(cell, w)| format!("{cell}{}", " ".repeat(w - cell.chars().count())))
-            .collect();
-        out += line.join("  ").trim_end();
-        out.push('\n');
+    out.push('\n');
+    let columns: Vec<Vec<String>> = plans.iter().map(|p| column(p, last)).collect();
+    let labels: Vec<String> = std::iter::once("stage".to_string())
+        .chain((0..=last).map(|stage| stage.to_string()))
+        .chain(std::iter::once("all".to_string()))
+        .collect();
+    let mut at = 0;
+    while at < columns.len() {
+        let mut width = 5;
+        let fits = |c: &&Vec<String>| {
+            width += 3 + c[0].chars().count();
+            width <= WIDTH
+        };
+        let count = columns[at..].iter().take_while(fits).count().max(1);
+        for (row, label) in labels.iter().enumerate() {
+            let cells: Vec<&str> =
+                columns[at..at + count].iter().map(|c| c[row].as_str()).collect();
+            out += format!("{label:>5}   {}", cells.join("   ")).trim_end();
+            out.push('\n');
+        }
+        at += count;
     }
     out
+}
+
+/// A rank's column: heading, stages, sum; all of one width, its numbers right-aligned.
+fn column(plan: &Plan, last: u32) -> Vec<String> {
+    let mut cells: Vec<[u64; 4]> = (0..=last).map(|stage| cell(plan, |s| s == stage)).collect();
+    cells.push(cell(plan, |_| true));
+    let width = |mark: usize| cells.iter().map(|c| c[mark].max(1).ilog10() as usize + 1).max();
+    let shown: Vec<(usize, usize)> = (0..4)
+        .filter(|mark| cells.iter().any(|c| c[*mark] > 0))
+        .map(|mark| (mark, width(mark).unwrap_or(1)))
+        .collect();
+    let line = |cell: &[u64; 4]| {
+        let number = |(mark, width): &(usize, usize)| match cell[*mark] {
+            0 => " ".repeat(width + 1),
+            n => format!("{}{n:>width$}", MARKS[*mark]),
+        };
+        shown.iter().map(number).collect::<Vec<_>>().join(" ")
+    };
+    let mut lines = vec![format!("rank {}", plan.rank)];
+    lines.extend(cells.iter().map(|c| match line(c) {
+        text if text.trim().is_empty() => "·".into(),
+        text => text,
+    }));
+    let width = lines.iter().map(|l| l.chars().count()).max().unwrap_or(0);
+    lines.iter().map(|l| format!("{l:<width$}")).collect()
 }

@@ -75,7 +75,8 @@ impl Builder<'_> {
         for s in 1..=n {
             let this = next;
             self.stage = s;
-            let free = self.computed();
+            // Stage s − 1 was read from the slot that stage s + 1 goes to; stage 0 from none.
+            let free = if s > 1 { self.computed() } else { ready };
             next = self.push_keys(s + 1, &[free]);
             let slices = survey.stage(s).work.clone();
             if !slices.is_empty() {
@@ -103,6 +104,8 @@ impl Builder<'_> {
     pub fn backward_stages(&mut self) {
         let n = self.problem.stages;
         let arrived = self.trade_event();
+        // The first exchange needs this rank's own keys, no gradients.
+        let ready = if self.gathered(Tensor::K) { self.computed() } else { None };
         self.input(Tensor::V);
         let own = (self.input(Tensor::K), self.slot(Kind::Acc, Tensor::DK, 0));
         for tensor in [Tensor::DQ, Tensor::DK, Tensor::DV] {
@@ -113,7 +116,6 @@ impl Builder<'_> {
         let own_work = &self.survey.own;
         let (first_half, second_half) =
             if n > 0 { needs::halve(own_work) } else { (own_work.clone(), Vec::new()) };
-        let ready = self.computed();
         let mut next = self.push_keys(1, &[ready]);
         self.attend_backward(arrived, own.0, own.1, first_half);
         // Exchanges: X[s] brings the keys of stage s and returns the gradients of stage s−2.
@@ -122,7 +124,7 @@ impl Builder<'_> {
             if self.problem.relay && s >= 3 {
                 self.fold(this, s - 1);
             }
-            next = self.push_keys_and_gradients(s + 1);
+            next = self.push_keys_and_gradients(s + 1, ready);
             if s <= n {
                 self.stage_gradients(this, s);
             }
@@ -139,16 +141,16 @@ impl Builder<'_> {
         self.finish_gradients();
     }
 
-    /// X[s]: keys of stage s, and the gradients of stage s−2 on their way home.
-    fn push_keys_and_gradients(&mut self, s: u32) -> Option<Event> {
+    /// X[s]: keys of stage s, and the gradients of stage s−2 on their way home. `ready`: own keys are where they are sent from.
+    fn push_keys_and_gradients(&mut self, s: u32, ready: Option<Event>) -> Option<Event> {
         let n = self.problem.stages;
         let (mut sends, mut recvs) =
             if s <= n { self.key_messages(s) } else { (Vec::new(), Vec::new()) };
         if s >= 3 {
             self.gradient_messages(s - 2, &mut sends, &mut recvs);
         }
-        let computed = self.computed();
-        self.stage = if s <= n { s } else { s - 2 };
+        let computed = if s > 2 { self.computed() } else { ready };
+        self.stage = s;
         self.exchange(&[computed], sends, recvs)
     }
 

@@ -88,14 +88,16 @@ fn steps(wanted: impl Fn(&Step) -> bool) -> impl Fn(&[Plan]) -> Vec<(usize, usiz
     }
 }
 
-/// Removes a step but keeps its signal, so that only its doing is missing.
+/// Removes a step but keeps its waits and signal, so that only its doing is missing.
 fn drop_step(plan: &mut Plan, index: usize) {
     let step = plan.steps.remove(index);
+    if let Some(next) = plan.steps[index..].iter_mut().find(|s| s.lane == step.lane) {
+        next.waits.extend(&step.waits);
+    }
     let Some(event) = step.signal else { return };
     let before = plan.steps[..index].iter_mut().rev().find(|s| s.lane == step.lane);
     match before {
         Some(before) if before.signal.is_none() => {
-            before.waits.extend(step.waits);
             before.signal = Some(event);
         }
         other => {
@@ -706,7 +708,10 @@ fn every_wait_that_is_needed_is_missed() {
                         );
                         harmful += 1;
                     }
-                    (None, Ok(())) => redundant += 1,
+                    (None, Ok(())) => {
+                        println!("not needed: {}", plans[rank].steps[index]);
+                        redundant += 1;
+                    }
                     (race, got) => {
                         panic!("step {index} wait {wait}: {race:?}, {got:?}\n{}", plans[rank])
                     }
@@ -715,7 +720,7 @@ fn every_wait_that_is_needed_is_missed() {
         }
     }
     println!("waits dropped: {harmful} harmful, {redundant} redundant");
-    assert!(harmful > 100);
+    assert!(harmful > 200 && redundant < 5, "waits that order nothing cost time");
 }
 
 /// A return that both sides forget: the messages, and the sum that reads them.
