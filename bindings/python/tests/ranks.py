@@ -109,7 +109,8 @@ def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, p
         fresh["lse"] = view(to_local(case, np.full((case.tokens("q"), case.heads), np.nan, np.float32), tokens["q"], format))
     scratch = None
     if workspace:
-        size = layer.workspace_size(max(len(rows) for rows in tokens.values()))
+        held = (len(cp.partition_tokens(case.partition, format, sequences, group.size, rank, side)) for rank in range(group.size) for side in "qk")
+        size = layer.workspace_size(max(held))
         raw = np.full(size + 64, 255, np.uint8)  # NaN in every type
         scratch = raw[-raw.ctypes.data % 64 :][:size]
     pick = lambda *names: {"workspace": scratch, **{name: fresh[name] for name in names if name in fresh}}
