@@ -432,7 +432,7 @@ pub unsafe extern "C" fn cp_attention_plan(
         let plan = layer.plan(&problem, pass);
         let written = match format {
             CP_PLAN_TEXT => plan.to_string(),
-            CP_PLAN_JSON => json::plan(&plan),
+            CP_PLAN_JSON => json::json(std::slice::from_ref(&plan)),
             other => {
                 return Err(Error::argument(format!(
                     "format: got {other}, allowed CP_PLAN_TEXT (0), CP_PLAN_JSON (1)"
