@@ -169,7 +169,7 @@ fn chunks(p: &Problem, bytes: &[u8]) -> String {
         .collect();
     all.sort_by_key(|(s, _)| s.start);
     let digits = bytes.len().to_string().len();
-    let room = text::width().saturating_sub(2 * digits + 24).clamp(16, 80);
+    let room = text::width().unwrap_or(100).saturating_sub(2 * digits + 24).clamp(16, 80);
     let line = |(s, r): &(Stretch, u32)| {
         let (from, to) = (s.start as usize, (s.start + s.len) as usize);
         let words = String::from_utf8_lossy(&bytes[from..to.min(from + 4 * room)])
