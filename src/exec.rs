@@ -104,6 +104,7 @@ pub unsafe fn run(
     if let Err(e) = &result {
         comm.give_up(e);
     }
+    drop(comm);
     scratch.views = views;
     result.map(|()| stats)
 }
@@ -375,6 +376,15 @@ impl Comm<'_, '_> {
             self.in_flight.take().and_then(|index| self.slots.plan.steps[index].signal)
         {
             self.scratch.signaled[event as usize] = true;
+        }
+    }
+}
+
+/// A panic is a bug, but even then no peer may go on reading memory that is about to be freed, or wait in vain.
+impl Drop for Comm<'_, '_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.give_up(&Error::internal("a rank ended in a panic in the middle of a call"));
         }
     }
 }

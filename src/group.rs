@@ -70,9 +70,13 @@ impl Prepared {
     }
 }
 
+/// Fingerprint of the problem, rank, pass, options.
+type PlanKey = (u64, u32, Pass, Options);
+
 #[derive(Default)]
 struct PlanCache {
-    plans: HashMap<(u64, u32, Pass, Options), (u64, Arc<Prepared>)>,
+    /// With when they were used last.
+    plans: HashMap<PlanKey, (u64, Arc<Prepared>)>,
     /// Counts uses, to find the oldest.
     clock: u64,
 }
@@ -276,9 +280,9 @@ impl Group {
             &mine,
             Instant::now() + self.parent.timeout,
         ))?;
-        let value = local?;
         let posts: Vec<(u32, &[u8])> =
             sorted.iter().copied().zip(all.chunks(HEADER_BYTES)).collect();
+        let value = local?;
         self.compare(&posts, &mine)?;
         Ok(value)
     }
@@ -334,11 +338,11 @@ impl Group {
         cache.clock += 1;
         let now = cache.clock;
         let key = (problem.fingerprint(), self.rank, pass, options);
-        if let Some((used, prepared)) = cache.plans.get_mut(&key) {
-            if *prepared.plan.problem == **problem {
-                *used = now;
-                return prepared.clone();
-            }
+        if let Some((used, prepared)) = cache.plans.get_mut(&key)
+            && *prepared.plan.problem == **problem
+        {
+            *used = now;
+            return prepared.clone();
         }
         if cache.plans.len() >= CACHED_PLANS {
             let oldest = cache.plans.iter().min_by_key(|(_, (used, _))| *used).map(|(key, _)| *key);
@@ -370,10 +374,10 @@ impl Group {
     }
 
     fn watch<T>(&self, result: Result<T>) -> Result<T> {
-        if let Err(e) = &result {
-            if e.status.loses_group() {
-                lock(&self.parent.lost).get_or_insert_with(|| e.clone());
-            }
+        if let Err(e) = &result
+            && e.status.loses_group()
+        {
+            lock(&self.parent.lost).get_or_insert_with(|| e.clone());
         }
         result
     }

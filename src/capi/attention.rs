@@ -124,7 +124,7 @@ pub unsafe extern "C" fn cp_set_group(
     })
 }
 
-/// Workspace that suffices for every call in which a rank holds at most `tokens_per_rank` rows of Q and of K, padding included, on the
+/// Workspace that suffices for every call in which no rank holds more than `tokens_per_rank` rows of Q or of K, padding included, on the
 /// current group. Local. A call whose sequences need less accepts less.
 ///
 /// # Safety
@@ -432,7 +432,7 @@ pub unsafe extern "C" fn cp_attention_plan(
         let plan = layer.plan(&problem, pass);
         let written = match format {
             CP_PLAN_TEXT => plan.to_string(),
-            CP_PLAN_JSON => json::plan(&plan),
+            CP_PLAN_JSON => json::json(std::slice::from_ref(&plan)),
             other => {
                 return Err(Error::argument(format!(
                     "format: got {other}, allowed CP_PLAN_TEXT (0), CP_PLAN_JSON (1)"

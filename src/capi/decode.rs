@@ -293,7 +293,7 @@ unsafe fn packed_lengths(s: &cp_sequences, n: usize) -> Result<Vec<Sequence>> {
             return Err(Error::argument(format!("{name}[0]: got {}, must be 0", cu[0])));
         }
         let step = |(i, w): (usize, &[i32])| {
-            u32::try_from(w[1] - w[0]).map_err(|_| {
+            u32::try_from(i64::from(w[1]) - i64::from(w[0])).map_err(|_| {
                 Error::argument(format!(
                     "{name}[{}]: got {} after {}, must not decrease",
                     i + 1,
@@ -460,21 +460,28 @@ fn view(
                 t.shape[i]
             ));
         }
+        shape[*d] = t.shape[i];
+    }
+    let elements = shape.iter().fold(1i64, |product, n| product.saturating_mul(*n));
+    for (i, d) in dims.iter().enumerate() {
+        // A stride that no step is taken along means nothing: NumPy and torch then give any number.
+        if elements == 0 || t.shape[i] == 1 {
+            stride[*d] = if *d == 3 { 1 } else { t.stride[i].clamp(0, 1 << 40) };
+            continue;
+        }
         if t.stride[i] < 0 || t.stride[i] > 1 << 40 {
             return bad(format!(
                 "stride[{i}]: got {}, must not be negative or beyond 2^40",
                 t.stride[i]
             ));
         }
-        (shape[*d], stride[*d]) = (t.shape[i], t.stride[i]);
-    }
-    let elements: i64 = shape.iter().product();
-    if dense_last && stride[3] != 1 && shape[3] > 1 {
-        return bad(format!(
-            "stride[{}]: got {}, the last dimension must be contiguous (1)",
-            dims.len() - 1,
-            stride[3]
-        ));
+        if dense_last && *d == 3 && t.stride[i] != 1 {
+            return bad(format!(
+                "stride[{i}]: got {}, the last dimension must be contiguous (1)",
+                t.stride[i]
+            ));
+        }
+        stride[*d] = t.stride[i];
     }
     if elements > 0 && (t.data.is_null() || !(t.data as usize).is_multiple_of(want.size())) {
         return bad(format!(
@@ -487,7 +494,7 @@ fn view(
     let view = View {
         ptr: t.data.cast(),
         dtype: want,
-        rows: batch * seq,
+        rows: batch.saturating_mul(seq),
         heads,
         dim,
         rows_per_batch: seq.max(1),
@@ -500,6 +507,9 @@ fn view(
 
 /// Outputs may not overlap themselves: every index has its own address.
 pub fn not_overlapping(name: &str, view: &View) -> Result<()> {
+    if view.rows == 0 || view.heads == 0 || view.dim == 0 {
+        return Ok(());
+    }
     let mut axes = [
         (view.rows / view.rows_per_batch, view.stride_batch),
         (view.rows_per_batch.min(view.rows), view.stride_row),
@@ -515,7 +525,7 @@ pub fn not_overlapping(name: &str, view: &View) -> Result<()> {
                 span + 1
             )));
         }
-        span += (count - 1) * stride;
+        span = (count - 1).saturating_mul(stride).saturating_add(span);
     }
     Ok(())
 }

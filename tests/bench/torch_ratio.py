@@ -7,6 +7,7 @@ Runs are interleaved (ours, torch, ours, torch, ...) and the medians compared, b
 """
 
 import argparse
+import json
 import os
 import pathlib
 import statistics
@@ -48,7 +49,8 @@ def compare(dtype, dim, causal):
     q, k, v, d_out = make(), make(), make(), make()
     # torch's kernels want [batch, heads, seq, dim]; the same memory, as strides, is its usual layout too.
     tq, tk, tv, td = (x.transpose(1, 2) for x in (q, k, v, d_out))
-    layer = cp.Attention(heads=options.heads, kv_heads=options.heads, head_dim=dim, dtype=dtype, causal=causal, threads=options.threads)
+    sequences = cp.Sequences.dense(1, options.seq)
+    layer = cp.Attention(heads=options.heads, kv_heads=options.heads, head_dim=dim, dtype=torch_type, causal=causal, threads=options.threads)
 
     def theirs_forward():
         return aten._scaled_dot_product_flash_attention_for_cpu(tq, tk, tv, 0.0, causal)
@@ -58,7 +60,7 @@ def compare(dtype, dim, causal):
 
     times = {"ours": ([], []), "torch": ([], [])}
     for run in range(options.runs + 1):
-        seconds, (out, _, context) = timed(lambda: layer.forward(q, k, v))
+        seconds, (out, _, context) = timed(lambda: layer.forward(q, k, v, sequences))
         back, _ = timed(lambda: layer.backward(context, d_out))
         t_seconds, (t_out, t_lse) = timed(theirs_forward)
         t_back, _ = timed(lambda: theirs_backward(t_out, t_lse))
@@ -72,7 +74,7 @@ def compare(dtype, dim, causal):
     return [[statistics.median(passed) for passed in times[name]] for name in ("ours", "torch")]
 
 
-print(f"S = {options.seq}, H = {options.heads}, {options.threads} thread(s), median of {options.runs}, torch {torch.__version__}, {cp.build_info()['simd']}")
+print(f"S = {options.seq}, H = {options.heads}, {options.threads} thread(s), median of {options.runs}, torch {torch.__version__}, {json.loads(cp.build_info())['simd']}")
 print(f"{'dtype':6}{'D':>5}{'mask':>8} | {'forward: ours':>14}{'torch':>8}{'ratio':>7} | {'backward: ours':>15}{'torch':>8}{'ratio':>7}   (GFLOP/s)")
 for dtype in options.dtypes:
     for dim in options.dims:

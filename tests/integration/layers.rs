@@ -14,6 +14,8 @@ use context_parallel::plan::account::ALIGN;
 use context_parallel::plan::{Pass, Tensor};
 use context_parallel::problem::{CommType, Problem, Sequence, Wire};
 use context_parallel::transport::local::local_group;
+use context_parallel::transport::{Message, Transport};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Longer than anything here takes, short enough to notice a rank that hangs.
@@ -681,5 +683,105 @@ fn lists_that_differ_are_noticed() {
     assert!(began.elapsed() < PATIENCE / 2, "hung");
     for (rank, e) in errors.iter().enumerate() {
         assert_eq!(e.status, Status::Mismatch, "rank {rank}: {e}");
+    }
+}
+
+/// A transport that fails as the n-th group of messages starts.
+struct Breaks {
+    inner: Box<dyn Transport>,
+    left: u32,
+}
+
+impl Transport for Breaks {
+    fn rank(&self) -> u32 {
+        self.inner.rank()
+    }
+
+    fn size(&self) -> u32 {
+        self.inner.size()
+    }
+
+    fn name(&self) -> &'static str {
+        self.inner.name()
+    }
+
+    unsafe fn start(&mut self, sends: &[Message], recvs: &[Message]) -> Result<()> {
+        if self.left == 0 {
+            let text = format!("rank {}: the cable was pulled", self.rank());
+            return Err(Error::new(Status::Transport, text));
+        }
+        self.left -= 1;
+        // SAFETY: the caller's promise.
+        unsafe { self.inner.start(sends, recvs) }
+    }
+
+    fn test(&mut self) -> Result<bool> {
+        self.inner.test()
+    }
+
+    fn wait(&mut self) -> Result<bool> {
+        self.inner.wait()
+    }
+
+    fn waiting_for(&self) -> Option<u32> {
+        self.inner.waiting_for()
+    }
+
+    fn give_up(&mut self, why: Error) {
+        self.inner.give_up(why);
+    }
+
+    fn cancel(&mut self) {
+        self.inner.cancel();
+    }
+
+    fn allgather(&mut self, members: &[u32], mine: &[u8], deadline: Instant) -> Result<Vec<u8>> {
+        self.inner.allgather(members, mine, deadline)
+    }
+
+    fn aborter(&self) -> Arc<dyn Fn() + Send + Sync> {
+        self.inner.aborter()
+    }
+
+    fn memory_bytes(&self) -> usize {
+        self.inner.memory_bytes()
+    }
+}
+
+/// A transport that fails in the middle of a pass: every rank learns the cause long before its deadline, and the group is lost.
+#[test]
+fn a_failure_in_the_middle_reaches_everyone() {
+    let (seqs, inputs) = one(33);
+    // Forward starts three groups over four ranks, backward another four.
+    for left in 0..6 {
+        for kind in [CommType::P2p, CommType::A2a] {
+            if kind == CommType::A2a && left > 3 {
+                continue;
+            }
+            let began = Instant::now();
+            let errors = on_threads(local_group(4), |rank, inner| {
+                let left = if rank == 2 { left } else { u32::MAX };
+                let group = Group::new(Box::new(Breaks { inner, left }), PATIENCE);
+                let mut layer = layer(config());
+                let mut body = || {
+                    layer.set_group(&group, Ok(comm(kind)))?;
+                    let mut batch = Batch::new(&layer, &seqs, &inputs, Layout::Dense);
+                    batch.both(&mut layer)?;
+                    batch.forward(&mut layer)
+                };
+                let error = body().expect_err("a rank broke");
+                Ok((error, group.usable()))
+            })
+            .unwrap_or_else(|e| panic!("{e}"));
+            assert!(began.elapsed() < PATIENCE / 2, "{kind:?}, {left}: hung");
+            for (rank, (e, usable)) in errors.into_iter().enumerate() {
+                assert!(
+                    e.text.contains("rank 2: the cable was pulled"),
+                    "{kind:?}, {left}, rank {rank}: {e}"
+                );
+                assert_eq!(e.status, Status::Transport, "{kind:?}, {left}, rank {rank}: {e}");
+                assert!(usable.is_err(), "{kind:?}, {left}, rank {rank}");
+            }
+        }
     }
 }

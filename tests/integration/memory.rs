@@ -225,9 +225,10 @@ fn measure(
     for (cost, pass) in costs.iter_mut().zip([Pass::Forward, Pass::Backward]) {
         let (layer, peak) = peak_of(tag, || -> context_parallel::error::Result<Attention> {
             let mut layer = new()?;
-            // SAFETY: the shard outlives the calls and has the shapes that it says.
             match context {
+                // SAFETY: the shard outlives the call and has the shapes that it says.
                 None => context = Some(unsafe { layer.forward(Ok(args(pass)))? }),
+                // SAFETY: as for the forward pass.
                 Some(c) => unsafe { layer.backward(Ok(c), Ok(args(pass)))? },
             }
             Ok(layer)
@@ -266,7 +267,7 @@ fn memory_is_proportional_to_the_rows() {
     };
     let mut table = format!(
         "\np2p, causal zigzag, S = {TOKENS}, {HEADS} query heads, {KV_HEADS} key heads, dimension {DIM}, bf16: bytes of the rank with most\n\
-         | P | pass | own tensors | workspace (account) | kernel scratch | transport | plans and the rest | measured peak | × P / S |\n\
+         | P | pass | own tensors | workspace (account) | kernel scratch | transport | plans and the rest | measured peak | peak per local row |\n\
          |---|---|---|---|---|---|---|---|---|\n"
     );
     let mut all = Vec::new();

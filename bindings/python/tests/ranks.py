@@ -18,7 +18,7 @@ def outcomes(groups, work):
     def run(rank):
         try:
             found[rank] = work(groups[rank])
-        except Exception as error:
+        except BaseException as error:  # pytest's own failures are no Exceptions
             found[rank] = error
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(groups))]
@@ -41,7 +41,7 @@ def everywhere(groups, work):
             raise
 
     found = outcomes(groups, guarded)
-    failed = [x for x in found if isinstance(x, Exception)]
+    failed = [x for x in found if isinstance(x, BaseException)]
     failed.sort(key=lambda e: isinstance(e, cp.Error) and e.status in (cp.Status.ABORTED, cp.Status.MISMATCH))
     if failed:
         raise failed[0]
@@ -90,11 +90,14 @@ def from_local(case, rows, tokens, local, format):
     rows[tokens] = local.reshape(len(tokens), *rows.shape[1:])
 
 
-def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, preallocate=False, layer=None, comm_options=None, **options):
-    """Forward and backward of a case on one rank: {"out": (local array, tokens), …}. `view` wraps every array that is handed over."""
+def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, preallocate=False, workspace=False, comm_options=None, **options):
+    """Forward and backward of a case on one rank: {"out": (local array, tokens), …}. `view` wraps every array that is handed over.
+
+    preallocate: outputs are given, full of NaN; workspace: it is given, as large as the library says that it must be.
+    """
     format = format or case.format
     sequences = case.sequences(group.size)
-    layer = layer or case.layer(dtype, format=format, **options)
+    layer = case.layer(dtype, format=format, **options)
     layer.set_group(group, comm, **(comm_options or {}))
     tokens = {side: cp.partition_tokens(case.partition, format, sequences, group.size, group.rank, side) for side in "qk"}
     mine = {name: view(to_local(case, rows, tokens["k" if name in "kv" else "q"], format)) for name, rows in inputs(case, dtype).items()}
@@ -104,7 +107,13 @@ def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, p
             rows = np.full((case.tokens(side), getattr(case, heads), getattr(case, dim)), np.nan, DTYPES[dtype])
             fresh[name] = view(to_local(case, rows, tokens[side], format))
         fresh["lse"] = view(to_local(case, np.full((case.tokens("q"), case.heads), np.nan, np.float32), tokens["q"], format))
-    pick = lambda *names: {name: fresh[name] for name in names if name in fresh}
+    scratch = None
+    if workspace:
+        held = (len(cp.partition_tokens(case.partition, format, sequences, group.size, rank, side)) for rank in range(group.size) for side in "qk")
+        size = layer.workspace_size(max(held))
+        raw = np.full(size + 64, 255, np.uint8)  # NaN in every type
+        scratch = raw[-raw.ctypes.data % 64 :][:size]
+    pick = lambda *names: {"workspace": scratch, **{name: fresh[name] for name in names if name in fresh}}
     out, lse, context = layer.forward(mine["q"], mine["k"], mine["v"], sequences, **pick("out", "lse"))
     dq, dk, dv = layer.backward(context, mine["d_out"], **pick("dq", "dk", "dv"))
     for name, array in (("out", out), ("lse", lse), ("dq", dq), ("dk", dk), ("dv", dv)):

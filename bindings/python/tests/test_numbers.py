@@ -7,8 +7,8 @@ from ranks import collect, everywhere, give_back, run_case, strided, thread_grou
 
 COMMS = ("p2p", "all_gather", "a2a", "a2a+p2p")
 RANKS = (2, 3, 4, 5, 1)
-# (settings of the layer, of the communication); those of one communication type apply only to it.
-OPTIONS = ({}, {"save": True}, {"wire_fp32": True}, {"threads": 2}, {}, {"max_tokens_per_rank": 1000}, {})
+# Settings of the layer (and one of run_case), and of the communication type p2p.
+OPTIONS = ({}, {"save": True}, {"wire_fp32": True}, {"threads": 2}, {"workspace": True}, {"max_tokens_per_rank": 1000}, {})
 P2P_OPTIONS = ({}, {"relay": True}, {"stages": 1}, {"stages": "auto", "memory_cap": 1 << 30})
 
 # The C ABI gives packed sequences padding after the tokens only.
@@ -45,5 +45,5 @@ def test_fast(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_case(name, dtype):
     index = NAMES.index(name) * 3 + list(DTYPES).index(dtype)
-    for i in range(4):
+    for i in range(5):
         run(name, dtype, index * 4 + i + index)

@@ -95,7 +95,8 @@ pub fn threads(job: &Job, on_case: &mut OnCase) -> Result<(), Failure> {
         let mut go: Vec<Box<dyn FnMut()>> = Vec::new();
         for (rank, transport) in local_group(job.ranks).into_iter().enumerate() {
             let (send_go, wait_go) = channel();
-            go.push(Box::new(move || drop(send_go.send(()))));
+            // Fails for a rank that has ended; its failure is on its way.
+            go.push(Box::new(move || send_go.send(()).unwrap_or(())));
             let tell: Sender<(u32, Event)> = tell.clone();
             let rank = rank as u32;
             scope.spawn(move || {
@@ -184,7 +185,8 @@ pub fn processes(
                 .write_all(&(text.len() as u64).to_le_bytes())
                 .and_then(|()| stdin.write_all(text));
         }
-        go.push(Box::new(move || drop(stdin.as_mut().map(|stdin| stdin.write_all(&[1])))));
+        // Fails for a rank that has ended; its failure is on its way.
+        go.push(Box::new(move || stdin.as_mut().map_or((), |s| s.write_all(&[1]).unwrap_or(()))));
         let tell = tell.clone();
         std::thread::spawn(move || {
             let mut stdout = stdout;

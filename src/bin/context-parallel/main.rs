@@ -2,6 +2,7 @@
 
 mod args;
 mod check;
+mod cost;
 mod demo;
 mod info;
 mod json;
