@@ -246,6 +246,9 @@ fn wrong_command_lines_are_named() {
             assert!(errors.contains(word), "{arguments}: no {word:?} in {errors}");
         }
     }
+    let out = Command::new(TOOL).arg("demo").env("CP_SIMD", "sse9").output().unwrap();
+    assert_eq!(out.status.code(), Some(2));
+    assert!(text(&out.stderr).contains("sse9") && out.stdout.is_empty(), "{}", text(&out.stderr));
     let out = tool("demo --text /nowhere/at/all");
     assert_eq!(out.status.code(), Some(1));
     assert!(text(&out.stderr).contains("/nowhere/at/all"), "{}", text(&out.stderr));
