@@ -11,6 +11,7 @@ use crate::partition::{Partition, Side, holding};
 use crate::plan::account::{ALIGN, Account, account};
 use crate::plan::{Options, Pass, Plan, Tensor, fewest_stages};
 use crate::problem::{CommType, Fnv, Problem, Sequence, Wire};
+use std::cell::RefCell;
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
@@ -82,9 +83,28 @@ impl Config {
         Ok(Arc::new(p))
     }
 
-    /// Would a layer accept this on a group of `ranks`? The error is the one that it would give.
+    /// Would a layer accept this on a group of `ranks`? The error is the one that it would give. Whether a memory cap can be kept
+    /// depends on the lengths, so only calls tell.
     pub fn supports(&self, comm: Comm, ranks: u32) -> Result<()> {
+        let stages = if let Stages::Within(_) = comm.stages { Stages::Named } else { comm.stages };
+        let comm = Comm { stages, ..comm };
         self.problem(comm, ranks, vec![Sequence::square(ranks)], &Partition::Contiguous).map(|_| ())
+    }
+}
+
+/// The last stage count that a memory cap led to. Working it out looks at all ranks' plans, and calls repeat.
+#[derive(Default)]
+struct Fitted(RefCell<Option<(Problem, u64, u32)>>);
+
+impl Fitted {
+    fn stages(&self, p: &Problem, cap: u64) -> Result<u32> {
+        let mut last = self.0.borrow_mut();
+        if let Some((_, _, stages)) = last.as_ref().filter(|(q, c, _)| q == p && *c == cap) {
+            return Ok(*stages);
+        }
+        let stages = fewest_stages(p, cap)?;
+        *last = Some((p.clone(), cap, stages));
+        Ok(stages)
     }
 }
 
@@ -135,6 +155,7 @@ pub struct Attention {
     /// Group and communication by id: backward finds the ones that its forward used, whatever is current now.
     known: HashMap<u64, Attached>,
     current: u64,
+    fitted: Fitted,
     scratch: Scratch,
     workspace: Buffer,
 }
@@ -169,6 +190,7 @@ impl Attention {
             cpu,
             known: HashMap::new(),
             current: 0,
+            fitted: Fitted::default(),
             scratch: Scratch::default(),
             workspace: Buffer::default(),
         };
@@ -241,7 +263,13 @@ impl Attention {
         seqs: Vec<Sequence>,
         partition: &Partition,
     ) -> Result<Arc<Problem>> {
-        self.config.problem(at.comm, at.group.size(), seqs, partition)
+        let Stages::Within(cap) = at.comm.stages else {
+            return self.config.problem(at.comm, at.group.size(), seqs, partition);
+        };
+        let named = Comm { stages: Stages::Named, ..at.comm };
+        let p = self.config.problem(named, at.group.size(), seqs, partition)?;
+        let stages = self.fitted.stages(&p, cap)?;
+        Ok(Arc::new(Problem { stages, ..(*p).clone() }))
     }
 
     /// The current problem for these sequences.

@@ -99,7 +99,8 @@ pub unsafe fn destroy<H: Opaque>(handle: *mut H) -> Result<()> {
     unsafe { object(handle.cast_const())? };
     // SAFETY: made by `Box::into_raw` in `create`, as the check says, and no call is inside.
     let mut owned = unsafe { Box::from_raw(handle.cast::<Handle<H::Object>>()) };
-    owned.magic = 0;
+    // SAFETY: a live field; volatile, for the compiler would drop a plain write just before the memory is freed.
+    unsafe { (&raw mut owned.magic).write_volatile(0) };
     Ok(())
 }
 

@@ -1,11 +1,11 @@
 //! How many stages fit into a memory cap.
 
-use super::account::ALIGN;
+use super::account::{ALIGN, workspace_bytes};
 use super::needs;
 use super::stages::converts;
 use super::survey::{Survey, distances};
 use super::team::team_segments;
-use super::{Kind, Options, Pass, SlotInfo, build};
+use super::{Kind, Options, Pass, Plan, SlotInfo, build};
 use crate::error::{Error, Result, Status};
 use crate::partition::{Segment, Side};
 use crate::problem::Problem;
@@ -15,10 +15,10 @@ use std::sync::Arc;
 /// stays within `cap` bytes. `problem.stages` is not read. Fails with [`Status::OutOfMemory`] if no count fits.
 pub fn fewest_stages(problem: &Problem, cap: u64) -> Result<u32> {
     let peaks = peaks(problem);
-    let Some(least) = peaks.iter().min() else { return Ok(0) };
+    let least = peaks.iter().min().copied().unwrap_or(0);
     // More stages need less memory, but not always: two large distances may come to share a slot, or cease to.
     match peaks.iter().position(|peak| *peak <= cap) {
-        Some(_) if problem.relay => Ok(problem.teams() - 1),
+        Some(_) if problem.relay || problem.teams() == 1 => Ok(problem.teams() - 1),
         Some(index) => Ok(index as u32 + 1),
         None => Err(Error::new(
             Status::OutOfMemory,
@@ -27,12 +27,15 @@ pub fn fewest_stages(problem: &Problem, cap: u64) -> Result<u32> {
     }
 }
 
-/// Largest workspace of any rank and pass, in bytes, for 1, 2, … b − 1 stages (a relay: for b − 1). Empty when there is one team.
+/// Largest workspace of any rank and pass, in bytes, for 1, 2, … b − 1 stages (a relay: for b − 1; one team: for none).
 /// Exact, but much cheaper than the plans: only the stages' slots change with their number.
 pub fn peaks(problem: &Problem) -> Vec<u64> {
     let b = problem.teams();
     if b == 1 {
-        return Vec::new();
+        let alone = Arc::new(Problem { stages: 0, ..problem.clone() });
+        let plans = |pass| Plan::all(&alone, pass, Options::default());
+        let all = plans(Pass::Forward).into_iter().chain(plans(Pass::Backward));
+        return vec![all.map(|p| workspace_bytes(&p) as u64).max().unwrap_or(0)];
     }
     let most = Arc::new(Problem { stages: b - 1, ..problem.clone() });
     let rows = arriving_rows(problem);

@@ -39,8 +39,13 @@ use std::fmt::{Display, Write};
 /// The plans of one problem, in the schema above.
 pub fn json(plans: &[Plan]) -> String {
     let problem = plans.first().map_or("null".into(), |p| problem(&p.problem));
-    let plans = list(plans.iter().map(plan));
+    let plans = list(plans.iter().map(one));
     object(&[("version", text(env!("CARGO_PKG_VERSION"))), ("problem", problem), ("plans", plans)])
+}
+
+/// One plan with its problem, in the same schema.
+pub fn plan(plan: &Plan) -> String {
+    json(std::slice::from_ref(plan))
 }
 
 /// One problem, as in [`json`].
@@ -93,7 +98,7 @@ fn stretches(lists: &[Vec<Stretch>]) -> String {
     list(lists.iter().map(|rank| list(rank.iter().map(one))))
 }
 
-fn plan(plan: &Plan) -> String {
+fn one(plan: &Plan) -> String {
     let slots = plan.slots.iter().map(|s| {
         object(&[
             ("name", debug(s.slot)),
