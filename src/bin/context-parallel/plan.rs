@@ -6,15 +6,7 @@ use crate::json::Object;
 use crate::shape::{self, Case};
 use crate::text::{self, bold, dim, good};
 use context_parallel::dtype::DType;
-use context_parallel::plan::{Options, Pass, Plan, check::check, json, print};
-mod svg {
-    pub fn attention_matrix(_: &[super::Plan]) -> String {
-        String::new()
-    }
-    pub fn lanes(_: &[super::Plan]) -> String {
-        String::new()
-    }
-}
+use context_parallel::plan::{Options, Pass, Plan, check::check, json, print, svg};
 use context_parallel::problem::Problem;
 
 pub const COMMAND: Command = Command {
@@ -39,7 +31,7 @@ pub const COMMAND: Command = Command {
                 opt(
                     "svg",
                     "FILE",
-                    "pictures: the attention matrix to FILE, the lanes over time to FILE-lanes",
+                    "pictures of forward, or of --pass: the attention matrix to FILE, the lanes over time to FILE-lanes",
                 ),
             ],
         ),
