@@ -189,6 +189,12 @@ fn plan_counts_rows_against_a_ring_and_proves() {
         assert!(out.contains("✓ Proved"), "{options}:\n{out}");
         is_json(options, &succeeds(&format!("plan --json {options}")));
     }
+    let picture = Scratch::new("matrix.svg");
+    succeeds(&format!("plan --cp 4 --seq 64 --svg {}", picture.path()));
+    for file in [picture.path(), picture.path().replace(".svg", "-lanes.svg")] {
+        let svg = std::fs::read_to_string(&file).expect("the picture was written");
+        assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"), "{file}");
+    }
     let steps = succeeds("plan --cp 4 --seq 64 --rank 2 --pass backward");
     assert!(steps.contains("rank 2 of 4") && !steps.contains("rank 1 of 4"), "{steps}");
     // More memory, fewer stages.
@@ -246,6 +252,9 @@ fn wrong_command_lines_are_named() {
             assert!(errors.contains(word), "{arguments}: no {word:?} in {errors}");
         }
     }
+    let out = Command::new(TOOL).arg("demo").env("CP_SIMD", "sse9").output().unwrap();
+    assert_eq!(out.status.code(), Some(2));
+    assert!(text(&out.stderr).contains("sse9") && out.stdout.is_empty(), "{}", text(&out.stderr));
     let out = tool("demo --text /nowhere/at/all");
     assert_eq!(out.status.code(), Some(1));
     assert!(text(&out.stderr).contains("/nowhere/at/all"), "{}", text(&out.stderr));

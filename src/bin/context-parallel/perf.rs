@@ -63,6 +63,7 @@ pub const COMMAND: Command = Command {
 
 /// What all ranks run.
 pub fn job(given: &Given) -> Result<Job, Failure> {
+    probe::simd()?;
     let config = shape::config(given, DType::F32)?;
     let default = probe::cores().clamp(2, 4) as u32;
     let ranks = given.small("cp", default, 2..=1024)?;

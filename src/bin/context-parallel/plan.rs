@@ -31,7 +31,7 @@ pub const COMMAND: Command = Command {
                 opt(
                     "svg",
                     "FILE",
-                    "pictures: the attention matrix to FILE, the lanes over time to FILE-lanes",
+                    "pictures of forward, or of --pass: the attention matrix to FILE, the lanes over time to FILE-lanes",
                 ),
             ],
         ),
