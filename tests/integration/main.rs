@@ -13,4 +13,5 @@ mod plans_random;
 mod plans_snapshots;
 mod plans_time;
 mod ranks;
+mod review;
 mod tidy;
