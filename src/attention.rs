@@ -386,7 +386,11 @@ impl Attention {
         });
         let call = if pass == Pass::Forward { Call::Forward } else { Call::Backward };
         let hash = ready.as_ref().map_or(0, |(hash, ..)| *hash);
-        let (hash, prepared, workspace, args) = at.group.agree(Header { call, hash }, ready)?;
+        // What backward exchanges depends on what forward leaves.
+        let mut h = Fnv::default();
+        (hash, self.config.save).hash(&mut h);
+        let header = Header { call, hash: h.finish() };
+        let (hash, prepared, workspace, args) = at.group.agree(header, ready)?;
         let saved = args.saved.map_or(std::ptr::null_mut(), |(ptr, _)| ptr);
         let memory = Memory { caller: &args.views, offsets: &prepared.offsets, workspace, saved };
         let (cpu, scratch) = (&mut self.cpu, &mut self.scratch);
