@@ -154,6 +154,8 @@ pub struct Attention {
     cpu: Cpu,
     /// Group and communication by id: backward finds the ones that its forward used, whatever is current now.
     known: HashMap<u64, Attached>,
+    /// The group of one that the layer has without another.
+    solo: Group,
     current: u64,
     fitted: Fitted,
     scratch: Scratch,
@@ -189,12 +191,13 @@ impl Attention {
             config,
             cpu,
             known: HashMap::new(),
+            solo: Group::solo(),
             current: 0,
             fitted: Fitted::default(),
             scratch: Scratch::default(),
             workspace: Buffer::default(),
         };
-        a.attach(Group::solo(), Comm::of(CommType::P2p));
+        a.clear_group();
         a.problem_for(
             &a.known[&a.current].clone(),
             vec![Sequence::square(1)],
@@ -225,7 +228,7 @@ impl Attention {
 
     /// Turns context parallelism off: the layer computes alone.
     pub fn clear_group(&mut self) {
-        self.attach(Group::solo(), Comm::of(CommType::P2p));
+        self.attach(self.solo.clone(), Comm::of(CommType::P2p));
     }
 
     /// Attaches a group. Collective on a parent group the first time (the configuration is agreed); local afterwards and for subsets.
