@@ -352,7 +352,7 @@ impl Group {
         prepared
     }
 
-    /// Runs `f` with the way to the other members, if there are any. An error that loses the group is remembered.
+    /// Runs `f` with the way to the other members, if there are any. After an error the group is lost.
     pub fn linked(&self, f: impl FnOnce(Option<Link>) -> Result<Stats>) -> Result<()> {
         let stats = match &self.parent.transport {
             Some(transport) if self.size() > 1 => {
@@ -372,11 +372,11 @@ impl Group {
         Ok(())
     }
 
+    /// After any error of a transport the ranks are out of step, also when they only called different ones.
     fn watch<T>(&self, result: Result<T>) -> Result<T> {
-        if let Err(e) = &result
-            && e.status.loses_group()
-        {
-            lock(&self.parent.lost).get_or_insert_with(|| e.clone());
+        if let Err(e) = &result {
+            let status = if e.status.loses_group() { e.status } else { Status::Transport };
+            lock(&self.parent.lost).get_or_insert_with(|| Error::new(status, e.text.clone()));
         }
         result
     }

@@ -23,7 +23,8 @@ pub const CP_ERR_NOT_CAPTURABLE: i32 = 5;
 pub const CP_ERR_OUT_OF_MEMORY: i32 = 6;
 /// A struct is longer than this library knows, with a tail that is not zero.
 pub const CP_ERR_VERSION: i32 = 7;
-/// The ranks disagree, or another rank refused its arguments; the text names it. Nothing moved; everything stays usable.
+/// The ranks disagree, or another rank refused its arguments; the text names it. Nothing moved; everything stays usable, unless ranks called
+/// different sets of ranks: that loses the group.
 pub const CP_ERR_MISMATCH: i32 = 8;
 /// The CUDA driver reported an error. The group is lost.
 pub const CP_ERR_CUDA: i32 = 9;
