@@ -9,7 +9,7 @@ use crate::group::{Call, Group, Header, Prepared};
 use crate::mask::Mask;
 use crate::partition::{Partition, Side, holding};
 use crate::plan::account::{ALIGN, Account, account};
-use crate::plan::{Options, Pass, Plan, Tensor, fewest_stages};
+use crate::plan::{Kind, Options, Pass, Plan, Slot, Tensor, fewest_stages};
 use crate::problem::{CommType, Fnv, Problem, Sequence, Wire};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -384,6 +384,12 @@ impl Attention {
             let dense = |tensor| args.views.iter().any(|(x, v)| *x == tensor && v.is_dense());
             let pack = !(dense(Tensor::K) && dense(Tensor::V));
             let prepared = at.group.prepare(&problem, pass, self.options(pack));
+            let given = |slot: &Slot| args.views.iter().any(|(x, _)| *x == slot.tensor);
+            let mut asked = prepared.plan.slots.iter().map(|info| &info.slot);
+            if let Some(slot) = asked.find(|s| s.kind == Kind::Caller && !given(s)) {
+                let text = format!("{}: not given (rank {rank})", name(slot.tensor));
+                return Err(Error::argument(text));
+            }
             let workspace = self.memory(&prepared, &args, rank)?;
             Ok((hash, prepared, workspace, args))
         });
