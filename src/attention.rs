@@ -157,6 +157,8 @@ pub struct Attention {
     /// The group of one that the layer has without another.
     solo: Group,
     current: u64,
+    /// Where the last forward ran: a rank whose context is unreadable is most likely waited for there.
+    forwarded: Option<u64>,
     fitted: Fitted,
     scratch: Scratch,
     workspace: Buffer,
@@ -193,6 +195,7 @@ impl Attention {
             known: HashMap::new(),
             solo: Group::solo(),
             current: 0,
+            forwarded: None,
             fitted: Fitted::default(),
             scratch: Scratch::default(),
             workspace: Buffer::default(),
@@ -336,6 +339,7 @@ impl Attention {
         let id = self.current;
         // SAFETY: the caller's promise.
         let problem = unsafe { self.pass(Pass::Forward, id, None, args)? };
+        self.forwarded = Some(id);
         Ok(Context { problem, attached: id })
     }
 
@@ -344,6 +348,7 @@ impl Attention {
     /// # Safety
     /// All memory in the arguments is valid for its shapes.
     pub unsafe fn backward(&mut self, context: Result<Context>, args: Result<Args>) -> Result<()> {
+        let likely = self.forwarded.unwrap_or(self.current);
         let (id, args) = match &context {
             Ok(c) if self.known.contains_key(&c.attached) => (c.attached, args),
             Ok(c) => {
@@ -352,9 +357,9 @@ impl Attention {
                     c.attached,
                     self.group().parent_rank()
                 );
-                (self.current, Err(Error::argument(text)))
+                (likely, Err(Error::argument(text)))
             }
-            Err(e) => (self.current, Err(e.clone())),
+            Err(e) => (likely, Err(e.clone())),
         };
         // SAFETY: the caller's promise.
         unsafe { self.pass(Pass::Backward, id, context.ok().map(|c| c.problem), args).map(|_| ()) }
