@@ -96,7 +96,7 @@ impl CommType {
             ))),
             CommType::A2a => Ok(ranks),
             CommType::A2aP2p if asked == 0 => {
-                let u = (1..=ranks).rev().find(|u| ranks.is_multiple_of(*u) && u * u <= ranks);
+                let u = (1..=ranks.isqrt()).rev().find(|u| ranks.is_multiple_of(*u));
                 Ok(u.unwrap_or(1))
             }
             CommType::A2aP2p if !ranks.is_multiple_of(asked) => Err(Error::argument(format!(
