@@ -293,7 +293,7 @@ unsafe fn packed_lengths(s: &cp_sequences, n: usize) -> Result<Vec<Sequence>> {
             return Err(Error::argument(format!("{name}[0]: got {}, must be 0", cu[0])));
         }
         let step = |(i, w): (usize, &[i32])| {
-            u32::try_from(w[1] - w[0]).map_err(|_| {
+            u32::try_from(i64::from(w[1]) - i64::from(w[0])).map_err(|_| {
                 Error::argument(format!(
                     "{name}[{}]: got {} after {}, must not decrease",
                     i + 1,
