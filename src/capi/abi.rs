@@ -253,11 +253,11 @@ pub struct cp_sequences {
     pub reserved: u32,
     /// Dense: true query lengths, `[count]`; NULL = all padded length.
     pub lens_q: *const i32,
-    /// Dense: true key lengths.
+    /// Dense: true key lengths; NULL = as q if the padded lengths are equal, else all of the padded length.
     pub lens_k: *const i32,
     /// Dense: padding tokens before the first true one, `[count]` (left padding); NULL = 0.
     pub before_q: *const i32,
-    /// Dense: the same for keys.
+    /// Dense: the same for keys; NULL = as q if the padded lengths are equal, else 0.
     pub before_k: *const i32,
     /// Packed: cumulative true query lengths, `[count + 1]`, starting with 0.
     pub cu_seqlens_q: *const i32,
