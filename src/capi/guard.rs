@@ -11,9 +11,9 @@ thread_local! {
     static LAST: RefCell<CString> = RefCell::default();
 }
 
-/// This thread's last error text; the pointer stays valid until its next call.
+/// This thread's last error text; the pointer stays valid until its next call that fails. Empty while the thread ends, when it has gone.
 pub fn last_error() -> *const libc::c_char {
-    LAST.with(|l| l.borrow().as_ptr())
+    LAST.try_with(|l| l.borrow().as_ptr()).unwrap_or(c"".as_ptr())
 }
 
 /// Every exported function's body runs in here.
@@ -30,7 +30,8 @@ pub fn guard(f: impl FnOnce() -> Result<()>) -> cp_status {
         }
     };
     let text = format!("{}: {}", error.status.as_str(), error.text.replace('\0', " "));
-    LAST.with(|l| *l.borrow_mut() = CString::new(text).unwrap_or_default());
+    // A thread's last cleanup may call after its text has gone; the status must do then.
+    let _ = LAST.try_with(|l| *l.borrow_mut() = CString::new(text).unwrap_or_default());
     error.status as cp_status
 }
 
