@@ -46,8 +46,8 @@ struct Handle<T> {
 
 /// A type that C knows only by pointer.
 pub trait Opaque {
-    /// What is behind the pointer.
-    type Object;
+    /// What is behind the pointer. C may use it from any thread.
+    type Object: Send + Sync;
     /// Marks live objects.
     const MAGIC: u64;
     /// Name in messages.
@@ -100,7 +100,8 @@ pub unsafe fn destroy<H: Opaque>(handle: *mut H) -> Result<()> {
     unsafe { object(handle.cast_const())? };
     // SAFETY: made by `Box::into_raw` in `create`, as the check says, and no call is inside.
     let mut owned = unsafe { Box::from_raw(handle.cast::<Handle<H::Object>>()) };
-    owned.magic = 0;
+    // SAFETY: a field of a live object. Volatile, because the compiler drops a plain store to memory that is about to be freed.
+    unsafe { (&raw mut owned.magic).write_volatile(0) };
     Ok(())
 }
 
