@@ -185,10 +185,12 @@ fn any_sequences(r: &mut Random, ranks: u32) -> (Vec<Sequence>, bool) {
     ((0..count).map(|_| sequence(r)).collect(), packed)
 }
 
-/// Every sequence cut into pieces at random, dealt at random, in random order; the same step for its queries and keys.
+/// Every sequence cut into pieces at random, dealt at random, in random order; the same step for its queries and keys. The
+/// entries of a dense batch are cut and dealt alike, so that each has as many tokens on a rank.
 fn any_list(r: &mut Random, p: &Problem) -> Partition {
     let mut lists = [(); 2].map(|()| vec![Vec::new(); p.ranks as usize]);
-    for (seq, s) in p.seqs.iter().enumerate() {
+    let entries = if p.packed { 1 } else { p.seqs.len() };
+    for (seq, s) in p.seqs.iter().enumerate().step_by(entries) {
         let step = if r.one_in(2) { 1 } else { r.within(1, 4) };
         for (side, length) in [s.q.padded, s.k.padded].into_iter().enumerate() {
             for first in 0..step.min(length) {
@@ -196,12 +198,16 @@ fn any_list(r: &mut Random, p: &Problem) -> Partition {
                 let mut at = 0;
                 while at < count {
                     let len = r.within(1, count - at);
-                    // The step of a single token says nothing.
-                    let own_step = if len == 1 { r.within(1, 4) } else { step };
                     let start = first + at * step;
-                    let list = &mut lists[side][r.within(0, p.ranks - 1) as usize];
-                    let place = r.within(0, list.len() as u32) as usize;
-                    list.insert(place, Stretch { seq: seq as u32, start, step: own_step, len });
+                    let rank = r.within(0, p.ranks - 1) as usize;
+                    for seq in seq..seq + entries {
+                        // The step of a single token says nothing.
+                        let own_step = if len == 1 { r.within(1, 4) } else { step };
+                        let list = &mut lists[side][rank];
+                        let place = r.within(0, list.len() as u32) as usize;
+                        let seq = seq as u32;
+                        list.insert(place, Stretch { seq, start, step: own_step, len });
+                    }
                     at += len;
                 }
             }
