@@ -108,8 +108,9 @@ fn caption(plans: &[Plan]) -> String {
     if p.inner > 1 {
         let _ = write!(out, " in {} teams of {}", p.teams(), p.inner);
     }
-    if p.stages > 0 {
-        let _ = write!(out, " · {} stage{}", p.stages, if p.stages > 1 { "s" } else { "" });
+    let stages = plans[0].stages;
+    if stages > 0 {
+        let _ = write!(out, " · {stages} stage{}", if stages > 1 { "s" } else { "" });
     }
     if p.relay {
         out += " (relay)";

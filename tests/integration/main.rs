@@ -15,4 +15,5 @@ mod plans_snapshots;
 mod plans_svg;
 mod plans_time;
 mod ranks;
+mod review;
 mod tidy;

@@ -19,7 +19,7 @@ fn well_formed(svg: &str) {
         assert!(!rest[..start].contains('>'), "a stray >");
         let end = start + rest[start..].find('>').expect("a tag ends");
         let tag = &rest[start + 1..end];
-        assert!(tag.matches('"').count() % 2 == 0, "{tag}");
+        assert!(tag.matches('"').count().is_multiple_of(2), "{tag}");
         let name = tag.split_whitespace().next().unwrap();
         match (name.strip_prefix('/'), tag.ends_with('/')) {
             (Some(name), _) => assert_eq!(open.pop(), Some(name)),

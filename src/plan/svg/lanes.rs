@@ -1,7 +1,7 @@
 //! Lanes over time, under a cost model of two numbers.
 
 use super::{Canvas, FAINT, caption, colour};
-use crate::plan::{Kind, Lane, Message, Op, Pass, Plan, Step};
+use crate::plan::{Lane, Message, Op, Pass, Plan, Step, Tensor};
 use std::collections::{BTreeMap, HashMap};
 use std::fmt::Write;
 
@@ -32,10 +32,10 @@ pub fn lanes(plans: &[Plan]) -> String {
     canvas.text(left, 66.0, format!(r#"fill="{FAINT}""#), model);
     let legend = match first.pass {
         Pass::Forward => {
-            "above: attend the keys of a stage · below: exchange, K: their keys arrive · paler = later stage · grey = copies"
+            "above: attend the keys of a stage · below: exchange, K: their keys move · paler = later stage · grey = copies"
         }
         Pass::Backward => {
-            "above: gradients of a stage · below: exchange, K: its keys arrive, d: its gradients go home · paler = later stage · grey = copies"
+            "above: gradients of a stage · below: exchange, K: its keys move, d: its gradients go home · paler = later stage · grey = copies"
         }
     };
     canvas.text(left, 84.0, format!(r#"fill="{FAINT}""#), legend);
@@ -60,7 +60,7 @@ pub fn lanes(plans: &[Plan]) -> String {
             };
             let fill = match step.op {
                 Op::Copy { .. } | Op::Fill { .. } | Op::Delta => "#9a9a9a".to_string(),
-                _ => colour(plan.rank, p.ranks, step.stage.min(p.stages), p.stages),
+                _ => colour(plan.rank, p.ranks, step.stage.min(plan.stages), plan.stages),
             };
             if small {
                 let d = boxes.entry(fill).or_default();
@@ -92,20 +92,12 @@ pub fn lanes(plans: &[Plan]) -> String {
 fn label(step: &Step) -> String {
     match &step.op {
         Op::Attend { .. } | Op::AttendBackward { .. } => step.stage.to_string(),
+        Op::Exchange { .. } if step.stage == 0 => "heads".to_string(),
         Op::Exchange { sends, recvs } => {
-            let has = |kind: Kind| recvs.iter().any(|m| m.slot.kind == kind);
-            let homeward = |m: &Message| matches!(m.slot.kind, Kind::Part | Kind::Wire);
-            let mut words = Vec::new();
-            if has(Kind::Team) || has(Kind::Merge) {
-                words.push("heads".to_string());
-            }
-            if has(Kind::Recv) {
-                words.push(format!("K{}", step.stage));
-            }
-            if has(Kind::Return) || sends.iter().any(homeward) {
-                words.push(format!("d{}", step.stage.saturating_sub(2)));
-            }
-            words.join(" ")
+            let moves = |tensor| sends.iter().chain(recvs).any(|m| m.slot.tensor == tensor);
+            let keys = moves(Tensor::K).then(|| format!("K{}", step.stage));
+            let home = moves(Tensor::DK).then(|| format!("d{}", step.stage.saturating_sub(2)));
+            keys.into_iter().chain(home).collect::<Vec<_>>().join(" ")
         }
         _ => String::new(),
     }

@@ -53,17 +53,18 @@ pub fn attention_matrix(plans: &[Plan]) -> String {
         notes.push("stripes are finer than the picture: the ranks' colours mix".to_string());
     }
     canvas.text(left, canvas.height - 12.0, format!(r#"fill="{FAINT}""#), notes.join(" · "));
-    let bottom = legend(&mut canvas, p, left + width, 104.0);
+    let bottom = legend(&mut canvas, first, left + width, 104.0);
     canvas.height = canvas.height.max(bottom);
     canvas.finish()
 }
 
 /// Hues by rank, lightness by stage.
-fn legend(canvas: &mut Canvas, p: &Problem, x: f64, mut y: f64) -> f64 {
+fn legend(canvas: &mut Canvas, plan: &Plan, x: f64, mut y: f64) -> f64 {
+    let (p, stages) = (&*plan.problem, plan.stages);
     canvas.text(x, y, r#"font-weight="bold""#, "computed by");
     for rank in 0..p.ranks.min(MOST) {
         y += 19.0;
-        let fill = colour(rank, p.ranks, 0, p.stages);
+        let fill = colour(rank, p.ranks, 0, 1);
         canvas.rect(x, y - 11.0, 14.0, 14.0, format!(r#"fill="{fill}""#));
         canvas.text(x + 21.0, y, "", format!("rank {rank}"));
     }
@@ -73,11 +74,11 @@ fn legend(canvas: &mut Canvas, p: &Problem, x: f64, mut y: f64) -> f64 {
     }
     y += 34.0;
     canvas.text(x, y, r#"font-weight="bold""#, "in stage");
-    let shown = p.stages.min(7);
+    let shown = stages.min(7);
     for i in 0..=shown {
-        let stage = i * p.stages / shown.max(1);
+        let stage = i * stages / shown.max(1);
         y += 19.0;
-        let fill = colour(0, p.ranks, stage, p.stages);
+        let fill = colour(0, p.ranks, stage, stages);
         canvas.rect(x, y - 11.0, 14.0, 14.0, format!(r#"fill="{fill}""#));
         let text = if stage == 0 { "0: own keys".into() } else { stage.to_string() };
         canvas.text(x + 21.0, y, "", text);
@@ -186,7 +187,7 @@ fn holders(
             }
         }
     }
-    canvas.path(&d, format!(r#"fill="{}""#, colour(rank, p.ranks, 0, p.stages)));
+    canvas.path(&d, format!(r#"fill="{}""#, colour(rank, p.ranks, 0, 1)));
 }
 
 /// Consecutive rows of a buffer that hold evenly spaced tokens of one sequence.
@@ -233,7 +234,7 @@ fn draw_tiles(
     };
     let queries = pieces(&survey.mine.q.segments);
     let own = pieces(&survey.mine.k.segments);
-    for stage in 0..=p.stages {
+    for stage in 0..=plan.stages {
         let mut d = String::new();
         let mut blurred = false;
         for step in plan.steps.iter().filter(|s| s.stage == stage) {
@@ -274,7 +275,7 @@ fn draw_tiles(
                 }
             }
         }
-        let fill = colour(plan.rank, p.ranks, stage, p.stages);
+        let fill = colour(plan.rank, p.ranks, stage, plan.stages);
         // Where stripes are finer than the picture, the ranks' colours mix.
         let opacity = if blurred { r#" fill-opacity="0.3""# } else { "" };
         canvas.path(&d, format!(r#"fill="{fill}"{opacity}"#));
