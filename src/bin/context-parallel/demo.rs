@@ -6,8 +6,8 @@ use crate::rank::{self, Job};
 use crate::report::Report;
 use crate::shape::{self, Case};
 use crate::source::Source;
-use crate::text::{self, Align, Columns, bold, dim};
-use crate::{check, probe};
+use crate::text::{self, Align, Columns, bad, bold, dim};
+use crate::{check, oracle, probe};
 use context_parallel::attention::Comm;
 use context_parallel::dtype::DType;
 use context_parallel::partition::{Side, Stretch, stretches};
@@ -95,8 +95,13 @@ pub fn run(given: &Given) -> Result<(), Failure> {
     let threads = (probe::cores() as usize).min(job.threads * job.ranks as usize);
     let alone = rank::alone(&job, &job.cases[0], threads)?;
     let one = check::gather(&*job.cases[0].alone()?, std::slice::from_ref(&alone));
-    text::out(&columns.line(&first_row(&alone)));
+    let exact = oracle::errors(&*job.cases[0].alone()?, &job.source, &one);
+    let dtype = job.cases[0].config.dtype;
+    text::out(&columns.line(&first_row(&alone, &exact, dtype)));
     let mut wrong = Vec::new();
+    if !check::agree(&exact, dtype) {
+        wrong.push("one rank differs from float64".to_string());
+    }
     launch::processes(&job, "demo", given, bytes, &mut |index, reports| {
         let (row, fault) = row(&job, &job.cases[index], &reports, &one)?;
         text::out(&columns.line(&row));
@@ -195,13 +200,25 @@ fn chunks(p: &Problem, bytes: &[u8]) -> String {
         + &all[last..].iter().map(line).collect::<String>()
 }
 
-/// One rank's line: what the others are compared to.
-fn first_row(alone: &Report) -> Vec<String> {
-    let [forward, backward] = [0, 1].map(|pass| text::seconds(alone.passes[pass].seconds[0]));
-    let mut row =
-        vec![bold("one rank"), String::new(), String::new(), String::new(), forward, backward];
-    row.push(dim("what the four are compared to"));
+/// One rank's line: what the others are compared to, itself compared to float64.
+fn first_row(alone: &Report, exact: &[f64; 5], dtype: DType) -> Vec<String> {
+    let mut row = vec![bold("one rank"), String::new(), String::new(), String::new()];
+    row.extend([0, 1].map(|pass| text::seconds(alone.passes[pass].seconds[0])));
+    row.extend(shown(exact, dtype));
+    row.push(mark(check::agree(exact, dtype)));
     row
+}
+
+/// Errors; those that are too large stand out.
+fn shown(errors: &[f64; 5], dtype: DType) -> Vec<String> {
+    let cell = |(e, limit): (&f64, f64)| {
+        if *e <= limit { text::error(*e) } else { bad(&text::error(*e)) }
+    };
+    errors.iter().zip(check::tolerance(dtype)).map(cell).collect()
+}
+
+fn mark(right: bool) -> String {
+    if right { text::good("✓") } else { bad("✗") }
 }
 
 /// One line of the table, and what is wrong with it.
@@ -226,17 +243,12 @@ fn row(
         (_, false) => Some(format!("{name} moved other bytes than its plan says")),
         _ => None,
     };
-    let mark = if fault.is_none() { text::good("✓") } else { text::bad("✗") };
     let stages = if p.stages == 0 { "–".into() } else { p.stages.to_string() };
     let mut row = vec![bold(name), stages];
     row.extend([0, 1].map(|pass| text::bytes(sent(pass))));
     row.extend([0, 1].map(|pass| text::seconds(slowest(pass))));
-    row.extend(
-        errors.iter().zip(check::tolerance(p.dtype)).map(|(e, limit)| {
-            if *e <= limit { text::error(*e) } else { text::bad(&text::error(*e)) }
-        }),
-    );
-    row.push(mark);
+    row.extend(shown(&errors, p.dtype));
+    row.push(mark(fault.is_none()));
     Ok((row, fault))
 }
 
@@ -264,7 +276,9 @@ fn finish(job: &Job, wrong: &[String]) -> Result<(), Failure> {
            a2a         ranks trade: the whole sequence for a share of the heads, and back\n  \
            a2a+p2p     {teams}\n\n  \
          Sent is the mean of a rank, and equal to the plan's account to the byte. Times are the slowest rank's first call.\n  \
-         O … dV: the worst relative error of 64 rows of a head; LSE: the worst absolute error, as it is a logarithm.\n",
+         O … dV: the worst error of a head, relative (LSE: absolute, as it is a logarithm): of the four against one rank, 64\n  \
+         rows at a time; of one rank against float64 double loops, over {} rows.\n",
+        oracle::ROWS,
     )));
     if !wrong.is_empty() {
         text::out("\n");

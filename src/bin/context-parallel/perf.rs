@@ -5,9 +5,10 @@ use crate::check::{self, Whole};
 use crate::json::{Object, array};
 use crate::rank::{self, Job};
 use crate::report::Report;
+use crate::row::{COLUMNS, Row};
 use crate::shape::{self, Case};
 use crate::source::Source;
-use crate::text::{self, Align, Columns, bad, dim};
+use crate::text::{self, Columns, dim};
 use crate::{cost, launch, probe};
 use context_parallel::dtype::DType;
 use context_parallel::plan::{Options, Pass, Plan, account::account};
@@ -110,22 +111,6 @@ fn sizes(given: &Given) -> Result<Vec<u32>, Failure> {
         .collect())
 }
 
-/// One line of the table.
-struct Row {
-    seq: u64,
-    comm: &'static str,
-    stages: Option<u32>,
-    /// Forward, backward: median over runs of the slowest rank.
-    seconds: [f64; 2],
-    /// Of one rank, in 1e9 a second.
-    rate: [f64; 2],
-    sent: [u64; 2],
-    exposed: [f64; 2],
-    versus: [f64; 2],
-    errors: Option<[f64; 5]>,
-    agrees: bool,
-}
-
 /// What is remembered of a size that was run on one rank.
 struct Alone {
     problem: Arc<Problem>,
@@ -176,93 +161,6 @@ pub fn run(given: &Given) -> Result<(), Failure> {
     finish(&job, &rows, json, processes)
 }
 
-const COLUMNS: [(&str, Align, usize); 14] = [
-    ("seq", Align::Right, 7),
-    ("comm", Align::Left, 10),
-    ("stages", Align::Right, 6),
-    ("fwd ms", Align::Right, 8),
-    ("GFLOP/s", Align::Right, 7),
-    ("exposed", Align::Right, 7),
-    ("vs one", Align::Right, 6),
-    ("bwd ms", Align::Right, 8),
-    ("GFLOP/s", Align::Right, 7),
-    ("exposed", Align::Right, 7),
-    ("vs one", Align::Right, 6),
-    ("sent fwd", Align::Right, 8),
-    ("sent bwd", Align::Right, 8),
-    ("error", Align::Right, 7),
-];
-
-impl Row {
-    fn cells(&self) -> [String; 14] {
-        let ranks = self.stages.is_some();
-        let share = |x: f64| if ranks { format!("{:.0} %", 100.0 * x) } else { String::new() };
-        let sent = |n: u64| if ranks { text::bytes(n) } else { String::new() };
-        // The LSE is compared absolutely; it counts for `agrees`.
-        let worst =
-            self.errors.map(|[o, _, dq, dk, dv]| [dq, dk, dv].into_iter().fold(o, f64::max));
-        let error = match worst {
-            None => String::new(),
-            Some(e) if self.agrees => text::error(e),
-            Some(e) => bad(&text::error(e)),
-        };
-        let half = |i: usize| {
-            [
-                format!("{:.2}", self.seconds[i] * 1e3),
-                format!("{:.1}", self.rate[i]),
-                share(self.exposed[i]),
-                share(self.versus[i]),
-            ]
-        };
-        let ([a, b, c, d], [e, f, g, h]) = (half(0), half(1));
-        let stages =
-            self.stages.map_or(String::new(), |s| if s == 0 { "–".into() } else { s.to_string() });
-        let comm = if ranks { self.comm.into() } else { dim(self.comm) };
-        [
-            self.seq.to_string(),
-            comm,
-            stages,
-            a,
-            b,
-            c,
-            d,
-            e,
-            f,
-            g,
-            h,
-            sent(self.sent[0]),
-            sent(self.sent[1]),
-            error,
-        ]
-    }
-
-    fn json(&self, dtype: DType) -> String {
-        let pass = |i: usize| {
-            Object::default()
-                .float("seconds", self.seconds[i])
-                .float("gflops_per_rank", self.rate[i])
-                .raw("bytes_sent_per_rank", self.sent[i])
-                .float("exposed", self.exposed[i])
-                .float("versus_one_rank", self.versus[i])
-                .end()
-        };
-        let errors = self.errors.map_or("null".into(), |e| {
-            let names = ["out", "lse", "dq", "dk", "dv"];
-            names.iter().zip(e).fold(Object::default(), |o, (name, x)| o.float(name, x)).end()
-        });
-        Object::default()
-            .raw("seq", self.seq)
-            .text("comm", self.comm)
-            .raw("stages", self.stages.map_or("null".into(), |s| s.to_string()))
-            .text("dtype", dtype.name())
-            .raw("forward", pass(0))
-            .raw("backward", pass(1))
-            .raw("errors", errors)
-            .raw("agrees", self.agrees)
-            .end()
-    }
-}
-
 fn median(mut values: Vec<f64>) -> f64 {
     values.sort_by(f64::total_cmp);
     values[values.len() / 2]
@@ -294,6 +192,7 @@ fn one_rank(p: &Arc<Problem>, report: &Report) -> (Row, [f64; 2]) {
     let row = Row {
         seq: length(p),
         comm: "one rank",
+        dtype: p.dtype,
         stages: None,
         seconds,
         rate: [0, 1].map(|i| total[i] / seconds[i] * 1e-9),
@@ -322,6 +221,7 @@ fn many(job: &Job, case: &Case, reports: &[Report], one: &Alone) -> Result<Row, 
     Ok(Row {
         seq: length(&p),
         comm: case.comm.kind.name(),
+        dtype: p.dtype,
         stages: Some(p.stages),
         seconds,
         rate: [0, 1].map(|i| total[i] / f64::from(job.ranks) / seconds[i] * 1e-9),
@@ -378,7 +278,7 @@ fn finish(job: &Job, rows: &[Row], json: bool, processes: bool) -> Result<(), Fa
             .raw("iters", job.iters)
             .raw("warmup", job.warmup)
             .raw("problem", cost::problem_json(&p))
-            .raw("rows", array(rows.iter().map(|r| r.json(dtype))))
+            .raw("rows", array(rows.iter().map(Row::json)))
             .end();
         text::out(&(out + "\n"));
     } else if job.gather && wrong.is_empty() {
