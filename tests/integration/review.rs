@@ -248,6 +248,20 @@ fn cumulative_lengths_that_fall_far() {
     assert!(last_error().contains("cu_seqlens_q[2]"), "{}", last_error());
 }
 
+/// A count that nobody wrote must not take all memory.
+#[test]
+fn a_wild_count_is_refused() {
+    let s = cp_sequences { count: u32::MAX, seq_q: 4096, ..sequences() };
+    let mut count = 0;
+    // SAFETY: live arguments.
+    let status = unsafe {
+        let none = std::ptr::null_mut();
+        cp_partition_tokens(CP_PARTITION_ZIGZAG, CP_FORMAT_DENSE, &s, 1, 0, 0, none, 0, &mut count)
+    };
+    assert_eq!(status, CP_ERR_UNSUPPORTED, "{}", last_error());
+    assert!(last_error().contains("sequences.count"), "{}", last_error());
+}
+
 /// "A k field that is zero or NULL means as q": also when the padded length of keys is said, and is that of queries.
 #[test]
 fn key_lengths_default_to_query_lengths() {
