@@ -1,5 +1,6 @@
 //! One status to branch on, one line of text to read.
 
+use std::any::Any;
 use std::fmt;
 
 /// What went wrong, in at most sixteen words that a caller can branch on. The numbers are the C ABI's.
@@ -134,6 +135,15 @@ impl Error {
     /// [`Status::Internal`]: a bug here, not in the caller.
     pub fn internal(text: impl Into<String>) -> Error {
         Error::new(Status::Internal, text)
+    }
+
+    /// What a caught panic said, as [`Status::Internal`].
+    pub fn from_panic(payload: Box<dyn Any + Send>) -> Error {
+        let text = payload
+            .downcast_ref::<String>()
+            .cloned()
+            .or_else(|| payload.downcast_ref::<&str>().map(|s| s.to_string()));
+        Error::internal(text.unwrap_or_else(|| "panic".into()))
     }
 }
 

@@ -139,6 +139,39 @@ fn a_forgotten_tensor_is_refused() {
     assert!(began.elapsed() < PATIENCE / 2, "hung");
 }
 
+/// A bug in planning (here: sizes beyond 64 bits, which debug builds notice) is told to the others like any refusal.
+#[cfg(debug_assertions)]
+#[test]
+fn a_panic_before_the_start_reaches_everyone() {
+    let (seqs, inputs) = one(33);
+    let began = Instant::now();
+    ranks(2, PATIENCE, |rank, group| {
+        let subset = group.subset(&[1, 0])?;
+        let mut good = layer(config());
+        good.set_group(&subset, Ok(comm(CommType::P2p)))?;
+        let mut batch = Batch::new(&good, &seqs, &inputs, Layout::Dense);
+        let error = if rank == 0 {
+            let (heads, rows) = (1 << 31, 1 << 28);
+            let huge = Config { heads, kv_heads: heads, dim_qk: 256, dim_v: 256, ..config() };
+            let mut layer = layer(huge);
+            layer.set_group(&subset, Ok(comm(CommType::P2p)))?;
+            let mut args = batch.args(Pass::Forward);
+            args.seqs = vec![Sequence::square(2 * rows)];
+            for (tensor, shape) in &mut args.shapes {
+                let dim = if *tensor == Tensor::Lse { 1 } else { 256 };
+                *shape = [1, i64::from(rows), i64::from(heads), dim];
+            }
+            // SAFETY: nothing is computed, as the ranks do not agree.
+            unsafe { layer.forward(Ok(args)) }.expect_err("too large").status
+        } else {
+            batch.forward(&mut good).expect_err("rank 0 cannot plan").status
+        };
+        assert_eq!(error, [Status::Internal, Status::Mismatch][rank as usize]);
+        batch.forward(&mut good)
+    });
+    assert!(began.elapsed() < PATIENCE / 2, "hung");
+}
+
 /// A rank that lost its context says so where the others wait: on the group of the last forward, not on the one attached since.
 #[test]
 fn a_lost_context_is_told_to_those_who_wait() {
