@@ -14,6 +14,7 @@ use crate::problem::{CommType, Fnv, Problem, Sequence, Wire};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 /// What stays the same over all calls of a layer.
@@ -378,11 +379,19 @@ impl Attention {
     ) -> Result<u64> {
         let at = self.known[&id].clone();
         let rank = at.group.parent_rank();
-        let ready = args.and_then(|args| {
-            let problem = self.problem_for(&at, args.seqs.clone(), args.list.as_ref().unwrap_or(&self.config.partition))?;
+        let prepare = || {
+            let args = args?;
+            let problem = self.problem_for(
+                &at,
+                args.seqs.clone(),
+                args.list.as_ref().unwrap_or(&self.config.partition),
+            )?;
             let hash = problem.fingerprint();
             if expected.is_some_and(|e| e != hash) {
-                let text = format!("context: belongs to problem {:#x}, these lengths make problem {hash:#x} (rank {rank})", expected.unwrap_or(0));
+                let text = format!(
+                    "context: belongs to problem {:#x}, these lengths make problem {hash:#x} (rank {rank})",
+                    expected.unwrap_or(0)
+                );
                 return Err(Error::argument(text));
             }
             self.check(&problem, &at.group, &args)?;
@@ -397,7 +406,10 @@ impl Attention {
             }
             let workspace = self.memory(&prepared, &args, rank)?;
             Ok((hash, prepared, workspace, args))
-        });
+        };
+        // A panic here is a bug, but the others must not wait for this rank because of it.
+        let ready =
+            catch_unwind(AssertUnwindSafe(prepare)).unwrap_or_else(|e| Err(Error::from_panic(e)));
         let call = if pass == Pass::Forward { Call::Forward } else { Call::Backward };
         let hash = ready.as_ref().map_or(0, |(hash, ..)| *hash);
         // What backward exchanges depends on what forward leaves.

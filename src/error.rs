@@ -1,5 +1,7 @@
 //! One status to branch on, one line of text to read.
 
+use std::any::Any;
+use std::ffi::CStr;
 use std::fmt;
 
 /// What went wrong, in at most sixteen words that a caller can branch on. The numbers are the C ABI's.
@@ -63,23 +65,28 @@ impl Status {
 
     /// The status as a short phrase.
     pub fn as_str(self) -> &'static str {
+        self.as_c_str().to_str().unwrap_or_default()
+    }
+
+    /// The same for C.
+    pub fn as_c_str(self) -> &'static CStr {
         match self {
-            Status::Ok => "success",
-            Status::InvalidArgument => "invalid argument",
-            Status::InvalidHandle => "invalid handle",
-            Status::InvalidUsage => "invalid usage",
-            Status::Unsupported => "not supported",
-            Status::NotCapturable => "not capturable",
-            Status::OutOfMemory => "out of memory",
-            Status::Version => "version mismatch",
-            Status::Mismatch => "ranks disagree",
-            Status::Cuda => "CUDA error",
-            Status::Nccl => "NCCL error",
-            Status::Transport => "transport error",
-            Status::Timeout => "timeout",
-            Status::PeerLost => "peer lost",
-            Status::Aborted => "aborted",
-            Status::Internal => "internal error",
+            Status::Ok => c"success",
+            Status::InvalidArgument => c"invalid argument",
+            Status::InvalidHandle => c"invalid handle",
+            Status::InvalidUsage => c"invalid usage",
+            Status::Unsupported => c"not supported",
+            Status::NotCapturable => c"not capturable",
+            Status::OutOfMemory => c"out of memory",
+            Status::Version => c"version mismatch",
+            Status::Mismatch => c"ranks disagree",
+            Status::Cuda => c"CUDA error",
+            Status::Nccl => c"NCCL error",
+            Status::Transport => c"transport error",
+            Status::Timeout => c"timeout",
+            Status::PeerLost => c"peer lost",
+            Status::Aborted => c"aborted",
+            Status::Internal => c"internal error",
         }
     }
 
@@ -134,6 +141,15 @@ impl Error {
     /// [`Status::Internal`]: a bug here, not in the caller.
     pub fn internal(text: impl Into<String>) -> Error {
         Error::new(Status::Internal, text)
+    }
+
+    /// What a caught panic said, as [`Status::Internal`].
+    pub fn from_panic(payload: Box<dyn Any + Send>) -> Error {
+        let text = payload
+            .downcast_ref::<String>()
+            .cloned()
+            .or_else(|| payload.downcast_ref::<&str>().map(|s| s.to_string()));
+        Error::internal(text.unwrap_or_else(|| "panic".into()))
     }
 }
 

@@ -207,15 +207,6 @@ impl Cpu {
         unsafe { rows::copy(step, Kernels::of(self.simd, step.src.dtype)) }
     }
 
-    /// Sets a dense buffer to zero.
-    ///
-    /// # Safety
-    /// As for [`Cpu::forward`]; the view is dense.
-    pub unsafe fn zero(&mut self, view: &View) {
-        // SAFETY: the caller's promise is passed on.
-        unsafe { rows::zero(view) }
-    }
-
     /// Hands out tasks 0, 1, … to the threads. A task gets its thread's scratch and a function to call often, which says
     /// whether to go on; on this thread it calls `progress`.
     fn parallel(&self, tasks: usize, progress: Progress, task: &TaskFn) -> Result<()> {

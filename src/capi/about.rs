@@ -52,25 +52,7 @@ pub fn build_info() -> String {
 /// A status as a short phrase; "unknown status" for any other number. Static text. Any thread, any time.
 #[unsafe(no_mangle)]
 pub extern "C" fn cp_status_string(status: cp_status) -> *const c_char {
-    let text = match Status::from_i32(status) {
-        Some(Status::Ok) => c"success",
-        Some(Status::InvalidArgument) => c"invalid argument",
-        Some(Status::InvalidHandle) => c"invalid handle",
-        Some(Status::InvalidUsage) => c"invalid usage",
-        Some(Status::Unsupported) => c"not supported",
-        Some(Status::NotCapturable) => c"not capturable",
-        Some(Status::OutOfMemory) => c"out of memory",
-        Some(Status::Version) => c"version mismatch",
-        Some(Status::Mismatch) => c"ranks disagree",
-        Some(Status::Cuda) => c"CUDA error",
-        Some(Status::Nccl) => c"NCCL error",
-        Some(Status::Transport) => c"transport error",
-        Some(Status::Timeout) => c"timeout",
-        Some(Status::PeerLost) => c"peer lost",
-        Some(Status::Aborted) => c"aborted",
-        Some(Status::Internal) => c"internal error",
-        None => c"unknown status",
-    };
+    let text = Status::from_i32(status).map_or(c"unknown status", Status::as_c_str);
     text.as_ptr()
 }
 

@@ -236,6 +236,13 @@ unsafe fn dense_lengths(s: &cp_sequences, n: usize) -> Result<Vec<Sequence>> {
     }
     // Keys of the same padded length are as queries wherever nothing else is said.
     let seq_k = if s.seq_k == 0 { s.seq_q } else { s.seq_k };
+    // Before lists of that length are made.
+    if n as u64 * u64::from(s.seq_q.max(seq_k)) > u64::from(u32::MAX) {
+        return Err(Error::unsupported(format!(
+            "sequences.count: got {n} entries of {} tokens; at most 2^32 - 1 tokens in all are addressed",
+            s.seq_q.max(seq_k)
+        )));
+    }
     let or_q = |k: *const i32, q: *const i32| if k.is_null() && seq_k == s.seq_q { q } else { k };
     let side = |name: &str,
                 padded: u32,

@@ -21,13 +21,7 @@ pub fn guard(f: impl FnOnce() -> Result<()>) -> cp_status {
     let error = match catch_unwind(AssertUnwindSafe(f)) {
         Ok(Ok(())) => return CP_OK,
         Ok(Err(e)) => e,
-        Err(payload) => {
-            let text = payload
-                .downcast_ref::<String>()
-                .cloned()
-                .or_else(|| payload.downcast_ref::<&str>().map(|s| s.to_string()));
-            Error::internal(text.unwrap_or_else(|| "panic".into()))
-        }
+        Err(payload) => Error::from_panic(payload),
     };
     let text = format!("{}: {}", error.status.as_str(), error.text.replace('\0', " "));
     // A thread's last cleanup may call after its text has gone; the status must do then.

@@ -139,6 +139,39 @@ fn a_forgotten_tensor_is_refused() {
     assert!(began.elapsed() < PATIENCE / 2, "hung");
 }
 
+/// A bug in planning (here: sizes beyond 64 bits, which debug builds notice) is told to the others like any refusal.
+#[cfg(debug_assertions)]
+#[test]
+fn a_panic_before_the_start_reaches_everyone() {
+    let (seqs, inputs) = one(33);
+    let began = Instant::now();
+    ranks(2, PATIENCE, |rank, group| {
+        let subset = group.subset(&[1, 0])?;
+        let mut good = layer(config());
+        good.set_group(&subset, Ok(comm(CommType::P2p)))?;
+        let mut batch = Batch::new(&good, &seqs, &inputs, Layout::Dense);
+        let error = if rank == 0 {
+            let (heads, rows) = (1 << 31, 1 << 28);
+            let huge = Config { heads, kv_heads: heads, dim_qk: 256, dim_v: 256, ..config() };
+            let mut layer = layer(huge);
+            layer.set_group(&subset, Ok(comm(CommType::P2p)))?;
+            let mut args = batch.args(Pass::Forward);
+            args.seqs = vec![Sequence::square(2 * rows)];
+            for (tensor, shape) in &mut args.shapes {
+                let dim = if *tensor == Tensor::Lse { 1 } else { 256 };
+                *shape = [1, i64::from(rows), i64::from(heads), dim];
+            }
+            // SAFETY: nothing is computed, as the ranks do not agree.
+            unsafe { layer.forward(Ok(args)) }.expect_err("too large").status
+        } else {
+            batch.forward(&mut good).expect_err("rank 0 cannot plan").status
+        };
+        assert_eq!(error, [Status::Internal, Status::Mismatch][rank as usize]);
+        batch.forward(&mut good)
+    });
+    assert!(began.elapsed() < PATIENCE / 2, "hung");
+}
+
 /// A rank that lost its context says so where the others wait: on the group of the last forward, not on the one attached since.
 #[test]
 fn a_lost_context_is_told_to_those_who_wait() {
@@ -246,6 +279,20 @@ fn cumulative_lengths_that_fall_far() {
     };
     assert_eq!(status, CP_ERR_INVALID_ARGUMENT, "{}", last_error());
     assert!(last_error().contains("cu_seqlens_q[2]"), "{}", last_error());
+}
+
+/// A count that nobody wrote must not take all memory.
+#[test]
+fn a_wild_count_is_refused() {
+    let s = cp_sequences { count: u32::MAX, seq_q: 4096, ..sequences() };
+    let mut count = 0;
+    // SAFETY: live arguments.
+    let status = unsafe {
+        let none = std::ptr::null_mut();
+        cp_partition_tokens(CP_PARTITION_ZIGZAG, CP_FORMAT_DENSE, &s, 1, 0, 0, none, 0, &mut count)
+    };
+    assert_eq!(status, CP_ERR_UNSUPPORTED, "{}", last_error());
+    assert!(last_error().contains("sequences.count"), "{}", last_error());
 }
 
 /// "A k field that is zero or NULL means as q": also when the padded length of keys is said, and is that of queries.

@@ -1,4 +1,4 @@
-//! Row-wise steps: copy and add rows, Σ O∘dO, zero. They are bound by memory, so the calling thread does them alone.
+//! Row-wise steps: copy and add rows, Σ O∘dO. They are bound by memory, so the calling thread does them alone.
 
 use super::kernels::Kernels;
 use crate::backend::{CopyRows, Delta, View};
@@ -149,16 +149,6 @@ fn dot(a: &[f32], b: &[f32]) -> f32 {
     sums.iter().sum()
 }
 
-/// Sets a dense buffer to zero.
-///
-/// # Safety
-/// The view is valid and dense.
-pub unsafe fn zero(view: &View) {
-    debug_assert!(view.is_dense());
-    // SAFETY: a dense view is this many bytes from its first element on.
-    unsafe { view.ptr.write_bytes(0, view.rows * view.heads * view.dim * view.dtype.size()) }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -268,15 +258,5 @@ mod tests {
                 }
             }
         }
-    }
-
-    #[test]
-    fn zero_clears_exactly_the_buffer() {
-        let mut memory = [7u16; 100];
-        let view = View::dense(memory[10..].as_mut_ptr().cast(), DType::Bf16, 4, 2, 8);
-        // SAFETY: 64 elements from the tenth on.
-        unsafe { Cpu::new(1, Simd::Scalar).unwrap().zero(&view) };
-        let cleared = |i: usize| (10..74).contains(&i);
-        assert!((0..100).all(|i| memory[i] == if cleared(i) { 0 } else { 7 }));
     }
 }
