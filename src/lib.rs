@@ -24,7 +24,7 @@
 //! # Where to read
 //! | room | what it is for |
 //! |---|---|
-//! | [`mask`], [`partition`], [`problem`], [`dtype`], [`error`] | the vocabulary; pure |
+//! | [`partition`], [`mask`], [`problem`], [`holding`], [`dtype`], [`error`] | the vocabulary; pure |
 //! | [`plan`] | decides; start with the table that `context-parallel plan` prints, then `plan/stages.rs` |
 //! | [`exec`] | runs one rank's plan |
 //! | [`backend`] | what compute steps mean, and the CPU kernels |
@@ -33,7 +33,7 @@
 //! | [`capi`] | translates C to all of the above and decides nothing |
 //!
 //! # Invariants, most of them absences
-//! * Imports run one way: mask, partition, problem ← plan ← exec ← group ← attention ← capi. `plan` knows neither kernels nor
+//! * Imports run one way: partition ← mask ← problem ← holding ← plan ← exec ← group ← attention ← capi. `plan` knows neither kernels nor
 //!   transports; a test reads the `use` lines.
 //! * `exec` names no communication type and no mask; a test reads it.
 //! * No waiting without a deadline; no error on one rank that leaves another waiting.
@@ -47,6 +47,7 @@ pub mod dtype;
 pub mod error;
 pub mod exec;
 pub mod group;
+pub mod holding;
 pub mod mask;
 pub mod partition;
 pub mod plan;

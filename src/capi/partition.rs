@@ -5,8 +5,9 @@ use super::decode;
 use super::guard::{guard, output};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::holding::tokens;
 use crate::mask::Mask;
-use crate::partition::{Partition, Side, padded_length, tokens};
+use crate::partition::{Partition, Side, padded_length};
 use crate::problem::{Problem, Wire};
 
 /// Smallest length at or above `length` that gives every rank the same number of tokens: a multiple of 2·ranks for zigzag, else of

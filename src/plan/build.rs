@@ -7,7 +7,8 @@ use super::{
 };
 use crate::backend::Run;
 use crate::dtype::DType;
-use crate::partition::{Side, holding};
+use crate::holding::holding;
+use crate::partition::Side;
 use crate::problem::{Problem, Wire};
 use std::collections::BTreeMap;
 use std::sync::Arc;

@@ -1,7 +1,8 @@
 //! P = u × b: teams of u consecutive ranks trade heads for sequence, b teams exchange keys and values.
 
 use crate::backend::Run;
-use crate::partition::{Partition, Segment, Side, holding, joins};
+use crate::holding::holding;
+use crate::partition::{Partition, Segment, Side, joins};
 use crate::problem::Problem;
 use std::ops::Range;
 

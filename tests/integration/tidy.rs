@@ -54,22 +54,34 @@ fn imports(text: &str) -> BTreeSet<String> {
     rooms
 }
 
-/// design: mask, partition, problem ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
-const MAY_IMPORT: [(&str, &[&str]); 13] = [
+/// design: partition ← mask ← problem ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
+const MAY_IMPORT: [(&str, &[&str]); 14] = [
     ("error", &[]),
     ("dtype", &[]),
     ("mask", &["partition"]),
-    ("partition", &["problem"]),
+    ("partition", &[]),
     ("problem", &["dtype", "error", "mask", "partition"]),
+    ("holding", &["partition", "problem"]),
     // Of `backend` the plan uses plain data only: `HeadMap` and `Run`.
-    ("plan", &["backend", "dtype", "error", "mask", "partition", "problem"]),
+    ("plan", &["backend", "dtype", "error", "holding", "mask", "partition", "problem"]),
     ("backend", &["dtype", "error", "mask"]),
     ("transport", &["error"]),
     ("exec", &["backend", "dtype", "error", "plan", "transport"]),
     ("group", &["error", "exec", "plan", "problem", "transport"]),
     (
         "attention",
-        &["backend", "dtype", "error", "exec", "group", "mask", "partition", "plan", "problem"],
+        &[
+            "backend",
+            "dtype",
+            "error",
+            "exec",
+            "group",
+            "holding",
+            "mask",
+            "partition",
+            "plan",
+            "problem",
+        ],
     ),
     (
         "capi",
@@ -79,6 +91,7 @@ const MAY_IMPORT: [(&str, &[&str]); 13] = [
             "dtype",
             "error",
             "group",
+            "holding",
             "mask",
             "partition",
             "plan",

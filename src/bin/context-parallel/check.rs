@@ -3,7 +3,7 @@
 use crate::rank::{dtype, shape, side};
 use crate::report::{RESULTS, Report};
 use context_parallel::dtype::DType;
-use context_parallel::partition::tokens;
+use context_parallel::holding::tokens;
 use context_parallel::plan::Tensor;
 use context_parallel::problem::Problem;
 use half::{bf16, f16};

@@ -2,8 +2,9 @@
 
 use crate::json::{Object, array, string};
 use crate::text::{self, Align, bold, dim};
+use context_parallel::holding::holding;
 use context_parallel::mask::overlap;
-use context_parallel::partition::{Partition, Segment, Side, holding};
+use context_parallel::partition::{Partition, Segment, Side};
 use context_parallel::plan::account::{Account, account};
 use context_parallel::plan::{HeadShare, Plan};
 use context_parallel::problem::{Problem, Wire};

@@ -6,7 +6,8 @@
 //! should (a wrong plan passes with probability 2⁻⁶⁴). Rows that nobody wrote are poison, and so are rows that are being received.
 
 use super::memory::{self, Memory, POISON, factor, first_token, initial, side_of, weight};
-use crate::partition::{Side, holding};
+use crate::holding::holding;
+use crate::partition::Side;
 use crate::plan::{Message, Op, Pass, Plan, Slot, SlotInfo, Tensor};
 use crate::problem::{Problem, Sequence};
 use std::collections::{HashMap, VecDeque};

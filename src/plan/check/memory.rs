@@ -1,7 +1,8 @@
 //! One rank's buffers, holding identities, and what compute steps do to them.
 
+use crate::holding::holding;
 use crate::mask::Slice;
-use crate::partition::{Segment, Side, holding};
+use crate::partition::{Segment, Side};
 use crate::plan::{Kind, Op, Pass, Plan, Rows, Slot, Step, Team, Tensor};
 use crate::problem::Problem;
 

@@ -1,7 +1,8 @@
 //! No more rows travel than are needed. That no fewer do, the data flow shows.
 
 use super::flow::may_see;
-use crate::partition::{Side, holding};
+use crate::holding::holding;
+use crate::partition::Side;
 use crate::plan::{Kind, Op, Plan, Tensor};
 use crate::problem::Problem;
 

@@ -1,8 +1,9 @@
 //! The attention matrix: queries down, keys across.
 
 use super::{Canvas, FAINT, caption, colour, px};
+use crate::holding::holding;
 use crate::mask::Slice;
-use crate::partition::{Segment, Side, holding};
+use crate::partition::{Segment, Side};
 use crate::plan::needs::Interval;
 use crate::plan::survey::Survey;
 use crate::plan::team::team_segments;

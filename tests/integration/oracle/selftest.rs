@@ -2,7 +2,7 @@
 
 use super::*;
 use context_parallel::dtype::DType;
-use context_parallel::partition::tokens;
+use context_parallel::holding::tokens;
 use context_parallel::problem::{CommType, Extent};
 use std::collections::HashSet;
 
