@@ -9,7 +9,7 @@ use crate::group::{Call, Group, Header, Prepared};
 use crate::mask::Mask;
 use crate::partition::{Partition, Side, holding};
 use crate::plan::account::{ALIGN, Account, account};
-use crate::plan::{Options, Pass, Plan, Tensor, fewest_stages};
+use crate::plan::{Kind, Options, Pass, Plan, Slot, Tensor, fewest_stages};
 use crate::problem::{CommType, Fnv, Problem, Sequence, Wire};
 use std::cell::RefCell;
 use std::collections::HashMap;
@@ -154,7 +154,11 @@ pub struct Attention {
     cpu: Cpu,
     /// Group and communication by id: backward finds the ones that its forward used, whatever is current now.
     known: HashMap<u64, Attached>,
+    /// The group of one that the layer has without another.
+    solo: Group,
     current: u64,
+    /// Where the last forward ran: a rank whose context is unreadable is most likely waited for there.
+    forwarded: Option<u64>,
     fitted: Fitted,
     scratch: Scratch,
     workspace: Buffer,
@@ -189,12 +193,14 @@ impl Attention {
             config,
             cpu,
             known: HashMap::new(),
+            solo: Group::solo(),
             current: 0,
+            forwarded: None,
             fitted: Fitted::default(),
             scratch: Scratch::default(),
             workspace: Buffer::default(),
         };
-        a.attach(Group::solo(), Comm::of(CommType::P2p));
+        a.clear_group();
         a.problem_for(
             &a.known[&a.current].clone(),
             vec![Sequence::square(1)],
@@ -225,7 +231,7 @@ impl Attention {
 
     /// Turns context parallelism off: the layer computes alone.
     pub fn clear_group(&mut self) {
-        self.attach(Group::solo(), Comm::of(CommType::P2p));
+        self.attach(self.solo.clone(), Comm::of(CommType::P2p));
     }
 
     /// Attaches a group. Collective on a parent group the first time (the configuration is agreed); local afterwards and for subsets.
@@ -333,6 +339,7 @@ impl Attention {
         let id = self.current;
         // SAFETY: the caller's promise.
         let problem = unsafe { self.pass(Pass::Forward, id, None, args)? };
+        self.forwarded = Some(id);
         Ok(Context { problem, attached: id })
     }
 
@@ -341,6 +348,7 @@ impl Attention {
     /// # Safety
     /// All memory in the arguments is valid for its shapes.
     pub unsafe fn backward(&mut self, context: Result<Context>, args: Result<Args>) -> Result<()> {
+        let likely = self.forwarded.unwrap_or(self.current);
         let (id, args) = match &context {
             Ok(c) if self.known.contains_key(&c.attached) => (c.attached, args),
             Ok(c) => {
@@ -349,9 +357,9 @@ impl Attention {
                     c.attached,
                     self.group().parent_rank()
                 );
-                (self.current, Err(Error::argument(text)))
+                (likely, Err(Error::argument(text)))
             }
-            Err(e) => (self.current, Err(e.clone())),
+            Err(e) => (likely, Err(e.clone())),
         };
         // SAFETY: the caller's promise.
         unsafe { self.pass(Pass::Backward, id, context.ok().map(|c| c.problem), args).map(|_| ()) }
@@ -381,12 +389,22 @@ impl Attention {
             let dense = |tensor| args.views.iter().any(|(x, v)| *x == tensor && v.is_dense());
             let pack = !(dense(Tensor::K) && dense(Tensor::V));
             let prepared = at.group.prepare(&problem, pass, self.options(pack));
+            let given = |slot: &Slot| args.views.iter().any(|(x, _)| *x == slot.tensor);
+            let mut asked = prepared.plan.slots.iter().map(|info| &info.slot);
+            if let Some(slot) = asked.find(|s| s.kind == Kind::Caller && !given(s)) {
+                let text = format!("{}: not given (rank {rank})", name(slot.tensor));
+                return Err(Error::argument(text));
+            }
             let workspace = self.memory(&prepared, &args, rank)?;
             Ok((hash, prepared, workspace, args))
         });
         let call = if pass == Pass::Forward { Call::Forward } else { Call::Backward };
         let hash = ready.as_ref().map_or(0, |(hash, ..)| *hash);
-        let (hash, prepared, workspace, args) = at.group.agree(Header { call, hash }, ready)?;
+        // What backward exchanges depends on what forward leaves.
+        let mut h = Fnv::default();
+        (hash, self.config.save).hash(&mut h);
+        let header = Header { call, hash: h.finish() };
+        let (hash, prepared, workspace, args) = at.group.agree(header, ready)?;
         let saved = args.saved.map_or(std::ptr::null_mut(), |(ptr, _)| ptr);
         let memory = Memory { caller: &args.views, offsets: &prepared.offsets, workspace, saved };
         let (cpu, scratch) = (&mut self.cpu, &mut self.scratch);

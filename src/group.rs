@@ -27,6 +27,7 @@ pub struct Group {
     members: Arc<[u32]>,
     rank: u32,
     id: u64,
+    is_parent: bool,
 }
 
 /// What all subsets of a parent group share.
@@ -35,7 +36,6 @@ struct Parent {
     transport: Option<Mutex<Box<dyn Transport>>>,
     aborter: Option<Arc<dyn Fn() + Send + Sync>>,
     name: &'static str,
-    size: u32,
     rank: u32,
     timeout: Duration,
     /// Why the group is lost, once it is.
@@ -136,7 +136,6 @@ impl Group {
             name: transport.as_ref().map_or("none", |t| t.name()),
             aborter: transport.as_ref().map(|t| t.aborter()),
             transport: transport.map(Mutex::new),
-            size,
             rank,
             timeout,
             lost: Mutex::default(),
@@ -147,7 +146,7 @@ impl Group {
             exposed_ns: AtomicU64::new(0),
         };
         let members: Arc<[u32]> = (0..size).collect();
-        Group { id: id_of(&members), parent: Arc::new(parent), members, rank }
+        Group { id: id_of(&members), parent: Arc::new(parent), members, rank, is_parent: true }
     }
 
     /// The group of some of this group's ranks, in the given order. Local: no communication, only members may make it.
@@ -171,7 +170,8 @@ impl Group {
             ));
         };
         let members: Arc<[u32]> = ranks.iter().map(|r| self.members[*r as usize]).collect();
-        Ok(Group { id: id_of(&members), parent: self.parent.clone(), members, rank: rank as u32 })
+        let (parent, rank) = (self.parent.clone(), rank as u32);
+        Ok(Group { id: id_of(&members), parent, members, rank, is_parent: false })
     }
 
     /// This rank's number in the group.
@@ -199,10 +199,9 @@ impl Group {
         self.id
     }
 
-    /// Is this the parent group itself?
+    /// Is this the parent group itself, and not a subset, be it of all ranks?
     pub fn is_parent(&self) -> bool {
-        self.size() == self.parent.size
-            && self.members.iter().enumerate().all(|(i, m)| i as u32 == *m)
+        self.is_parent
     }
 
     /// Tells parents apart within this process.
@@ -353,7 +352,7 @@ impl Group {
         prepared
     }
 
-    /// Runs `f` with the way to the other members, if there are any. An error that loses the group is remembered.
+    /// Runs `f` with the way to the other members, if there are any. After an error the group is lost.
     pub fn linked(&self, f: impl FnOnce(Option<Link>) -> Result<Stats>) -> Result<()> {
         let stats = match &self.parent.transport {
             Some(transport) if self.size() > 1 => {
@@ -373,11 +372,11 @@ impl Group {
         Ok(())
     }
 
+    /// After any error of a transport the ranks are out of step, also when they only called different ones.
     fn watch<T>(&self, result: Result<T>) -> Result<T> {
-        if let Err(e) = &result
-            && e.status.loses_group()
-        {
-            lock(&self.parent.lost).get_or_insert_with(|| e.clone());
+        if let Err(e) = &result {
+            let status = if e.status.loses_group() { e.status } else { Status::Transport };
+            lock(&self.parent.lost).get_or_insert_with(|| Error::new(status, e.text.clone()));
         }
         result
     }

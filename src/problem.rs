@@ -96,7 +96,7 @@ impl CommType {
             ))),
             CommType::A2a => Ok(ranks),
             CommType::A2aP2p if asked == 0 => {
-                let u = (1..=ranks).rev().find(|u| ranks.is_multiple_of(*u) && u * u <= ranks);
+                let u = (1..=ranks.isqrt()).rev().find(|u| ranks.is_multiple_of(*u));
                 Ok(u.unwrap_or(1))
             }
             CommType::A2aP2p if !ranks.is_multiple_of(asked) => Err(Error::argument(format!(
@@ -131,7 +131,7 @@ pub struct Problem {
     pub ranks: u32,
     /// Size u of the head exchange; divides `ranks`.
     pub inner: u32,
-    /// Number of KV stages, 1 … b−1 for b = P/u teams (0 when b = 1).
+    /// Number of KV stages, 1 … b−1 for b = P/u teams (0 when b = 1); a plan has fewer where there is less to move.
     pub stages: u32,
     /// Classical neighbour ring: every team passes on what it received. Needs `stages` = b−1.
     pub relay: bool,
@@ -250,6 +250,10 @@ impl Problem {
             validate_list(self, q, Side::Query)?;
             validate_list(self, k, Side::Key)?;
             validate_steps(self, q, k)?;
+            if !self.packed {
+                validate_batch(self, q, Side::Query)?;
+                validate_batch(self, k, Side::Key)?;
+            }
         }
         Ok(())
     }
@@ -335,6 +339,21 @@ fn validate_list(p: &Problem, lists: &[Vec<crate::partition::Stretch>], side: Si
         if let Some(position) = positions.iter().position(|&h| h == u32::MAX) {
             return Err(Error::argument(format!(
                 "{name} partition list: position {position} of sequence {seq} is on no rank"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// A dense tensor is `[batch, seq, heads, dim]`, so that the batch divides the rows of every rank.
+fn validate_batch(p: &Problem, lists: &[Vec<crate::partition::Stretch>], side: Side) -> Result<()> {
+    let name = if side == Side::Query { "q" } else { "k" };
+    for (rank, list) in lists.iter().enumerate() {
+        let rows: u64 = list.iter().map(|s| u64::from(s.len)).sum();
+        if !rows.is_multiple_of(p.seqs.len() as u64) {
+            return Err(Error::argument(format!(
+                "{name} partition list of rank {rank}: {rows} tokens in a dense batch of {}; the batch must divide them",
+                p.seqs.len()
             )));
         }
     }

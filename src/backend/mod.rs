@@ -29,6 +29,9 @@ pub struct View {
     pub stride_head: usize,
 }
 
+// SAFETY: a view is an address and numbers; whoever reads or writes through it answers for it.
+unsafe impl Send for View {}
+
 impl View {
     /// A dense `[rows, heads, dim]` buffer.
     pub fn dense(ptr: *mut u8, dtype: DType, rows: usize, heads: usize, dim: usize) -> View {

@@ -23,7 +23,8 @@ pub const CP_ERR_NOT_CAPTURABLE: i32 = 5;
 pub const CP_ERR_OUT_OF_MEMORY: i32 = 6;
 /// A struct is longer than this library knows, with a tail that is not zero.
 pub const CP_ERR_VERSION: i32 = 7;
-/// The ranks disagree, or another rank refused its arguments; the text names it. Nothing moved; everything stays usable.
+/// The ranks disagree, or another rank refused its arguments; the text names it. Nothing moved; everything stays usable, unless ranks called
+/// different sets of ranks: that loses the group.
 pub const CP_ERR_MISMATCH: i32 = 8;
 /// The CUDA driver reported an error. The group is lost.
 pub const CP_ERR_CUDA: i32 = 9;
@@ -252,11 +253,11 @@ pub struct cp_sequences {
     pub reserved: u32,
     /// Dense: true query lengths, `[count]`; NULL = all padded length.
     pub lens_q: *const i32,
-    /// Dense: true key lengths.
+    /// Dense: true key lengths; NULL = as q if the padded lengths are equal, else all of the padded length.
     pub lens_k: *const i32,
     /// Dense: padding tokens before the first true one, `[count]` (left padding); NULL = 0.
     pub before_q: *const i32,
-    /// Dense: the same for keys.
+    /// Dense: the same for keys; NULL = as q if the padded lengths are equal, else 0.
     pub before_k: *const i32,
     /// Packed: cumulative true query lengths, `[count + 1]`, starting with 0.
     pub cu_seqlens_q: *const i32,

@@ -234,7 +234,9 @@ unsafe fn dense_lengths(s: &cp_sequences, n: usize) -> Result<Vec<Sequence>> {
     if s.seq_q == 0 {
         return Err(Error::argument("sequences.seq_q: got 0, need the global padded length"));
     }
-    let self_attention = s.seq_k == 0;
+    // Keys of the same padded length are as queries wherever nothing else is said.
+    let seq_k = if s.seq_k == 0 { s.seq_q } else { s.seq_k };
+    let or_q = |k: *const i32, q: *const i32| if k.is_null() && seq_k == s.seq_q { q } else { k };
     let side = |name: &str,
                 padded: u32,
                 lens: *const i32,
@@ -268,10 +270,7 @@ unsafe fn dense_lengths(s: &cp_sequences, n: usize) -> Result<Vec<Sequence>> {
             .collect()
     };
     let q = side("q", s.seq_q, s.lens_q, s.before_q)?;
-    let k = match self_attention && s.lens_k.is_null() && s.before_k.is_null() {
-        true => q.clone(),
-        false => side("k", if self_attention { s.seq_q } else { s.seq_k }, s.lens_k, s.before_k)?,
-    };
+    let k = side("k", seq_k, or_q(s.lens_k, s.lens_q), or_q(s.before_k, s.before_q))?;
     Ok(q.into_iter().zip(k).map(|(q, k)| Sequence { q, k }).collect())
 }
 

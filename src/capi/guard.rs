@@ -11,9 +11,9 @@ thread_local! {
     static LAST: RefCell<CString> = RefCell::default();
 }
 
-/// This thread's last error text; the pointer stays valid until its next call.
+/// This thread's last error text; the pointer stays valid until its next call that fails. Empty while the thread ends, when it has gone.
 pub fn last_error() -> *const libc::c_char {
-    LAST.with(|l| l.borrow().as_ptr())
+    LAST.try_with(|l| l.borrow().as_ptr()).unwrap_or(c"".as_ptr())
 }
 
 /// Every exported function's body runs in here.
@@ -30,7 +30,8 @@ pub fn guard(f: impl FnOnce() -> Result<()>) -> cp_status {
         }
     };
     let text = format!("{}: {}", error.status.as_str(), error.text.replace('\0', " "));
-    LAST.with(|l| *l.borrow_mut() = CString::new(text).unwrap_or_default());
+    // A thread's last cleanup may call after its text has gone; the status must do then.
+    let _ = LAST.try_with(|l| *l.borrow_mut() = CString::new(text).unwrap_or_default());
     error.status as cp_status
 }
 
@@ -45,8 +46,8 @@ struct Handle<T> {
 
 /// A type that C knows only by pointer.
 pub trait Opaque {
-    /// What is behind the pointer.
-    type Object;
+    /// What is behind the pointer. C may use it from any thread.
+    type Object: Send + Sync;
     /// Marks live objects.
     const MAGIC: u64;
     /// Name in messages.
@@ -99,7 +100,7 @@ pub unsafe fn destroy<H: Opaque>(handle: *mut H) -> Result<()> {
     unsafe { object(handle.cast_const())? };
     // SAFETY: made by `Box::into_raw` in `create`, as the check says, and no call is inside.
     let mut owned = unsafe { Box::from_raw(handle.cast::<Handle<H::Object>>()) };
-    // SAFETY: a live field; volatile, for the compiler would drop a plain write just before the memory is freed.
+    // SAFETY: a field of a live object. Volatile, because the compiler drops a plain store to memory that is about to be freed.
     unsafe { (&raw mut owned.magic).write_volatile(0) };
     Ok(())
 }

@@ -9,8 +9,8 @@
 //!            "dtype": "fp32" | "bf16" | "fp16", "wire": "storage" | "fp32", "scale" }
 //! Extent   { "before", "len", "padded" }: padding tokens, true tokens, all tokens
 //! List     { "q": [per rank: [ { "seq", "start", "step", "len" }, … ], …], "k": likewise }
-//! Plan     { "rank", "pass": "forward" | "backward", "pack", "saved", "heads": [from, to], "kv_heads": [from, to],
-//!            "events": n, "slots": [Slot, …], "steps": [Step, …], "account": Account }
+//! Plan     { "rank", "pass": "forward" | "backward", "pack", "saved", "stages": n, "heads": [from, to],
+//!            "kv_heads": [from, to], "events": n, "slots": [Slot, …], "steps": [Step, …], "account": Account }
 //! Slot     { "name", "kind", "tensor", "index", "rows", "heads", "dim", "dtype", "saved", "bytes" }
 //! Step     { "lane": "compute" | "comm", "stage", "waits": [event, …], "signal": event | null, "op": name, … }, by op:
 //!   exchange         "sends": [Message, …], "recvs": [Message, …]; Message { "peer", "slot", "rows": [Rows, …], "bytes" }
@@ -132,6 +132,7 @@ fn one(plan: &Plan) -> String {
         ("pass", text(if plan.pass == Pass::Forward { "forward" } else { "backward" })),
         ("pack", num(plan.options.pack)),
         ("saved", num(plan.options.saved)),
+        ("stages", num(plan.stages)),
         ("heads", range(&plan.share.q)),
         ("kv_heads", range(&plan.share.kv)),
         ("events", num(plan.events)),

@@ -109,13 +109,25 @@ pub fn init_from_allgather(
 ) -> Result<Box<dyn Transport>> {
     check_rank(rank, size)?;
     let began = Instant::now();
-    // A rank that fails here still takes part, so that the others do not wait for it.
     let id = if rank == 0 { unique_id() } else { Ok([0; 128]) };
+    let joined = exchange_id(&id, rank, size, gather)
+        .and_then(|id| init(&id, rank, size, kind, timeout.saturating_sub(began.elapsed())));
+    // After an error nobody may wait at a socket that is not served.
+    if let (Err(_), Ok(id)) = (&joined, &id)
+        && let Some(all) = LISTENERS.lock().unwrap_or_else(PoisonError::into_inner).as_mut()
+    {
+        all.remove(id);
+    }
+    joined
+}
+
+/// Rank 0's id on every rank. A rank that could not make one still takes part, so that the others do not wait for it.
+fn exchange_id(id: &Result<Key>, rank: u32, size: u32, gather: &mut AllGather<'_>) -> Result<Key> {
     let mut mine = [0; 136];
     mine[..128].copy_from_slice(id.as_ref().unwrap_or(&[0; 128]));
     mine[128..].copy_from_slice(&host_identity().to_le_bytes());
     let all = gather(&mine)?;
-    id?;
+    id.as_ref().map_err(Error::clone)?;
     if all.len() != mine.len() * size as usize {
         let wanted = mine.len() * size as usize;
         return Err(Error::argument(format!(
@@ -142,7 +154,7 @@ pub fn init_from_allgather(
             format!("rank {rank}: rank 0 could not make a unique id"),
         ));
     }
-    init(&id, rank, size, kind, timeout.saturating_sub(began.elapsed()))
+    Ok(id)
 }
 
 /// Joins the group of all processes that torchrun or mpirun started on this host, as their environment says. Collective: every process

@@ -100,10 +100,13 @@ fn demo_of_a_short_text_agrees_with_one_rank() {
 #[test]
 fn demo_names_a_rank_that_dies() {
     let file = Scratch::new("long.txt");
-    std::fs::write(&file.0, "every byte looks back at all before it. ".repeat(1000)).unwrap();
-    let arguments = ["demo", "--ranks", "2", "--seq-limit", "40k", "--text", &file.path()];
+    std::fs::write(&file.0, "every byte looks back at all before it. ".repeat(600)).unwrap();
+    let arguments = format!(
+        "demo --ranks 2 --seq-limit 24k --heads 1 --kv-heads 1 --head-dim 8 --text {}",
+        file.path()
+    );
     let mut child = Command::new(TOOL)
-        .args(arguments)
+        .args(arguments.split_whitespace())
         .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()
@@ -186,6 +189,12 @@ fn plan_counts_rows_against_a_ring_and_proves() {
         assert!(out.contains("✓ Proved"), "{options}:\n{out}");
         is_json(options, &succeeds(&format!("plan --json {options}")));
     }
+    let picture = Scratch::new("matrix.svg");
+    succeeds(&format!("plan --cp 4 --seq 64 --svg {}", picture.path()));
+    for file in [picture.path(), picture.path().replace(".svg", "-lanes.svg")] {
+        let svg = std::fs::read_to_string(&file).expect("the picture was written");
+        assert!(svg.starts_with("<svg") && svg.trim_end().ends_with("</svg>"), "{file}");
+    }
     let steps = succeeds("plan --cp 4 --seq 64 --rank 2 --pass backward");
     assert!(steps.contains("rank 2 of 4") && !steps.contains("rank 1 of 4"), "{steps}");
     // More memory, fewer stages.
@@ -200,7 +209,7 @@ fn perf_is_a_table_and_json() {
     let options =
         "perf --cp 2 --min-seq 64 --max-seq 128 --iters 1 --warmup 0 --heads 4 --head-dim 16";
     let out = succeeds(&format!("{options} --comm p2p,a2a"));
-    let rows = |word: &str| out.lines().filter(|l| l.contains(word)).count();
+    let rows = |word: &str| out.lines().filter(|l| !l.starts_with('#') && l.contains(word)).count();
     assert_eq!((rows(" one rank "), rows(" p2p "), rows(" a2a ")), (2, 2, 2), "{out}");
     let json = succeeds(&format!("{options} --processes --json"));
     is_json("perf", &json);
@@ -243,6 +252,9 @@ fn wrong_command_lines_are_named() {
             assert!(errors.contains(word), "{arguments}: no {word:?} in {errors}");
         }
     }
+    let out = Command::new(TOOL).arg("demo").env("CP_SIMD", "sse9").output().unwrap();
+    assert_eq!(out.status.code(), Some(2));
+    assert!(text(&out.stderr).contains("sse9") && out.stdout.is_empty(), "{}", text(&out.stderr));
     let out = tool("demo --text /nowhere/at/all");
     assert_eq!(out.status.code(), Some(1));
     assert!(text(&out.stderr).contains("/nowhere/at/all"), "{}", text(&out.stderr));
@@ -259,7 +271,7 @@ fn help_has_every_option_and_examples_that_work() {
         let help = succeeds(&format!("{command} --help"));
         assert_eq!(help, succeeds(&format!("help {command}")));
         let examples = help.split("examples:\n").nth(1).expect("examples");
-        assert!(examples.matches(&format!("context-parallel {command}")).count() >= 3, "{help}");
+        assert!(examples.matches(&format!("context-parallel {command}")).count() >= 2, "{help}");
         let wide = help.lines().find(|l| l.chars().count() > 140);
         assert!(wide.is_none(), "too wide: {wide:?}");
     }

@@ -19,13 +19,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 /// Longer than anything here takes, short enough to notice a rank that hangs.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub const PATIENCE: Duration = Duration::from_secs(20);
 
-fn comm(kind: CommType) -> Comm {
+pub fn comm(kind: CommType) -> Comm {
     Comm::of(kind)
 }
 
-fn config() -> Config {
+pub fn config() -> Config {
     Config {
         heads: 4,
         kv_heads: 2,
@@ -42,12 +42,12 @@ fn config() -> Config {
     }
 }
 
-fn layer(config: Config) -> Attention {
+pub fn layer(config: Config) -> Attention {
     Attention::new(config, Cpu::new(1, Simd::detect()).unwrap()).unwrap()
 }
 
 /// Inputs of one sequence of `len` tokens for [`config`]. Different lengths have different values.
-fn one(len: u32) -> (Vec<Sequence>, Inputs) {
+pub fn one(len: u32) -> (Vec<Sequence>, Inputs) {
     let base = cases().iter().find(|c| c.name == "causal_33").expect("in the corpus");
     let seqs = vec![Sequence::square(len)];
     let case = Case { seqs: seqs.clone(), ..base.clone() };
@@ -55,14 +55,14 @@ fn one(len: u32) -> (Vec<Sequence>, Inputs) {
 }
 
 /// One micro-batch of one rank: its tensors, and what forward leaves for backward.
-struct Batch {
+pub struct Batch {
     problem: Problem,
     seqs: Vec<Sequence>,
     shard: Shard,
     saved: Fenced,
     saved_bytes: usize,
     workspace: Option<(*mut u8, usize)>,
-    context: Context,
+    pub context: Context,
 }
 
 // SAFETY: the workspace pointer is used by the thread that the batch was made on.
@@ -70,7 +70,7 @@ unsafe impl Send for Batch {}
 
 impl Batch {
     /// Dealt out as the layer's group and partition say now.
-    fn new(layer: &Attention, seqs: &[Sequence], inputs: &Inputs, layout: Layout) -> Batch {
+    pub fn new(layer: &Attention, seqs: &[Sequence], inputs: &Inputs, layout: Layout) -> Batch {
         let problem = layer.problem(seqs.to_vec(), None).unwrap();
         let shard = Shard::deal(&problem, layer.group().rank(), inputs, layout);
         let saved_bytes = layer.saved_bytes(&problem);
@@ -85,7 +85,7 @@ impl Batch {
         }
     }
 
-    fn args(&mut self, pass: Pass) -> Args {
+    pub fn args(&mut self, pass: Pass) -> Args {
         let outputs = [Tensor::DOut, Tensor::DQ, Tensor::DK, Tensor::DV];
         let wanted = |t: &Tensor| pass == Pass::Backward || !outputs.contains(t);
         let shape = |(t, l): &(Tensor, crate::ranks::Local)| (*t, l.shape);
@@ -99,27 +99,27 @@ impl Batch {
         }
     }
 
-    fn forward(&mut self, layer: &mut Attention) -> Result<()> {
+    pub fn forward(&mut self, layer: &mut Attention) -> Result<()> {
         let args = self.args(Pass::Forward);
         // SAFETY: the shard and the saved buffer live as long as the batch.
         self.context = unsafe { layer.forward(Ok(args))? };
         Ok(())
     }
 
-    fn backward(&mut self, layer: &mut Attention) -> Result<()> {
+    pub fn backward(&mut self, layer: &mut Attention) -> Result<()> {
         let (context, args) = (self.context, self.args(Pass::Backward));
         // SAFETY: as in `forward`.
         unsafe { layer.backward(Ok(context), Ok(args)) }
     }
 
-    fn both(&mut self, layer: &mut Attention) -> Result<()> {
+    pub fn both(&mut self, layer: &mut Attention) -> Result<()> {
         self.forward(layer)?;
         self.backward(layer)
     }
 }
 
 /// Batches of the members of a group, by rank in it; the same bits as the plans run alone.
-fn equal_alone(what: &str, members: Vec<Batch>, inputs: &Inputs, saved: bool) {
+pub fn equal_alone(what: &str, members: Vec<Batch>, inputs: &Inputs, saved: bool) {
     let problem = members[0].problem.clone();
     let intact = members.iter().all(|b| b.saved.intact());
     assert!(intact, "{what}: written beyond the saved buffer");
@@ -138,7 +138,7 @@ fn same(what: &str, a: &Results<f32>, b: &Results<f32>) {
 }
 
 /// Every rank of a new parent group on a thread of its own.
-fn ranks<T: Send>(
+pub fn ranks<T: Send>(
     size: u32,
     timeout: Duration,
     body: impl Fn(u32, Group) -> Result<T> + Sync,

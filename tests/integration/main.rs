@@ -12,6 +12,8 @@ mod plans_account;
 mod plans_json;
 mod plans_random;
 mod plans_snapshots;
+mod plans_svg;
 mod plans_time;
 mod ranks;
+mod review;
 mod tidy;

@@ -18,7 +18,7 @@ def outcomes(groups, work):
     def run(rank):
         try:
             found[rank] = work(groups[rank])
-        except Exception as error:
+        except BaseException as error:  # pytest's own failures are no Exceptions
             found[rank] = error
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(groups))]
@@ -41,7 +41,7 @@ def everywhere(groups, work):
             raise
 
     found = outcomes(groups, guarded)
-    failed = [x for x in found if isinstance(x, Exception)]
+    failed = [x for x in found if isinstance(x, BaseException)]
     failed.sort(key=lambda e: isinstance(e, cp.Error) and e.status in (cp.Status.ABORTED, cp.Status.MISMATCH))
     if failed:
         raise failed[0]

@@ -167,7 +167,7 @@ def test_use_after_close(groups):
 
 def test_close_while_another_thread_waits():
     groups = cp.Group.threads(2, timeout=1)
-    waiting = threading.Thread(target=lambda: outcomes([groups[0]], lambda g: g.barrier()))
+    waiting = threading.Thread(target=groups[0].barrier)
     waiting.start()
     time.sleep(0.2)
     raises(Status.INVALID_USAGE, "group|another thread", groups[0].close)

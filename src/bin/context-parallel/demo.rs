@@ -54,6 +54,7 @@ pub const COMMAND: Command = Command {
 
 /// What all ranks run, from the options and the text.
 pub fn job(given: &Given, mut bytes: Vec<u8>) -> Result<Job, Failure> {
+    probe::simd()?;
     let config = shape::config(given, DType::F32)?;
     let ranks = given.small("ranks", 4, 2..=64)?;
     bytes.truncate(given.number("seq-limit", 16 << 10, 1..=1 << 24)? as usize);
@@ -169,7 +170,7 @@ fn chunks(p: &Problem, bytes: &[u8]) -> String {
         .collect();
     all.sort_by_key(|(s, _)| s.start);
     let digits = bytes.len().to_string().len();
-    let room = text::width().saturating_sub(2 * digits + 24).clamp(16, 80);
+    let room = text::width().unwrap_or(100).saturating_sub(2 * digits + 24).clamp(16, 80);
     let line = |(s, r): &(Stretch, u32)| {
         let (from, to) = (s.start as usize, (s.start + s.len) as usize);
         let words = String::from_utf8_lossy(&bytes[from..to.min(from + 4 * room)])
@@ -275,9 +276,14 @@ fn finish(job: &Job, wrong: &[String]) -> Result<(), Failure> {
         case.config.dtype.name()
     ));
     let (cp, seq) = (job.ranks, case.seqs[0].q.len);
+    let plan = format!("context-parallel plan --cp {cp} --seq {seq}");
+    let perf = format!("context-parallel perf --cp {cp}");
+    let width = plan.len().max(perf.len());
     text::out(&dim(&format!(
-        "  Next: context-parallel plan --cp {cp} --seq {seq}   who sends what to whom, and what it costs\n  \
-               context-parallel perf --cp {cp}              how fast, for longer and longer sequences\n",
+        "  Next: {plan:<width$}   who sends what to whom, and what it costs\n"
+    )));
+    text::out(&dim(&format!(
+        "        {perf:<width$}   how fast, for longer and longer sequences\n"
     )));
     Ok(())
 }

@@ -56,13 +56,14 @@ pub const COMMAND: Command = Command {
         ("perf --cp 4 --processes --seq 4k --iters 9", "one length, processes over shared memory"),
         ("perf --cp 2 --window 512,0 --seq 8k --json", "for a program"),
     ],
-    notes: "Ranks default to one per core, 2 to 4; --comm takes a list or all (default). With --seq, --lens or --cu-seqlens one size is run.\n\
+    notes: "Numbers may end in k, m or g: 8k = 8192. With --seq, --lens or --cu-seqlens one size is run.\n\
             Columns: GFLOP/s per rank counts what the mask allows; sent is the mean of a rank; exposed is the share of the time in which\n\
             ranks stood waiting for rows; vs one is one rank's time on the same cores divided by this (100 % = context parallelism is free).",
 };
 
 /// What all ranks run.
 pub fn job(given: &Given) -> Result<Job, Failure> {
+    probe::simd()?;
     let config = shape::config(given, DType::F32)?;
     let default = probe::cores().clamp(2, 4) as u32;
     let ranks = given.small("cp", default, 2..=1024)?;

@@ -2,21 +2,12 @@
 
 use crate::args::{Command, Failure, Given, failed, opt, usage};
 use crate::cost::{self, Cost};
-use crate::json::{Object, array};
+use crate::json::Object;
 use crate::shape::{self, Case};
 use crate::text::{self, bold, dim, good};
 use context_parallel::dtype::DType;
-use context_parallel::plan::{Options, Pass, Plan, check::check, json, print};
-mod svg {
-    pub fn attention_matrix(_: &[super::Plan]) -> String {
-        String::new()
-    }
-    pub fn lanes(_: &[super::Plan]) -> String {
-        String::new()
-    }
-}
+use context_parallel::plan::{Options, Pass, Plan, check::check, json, print, svg};
 use context_parallel::problem::Problem;
-use std::sync::Arc;
 
 pub const COMMAND: Command = Command {
     name: "plan",
@@ -40,7 +31,7 @@ pub const COMMAND: Command = Command {
                 opt(
                     "svg",
                     "FILE",
-                    "pictures: the attention matrix to FILE, the lanes over time to FILE-lanes",
+                    "pictures of forward, or of --pass: the attention matrix to FILE, the lanes over time to FILE-lanes",
                 ),
             ],
         ),
@@ -99,17 +90,10 @@ pub fn run(given: &Given) -> Result<(), Failure> {
         pictures(file, &chosen, given.flag("json"))?;
     }
     if given.flag("json") {
-        text::out(
-            &(as_json(
-                &problem,
-                case.comm.kind.name(),
-                &cost,
-                &passes,
-                &chosen,
-                rank,
-                proved.is_some(),
-            ) + "\n"),
-        );
+        let all = chosen.iter().flat_map(|plans| plans.iter());
+        let asked: Vec<Plan> = all.filter(|p| rank.is_none_or(|r| r == p.rank)).cloned().collect();
+        let made = as_json(&problem, case.comm.kind.name(), &cost, &asked, proved.is_some());
+        text::out(&(made + "\n"));
         return Ok(());
     }
     let mut out = headline(&problem, case.comm.kind.name());
@@ -175,7 +159,7 @@ fn headline(p: &Problem, kind: &str) -> String {
 
 /// The step × rank table, in blocks of ranks that fit the terminal; at most sixteen ranks.
 fn table(plans: &[Plan]) -> String {
-    let limit = text::width().max(60);
+    let limit = text::width().unwrap_or(150).max(60);
     let shown = plans.len().min(MOST_COLUMNS);
     let fits =
         |block: &[Plan]| print::table(block).lines().skip(1).all(|l| l.chars().count() <= limit);
@@ -187,7 +171,10 @@ fn table(plans: &[Plan]) -> String {
             .unwrap_or(at + 1);
         let block = print::table(&plans[at..end]);
         // The legend once.
-        out += if at == 0 { &block } else { block.split_once('\n').map_or("", |(_, rest)| rest) };
+        match block.split_once('\n') {
+            Some((_, rest)) if at > 0 => out += &format!("\n{rest}"),
+            _ => out += &block,
+        }
         at = end;
     }
     if shown < plans.len() {

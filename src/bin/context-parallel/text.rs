@@ -51,13 +51,13 @@ pub fn rank(rank: u32, text: &str) -> String {
     wrap(&format!("38;5;{}", COLOURS[rank as usize % 8]), text)
 }
 
-/// Columns of the terminal; 100 where there is none.
-pub fn width() -> usize {
+/// Columns of the terminal, if there is one.
+pub fn width() -> Option<usize> {
     // SAFETY: an all-zero winsize is valid.
     let mut size: libc::winsize = unsafe { std::mem::zeroed() };
     // SAFETY: a live struct of the type that the request fills.
     let asked = unsafe { libc::ioctl(libc::STDOUT_FILENO, libc::TIOCGWINSZ, &raw mut size) };
-    if asked == 0 && size.ws_col > 20 { size.ws_col as usize } else { 100 }
+    (asked == 0 && size.ws_col > 0).then_some(size.ws_col as usize)
 }
 
 /// `1,234,567`.
