@@ -65,7 +65,8 @@
 // A struct is longer than this library knows, with a tail that is not zero.
 #define CP_ERR_VERSION 7
 
-// The ranks disagree, or another rank refused its arguments; the text names it. Nothing moved; everything stays usable.
+// The ranks disagree, or another rank refused its arguments; the text names it. Nothing moved; everything stays usable, unless ranks called
+// different sets of ranks: that loses the group.
 #define CP_ERR_MISMATCH 8
 
 // The CUDA driver reported an error. The group is lost.
@@ -366,11 +367,11 @@ typedef struct cp_sequences {
     uint32_t reserved;
     // Dense: true query lengths, `[count]`; NULL = all padded length.
     const int32_t *lens_q;
-    // Dense: true key lengths.
+    // Dense: true key lengths; NULL = as q if the padded lengths are equal, else all of the padded length.
     const int32_t *lens_k;
     // Dense: padding tokens before the first true one, `[count]` (left padding); NULL = 0.
     const int32_t *before_q;
-    // Dense: the same for keys.
+    // Dense: the same for keys; NULL = as q if the padded lengths are equal, else 0.
     const int32_t *before_k;
     // Packed: cumulative true query lengths, `[count + 1]`, starting with 0.
     const int32_t *cu_seqlens_q;

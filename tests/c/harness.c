@@ -3,7 +3,7 @@
  *
  * usage: harness [--data FILE] [--ranks N] [--processes] [--tag TAG] [--every K] [--exact]
  *   --ranks N      threads, each a rank (default 4); under mpirun its ranks
- *   --processes    the ranks are processes that find each other by RANK and WORLD_SIZE
+ *   --processes    the ranks are processes that find each other by RANK and WORLD_SIZE; under mpirun by its allgather, and use shared memory
  *   --tag TAG      only cases with this tag
  *   --every K      one in K of case × storage × communication, others for every number of ranks
  *   --exact        no guard bytes around tensors, so that valgrind sees a step beyond them */
