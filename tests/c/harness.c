@@ -3,7 +3,7 @@
  *
  * usage: harness [--data FILE] [--ranks N] [--processes] [--tag TAG] [--every K] [--exact]
  *   --ranks N      threads, each a rank (default 4); under mpirun its ranks
- *   --processes    the ranks are processes that find each other by RANK and WORLD_SIZE
+ *   --processes    the ranks are processes that find each other by RANK and WORLD_SIZE; under mpirun by its allgather, and use shared memory
  *   --tag TAG      only cases with this tag
  *   --every K      one in K of case × storage × communication, others for every number of ranks
  *   --exact        no guard bytes around tensors, so that valgrind sees a step beyond them */
@@ -309,9 +309,36 @@ static void refused(world *w, tally *t) {
     free(global);
 }
 
+/* The examples in tests/data/README.md. */
+static void documented(world *w, tally *t) {
+    static const float first[4][3] = {{-2.29913330078125f, -2.0272216796875f, 0.83514404296875f},
+                                      {-1.8909912109375f, 0.913055419921875f, -1.805389404296875f},
+                                      {-0.74847412109375f, 0.155609130859375f, -1.826751708984375f},
+                                      {0.806182861328125f, 0.9083251953125f, 1.0416259765625f}};
+    static const int queries[7] = {1, 0, 1, 1, 1, 0, 2}, keys[7] = {1, 0, 1, 1, 2, 2, 1}, second[7] = {2, 2, 0, 1, 0, 1, 1};
+    int good = mix(0) == UINT64_C(0xE220A8397B1DCDAF), id, i;
+    uint32_t u;
+    for (id = 0; id < 4; id++)
+        for (i = 0; i < 3; i++)
+            good &= element((uint64_t)id + 1, (uint64_t)i) == first[id][i];
+    for (i = 0; i < 7; i++)
+        good &= mix((uint64_t)i) % 3 == (uint64_t)queries[i] && mix(((uint64_t)1 << 62) + (uint64_t)i) % 3 == (uint64_t)keys[i] &&
+                mix(((uint64_t)1 << 31) + (uint64_t)i) % 3 == (uint64_t)second[i];
+    /* Every 16-bit pattern survives the way to fp32 and back. */
+    for (u = 0; u < 65536; u++) {
+        float half = decode(u, CP_DTYPE_F16), brain = decode(u, CP_DTYPE_BF16);
+        good &= half != half || encode(half, CP_DTYPE_F16) == u;
+        good &= brain != brain || encode(brain, CP_DTYPE_BF16) == u;
+    }
+    good &= rounded(1.0f + 0x1p-9f, CP_DTYPE_BF16) == 1.0f && rounded(1.0f + 0x1.8p-8f, CP_DTYPE_BF16) == 1.0f + 0x1p-7f;
+    good &= rounded(65519.0f, CP_DTYPE_F16) == 65504.0f && isinf(rounded(65520.0f, CP_DTYPE_F16)) && rounded(0x1p-25f, CP_DTYPE_F16) == 0;
+    verdict(w, good, "generator, partition and rounding as documented", t);
+}
+
 static int body(world *w) {
     tally t = {0, 0};
     int i;
+    documented(w, &t);
     for (i = 0; i < case_count; i++)
         if (only_tag == NULL || has_tag(&cases[i], only_tag))
             whole_case(w, &cases[i], &t);

@@ -14,9 +14,9 @@ enum {
     VARY_WORKSPACE = 8,  /* the caller's workspace, of the size that the query says */
     VARY_WIRE = 16,      /* gradients travel as fp32 */
     VARY_THREADS = 32,   /* two threads */
-    VARY_STAGES = 64,    /* one stage instead of as many as the name stands for */
+    VARY_STAGES = 64,    /* p2p: one stage, a2a+p2p: all ranks inside or outside */
     VARY_EXPLICIT = 128, /* the key side is spelt out */
-    VARY_RELAY = 256     /* the neighbour ring */
+    VARY_RELAY = 256     /* p2p: the neighbour ring; with the bit above, the number of stages is chosen under a cap */
 };
 
 /* 0 when every tensor shall end where its memory ends, so that valgrind sees a read beyond. */
@@ -182,10 +182,20 @@ static inline cp_comm_config comm_config(cp_comm_type type, int ranks, unsigned 
     memset(&k, 0, sizeof k);
     k.struct_size = (uint32_t)sizeof k;
     k.comm_type = type;
-    if (type == CP_COMM_P2P && ranks > 1 && vary & VARY_STAGES)
-        k.stages = 1;
-    else if (type == CP_COMM_P2P && ranks > 1 && vary & VARY_RELAY)
-        k.flags = CP_COMM_RELAY;
+    if (type == CP_COMM_P2P && ranks > 1)
+        switch (vary & (VARY_STAGES | VARY_RELAY)) {
+        case VARY_STAGES: k.stages = 1; break;
+        case VARY_RELAY: k.flags = CP_COMM_RELAY; break;
+        case VARY_STAGES | VARY_RELAY:
+            k.stages = CP_STAGES_AUTO;
+            k.memory_cap_bytes = (uint64_t)1 << 40;
+            break;
+        }
+    if (type == CP_COMM_A2A_P2P && vary & VARY_STAGES) {
+        k.level_count = 2;
+        k.level_sizes[vary & VARY_RELAY ? 0 : 1] = (uint32_t)ranks;
+        k.level_sizes[vary & VARY_RELAY ? 1 : 0] = 1;
+    }
     return k;
 }
 

@@ -145,6 +145,24 @@ static inline void plain_row(reference *r, size_t row, const size_t *keys, int n
     }
 }
 
+/* Plain attention's error is what others are measured by, so it must be small itself: else a mistake of the oracle would excuse all. */
+static inline void check_yardstick(const reference *r) {
+    double epsilon = r->dtype == CP_DTYPE_F32 ? 0x1p-24 : r->dtype == CP_DTYPE_BF16 ? 0x1p-8 : 0x1p-11;
+    int result;
+    size_t i;
+    for (result = 0; result < RESULTS; result++) {
+        double error = 0, terms = 0;
+        if (result == LSE)
+            continue;
+        for (i = 0; i < result_size(r->c, result); i++) {
+            error += (r->plain[result][i] - r->right[result][i]) * (r->plain[result][i] - r->right[result][i]);
+            terms += r->terms[result][i] * r->terms[result][i];
+        }
+        if (!(sqrt(error) <= 16 * epsilon * sqrt(terms)))
+            die("plain attention and the oracle differ too much", r->c->name);
+    }
+}
+
 static inline void make_reference(reference *r, const test_case *c, cp_dtype dtype) {
     int seq, head, i, j, n, result;
     size_t longest = 1, at;
@@ -197,6 +215,7 @@ static inline void make_reference(reference *r, const test_case *c, cp_dtype dty
     free(keys);
     free(s);
     free(s_plain);
+    check_yardstick(r);
 }
 
 static inline void free_reference(reference *r) {
