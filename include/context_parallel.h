@@ -743,7 +743,7 @@ cp_status cp_set_group(struct cp_attention *attention,
                        const struct cp_group *group,
                        const struct cp_comm_config *comm);
 
-// Workspace that suffices for every call in which a rank holds at most `tokens_per_rank` rows of Q and of K, padding included, on the
+// Workspace that suffices for every call in which no rank holds more than `tokens_per_rank` rows of Q or of K, padding included, on the
 // current group. Local. A call whose sequences need less accepts less.
 //
 // Requires:

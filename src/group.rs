@@ -279,9 +279,9 @@ impl Group {
             &mine,
             Instant::now() + self.parent.timeout,
         ))?;
-        let value = local?;
         let posts: Vec<(u32, &[u8])> =
             sorted.iter().copied().zip(all.chunks(HEADER_BYTES)).collect();
+        let value = local?;
         self.compare(&posts, &mine)?;
         Ok(value)
     }

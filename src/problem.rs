@@ -131,7 +131,7 @@ pub struct Problem {
     pub ranks: u32,
     /// Size u of the head exchange; divides `ranks`.
     pub inner: u32,
-    /// Number of KV stages, 1 … b−1 for b = P/u teams (0 when b = 1).
+    /// Number of KV stages, 1 … b−1 for b = P/u teams (0 when b = 1); a plan has fewer where there is less to move.
     pub stages: u32,
     /// Classical neighbour ring: every team passes on what it received. Needs `stages` = b−1.
     pub relay: bool,

@@ -107,7 +107,10 @@ unsafe fn init(config: *const cp_group_config) -> Result<Group> {
             )));
         }
     }
-    if c.size == 0 || c.rank >= c.size {
+    if c.size == 0 {
+        return Err(Error::argument("config.size: got 0, need at least 1"));
+    }
+    if c.rank >= c.size {
         return Err(Error::argument(format!(
             "config.rank: got {} of size {}, allowed 0 … size-1",
             c.rank, c.size

@@ -45,6 +45,7 @@ pub(super) fn plan(
         rank,
         pass,
         options,
+        stages: survey.count(),
         share: b.share(survey.member),
         slots: b.slots.into_values().collect(),
         steps: b.steps,

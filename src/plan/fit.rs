@@ -3,11 +3,9 @@
 use super::account::{ALIGN, workspace_bytes};
 use super::needs;
 use super::stages::converts;
-use super::survey::{Survey, distances};
-use super::team::team_segments;
+use super::survey::{Everyone, Survey, stage_distances};
 use super::{Kind, Options, Pass, Plan, SlotInfo, build};
 use crate::error::{Error, Result, Status};
-use crate::partition::{Segment, Side};
 use crate::problem::Problem;
 use std::sync::Arc;
 
@@ -37,8 +35,10 @@ pub fn peaks(problem: &Problem) -> Vec<u64> {
         let all = plans(Pass::Forward).into_iter().chain(plans(Pass::Backward));
         return vec![all.map(|p| workspace_bytes(&p) as u64).max().unwrap_or(0)];
     }
-    let most = Arc::new(Problem { stages: b - 1, ..problem.clone() });
-    let rows = arriving_rows(problem);
+    let problem = &Arc::new(problem.clone());
+    let everyone = Everyone::new(problem);
+    let busy = everyone.busy_distances(problem);
+    let rows = arriving_rows(problem, &everyone, &busy);
     let counts = if problem.relay { b - 1..b } else { 1..b };
     let mut out = vec![0; counts.len()];
     for rank in 0..problem.ranks {
@@ -49,13 +49,14 @@ pub fn peaks(problem: &Problem) -> Vec<u64> {
             true => rows[((team + b - 1) % b) as usize][d as usize],
             false => rows[((team + d) % b) as usize][d as usize],
         };
-        let survey = Survey::without_traffic(&most, rank, (1..b).any(|d| arriving(d) > 0));
+        let work = busy.iter().any(|d| arriving(*d) > 0);
+        let survey = Survey::without_traffic(problem, rank, busy.len(), work);
         let traffic: Vec<_> = counts
             .clone()
-            .map(|n| (stage_rows(b - 1, n, arriving), stage_rows(b - 1, n, leaving)))
+            .map(|n| (stage_rows(&busy, n, arriving), stage_rows(&busy, n, leaving)))
             .collect();
         for pass in [Pass::Forward, Pass::Backward] {
-            let slots = build::plan(&most, rank, &survey, pass, Options::default()).slots;
+            let slots = build::plan(problem, rank, &survey, pass, Options::default()).slots;
             for (peak, (rows, homes)) in out.iter_mut().zip(&traffic) {
                 let bytes = |s: &SlotInfo| {
                     let rows = match s.slot.kind {
@@ -74,28 +75,30 @@ pub fn peaks(problem: &Problem) -> Vec<u64> {
     out
 }
 
-/// Rows of the two slots that n stages take turns in: the largest even and the largest odd stage.
-fn stage_rows(others: u32, n: u32, rows: impl Fn(u32) -> u32) -> [u32; 2] {
+/// Rows of the two slots that at most n stages take turns in: the largest even and the largest odd stage.
+fn stage_rows(busy: &[u32], n: u32, rows: impl Fn(u32) -> u32) -> [u32; 2] {
     let mut out = [0; 2];
-    for s in 1..=n {
-        let slot = &mut out[s as usize % 2];
-        *slot = distances(others, n, s).map(&rows).sum::<u32>().max(*slot);
+    for (i, distances) in stage_distances(busy, n).enumerate() {
+        let slot = &mut out[(i + 1) % 2];
+        *slot = distances.iter().map(|d| rows(*d)).sum::<u32>().max(*slot);
     }
     out
 }
 
 /// Key rows that team t receives from distance d, as `[t][d]`.
-fn arriving_rows(problem: &Problem) -> Vec<Vec<u32>> {
+fn arriving_rows(problem: &Problem, everyone: &Everyone, busy: &[u32]) -> Vec<Vec<u32>> {
     let b = problem.teams();
-    let side =
-        |side| -> Vec<Vec<Segment>> { (0..b).map(|t| team_segments(problem, t, side)).collect() };
-    let (queries, keys) = (side(Side::Query), side(Side::Key));
     let from = |team: u32, d: u32| {
-        let owner = &keys[((team + b - d) % b) as usize];
+        let owner = &everyone.keys[((team + b - d) % b) as usize];
         needs::count(&match problem.relay {
             true => needs::everything(owner),
-            false => needs::needed(problem, &queries[team as usize], owner),
+            false => needs::needed(problem, &everyone.queries[team as usize], owner),
         })
     };
-    (0..b).map(|team| (0..b).map(|d| if d == 0 { 0 } else { from(team, d) }).collect()).collect()
+    let of = |team: u32| {
+        let mut rows = vec![0; b as usize];
+        busy.iter().for_each(|d| rows[*d as usize] = from(team, *d));
+        rows
+    };
+    (0..b).map(of).collect()
 }

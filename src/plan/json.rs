@@ -9,8 +9,8 @@
 //!            "dtype": "fp32" | "bf16" | "fp16", "wire": "storage" | "fp32", "scale" }
 //! Extent   { "before", "len", "padded" }: padding tokens, true tokens, all tokens
 //! List     { "q": [per rank: [ { "seq", "start", "step", "len" }, … ], …], "k": likewise }
-//! Plan     { "rank", "pass": "forward" | "backward", "pack", "saved", "heads": [from, to], "kv_heads": [from, to],
-//!            "events": n, "slots": [Slot, …], "steps": [Step, …], "account": Account }
+//! Plan     { "rank", "pass": "forward" | "backward", "pack", "saved", "stages": n, "heads": [from, to],
+//!            "kv_heads": [from, to], "events": n, "slots": [Slot, …], "steps": [Step, …], "account": Account }
 //! Slot     { "name", "kind", "tensor", "index", "rows", "heads", "dim", "dtype", "saved", "bytes" }
 //! Step     { "lane": "compute" | "comm", "stage", "waits": [event, …], "signal": event | null, "op": name, … }, by op:
 //!   exchange         "sends": [Message, …], "recvs": [Message, …]; Message { "peer", "slot", "rows": [Rows, …], "bytes" }
@@ -39,8 +39,13 @@ use std::fmt::{Display, Write};
 /// The plans of one problem, in the schema above.
 pub fn json(plans: &[Plan]) -> String {
     let problem = plans.first().map_or("null".into(), |p| problem(&p.problem));
-    let plans = list(plans.iter().map(plan));
+    let plans = list(plans.iter().map(one));
     object(&[("version", text(env!("CARGO_PKG_VERSION"))), ("problem", problem), ("plans", plans)])
+}
+
+/// One plan with its problem, in the same schema.
+pub fn plan(plan: &Plan) -> String {
+    json(std::slice::from_ref(plan))
 }
 
 /// One problem, as in [`json`].
@@ -93,7 +98,7 @@ fn stretches(lists: &[Vec<Stretch>]) -> String {
     list(lists.iter().map(|rank| list(rank.iter().map(one))))
 }
 
-fn plan(plan: &Plan) -> String {
+fn one(plan: &Plan) -> String {
     let slots = plan.slots.iter().map(|s| {
         object(&[
             ("name", debug(s.slot)),
@@ -127,6 +132,7 @@ fn plan(plan: &Plan) -> String {
         ("pass", text(if plan.pass == Pass::Forward { "forward" } else { "backward" })),
         ("pack", num(plan.options.pack)),
         ("saved", num(plan.options.saved)),
+        ("stages", num(plan.stages)),
         ("heads", range(&plan.share.q)),
         ("kv_heads", range(&plan.share.kv)),
         ("events", num(plan.events)),

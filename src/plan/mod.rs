@@ -349,6 +349,8 @@ pub struct Plan {
     pub steps: Vec<Step>,
     /// Number of events.
     pub events: u32,
+    /// Number of KV stages, at most what the problem asks for: distances at which nobody needs keys are left out.
+    pub stages: u32,
     /// Which heads this rank computes.
     pub share: HeadShare,
 }

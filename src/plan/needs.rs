@@ -37,6 +37,23 @@ pub fn needed(problem: &Problem, reader: &[Segment], owner: &[Segment]) -> Vec<I
     out
 }
 
+/// Does some query of `reader` see a key of `owner`? Gives up with yes when `patience`, counted in pairs of segments, is over.
+pub fn any(problem: &Problem, reader: &[Segment], owner: &[Segment], patience: &mut usize) -> bool {
+    let mut at = 0;
+    for key in owner {
+        at += reader[at..].iter().take_while(|q| q.seq < key.seq).count();
+        let s = &problem.seqs[key.seq as usize];
+        let band = problem.mask.band(s.q.len, s.k.len);
+        for q in reader[at..].iter().take_while(|q| q.seq == key.seq) {
+            if *patience == 0 || overlap(q, key, band).is_some() {
+                return true;
+            }
+            *patience -= 1;
+        }
+    }
+    false
+}
+
 /// Every key of `owner`: what a relay passes on.
 pub fn everything(owner: &[Segment]) -> Vec<Interval> {
     owner

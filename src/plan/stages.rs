@@ -9,7 +9,7 @@
 //!   Xn+2         dKV(n) back             rest of own keys
 //! ```
 //! Stage s holds the keys of teams at distances d: team t receives from t − d and sends to t + d, directly, only the rows that the
-//! receiver's slices need. A relay passes on what the left neighbour sent instead, all rows, and gradients travel with them.
+//! receiver's slices need; a distance at which nobody needs any has no stage. A relay passes on what the left neighbour sent instead, all rows, and gradients travel with them.
 
 use super::build::Builder;
 use super::needs;
@@ -53,7 +53,7 @@ impl Builder<'_> {
 
     /// Forward: attend own keys while stage 1 arrives, stage 1 while stage 2 arrives, …
     pub fn forward_stages(&mut self) {
-        let n = self.problem.stages;
+        let n = self.survey.count();
         let arrived = self.trade_event();
         let (q, out, lse) =
             (self.input(Tensor::Q), self.output(Tensor::Out), self.output(Tensor::Lse));
@@ -90,7 +90,7 @@ impl Builder<'_> {
 
     /// The exchange that brings the keys of stage s, if there is such a stage.
     fn push_keys(&mut self, s: u32, waits: &[Option<Event>]) -> Option<Event> {
-        if s > self.problem.stages {
+        if s > self.survey.count() {
             return None;
         }
         self.stage = s;
@@ -102,7 +102,7 @@ impl Builder<'_> {
 
     /// Backward: keys arrive as in forward; the gradients of stage s−1 leave while stage s is computed.
     pub fn backward_stages(&mut self) {
-        let n = self.problem.stages;
+        let n = self.survey.count();
         let arrived = self.trade_event();
         // The first exchange needs this rank's own keys, no gradients.
         let ready = if self.gathered(Tensor::K) { self.computed() } else { None };
@@ -114,7 +114,7 @@ impl Builder<'_> {
             self.clear(&[], acc, rows);
         }
         let own_work = &self.survey.own;
-        let (first_half, second_half) =
+        let (first_half, mut second_half) =
             if n > 0 { needs::halve(own_work) } else { (own_work.clone(), Vec::new()) };
         let mut next = self.push_keys(1, &[ready]);
         self.attend_backward(arrived, own.0, own.1, first_half);
@@ -127,13 +127,15 @@ impl Builder<'_> {
             next = self.push_keys_and_gradients(s + 1, ready);
             if s <= n {
                 self.stage_gradients(this, s);
+            } else {
+                // Covers the last two returns.
+                self.stage = 0;
+                self.attend_backward(arrived, own.0, own.1, std::mem::take(&mut second_half));
             }
             if !self.problem.relay && s >= 3 {
                 self.reduce(this, s - 2);
             }
         }
-        self.stage = 0;
-        self.attend_backward(arrived, own.0, own.1, second_half);
         if n > 0 {
             self.reduce(next, n);
         }
@@ -143,7 +145,7 @@ impl Builder<'_> {
 
     /// X[s]: keys of stage s, and the gradients of stage s−2 on their way home. `ready`: own keys are where they are sent from.
     fn push_keys_and_gradients(&mut self, s: u32, ready: Option<Event>) -> Option<Event> {
-        let n = self.problem.stages;
+        let n = self.survey.count();
         let (mut sends, mut recvs) =
             if s <= n { self.key_messages(s) } else { (Vec::new(), Vec::new()) };
         if s >= 3 {

@@ -45,6 +45,36 @@ pub(super) struct Stage {
     pub work: Vec<Slice>,
 }
 
+/// Where the tokens of all teams are.
+pub(super) struct Everyone {
+    pub queries: Vec<Vec<Segment>>,
+    pub keys: Vec<Vec<Segment>>,
+}
+
+impl Everyone {
+    pub fn new(problem: &Problem) -> Everyone {
+        let side = |side| -> Vec<Vec<Segment>> {
+            (0..problem.teams()).map(|t| team_segments(problem, t, side)).collect()
+        };
+        let queries = side(Side::Query);
+        let keys = if sides_are_alike(problem) { queries.clone() } else { side(Side::Key) };
+        Everyone { queries, keys }
+    }
+
+    /// Distances 1 … b − 1 at which some team needs keys, ascending; a relay passes through all. A sliding window or documents that
+    /// stay home leave out most. The same on every rank; where it would take long to be sure, a distance counts as needed.
+    pub fn busy_distances(&self, problem: &Problem) -> Vec<u32> {
+        let b = problem.teams();
+        let mut patience = 100_000;
+        let mut needed = |reader: u32, owner: u32| {
+            let (queries, keys) = (&self.queries[reader as usize], &self.keys[owner as usize]);
+            needs::any(problem, queries, keys, &mut patience)
+        };
+        let mut busy = |d: u32| problem.relay || (0..b).any(|t| needed(t, (t + b - d) % b));
+        (1..b).filter(|d| busy(*d)).collect()
+    }
+}
+
 pub(super) struct Survey<'a> {
     pub problem: &'a Problem,
     /// This rank's team, and its place in it.
@@ -66,16 +96,16 @@ impl<'a> Survey<'a> {
         let (team, member) = (rank / problem.inner, rank % problem.inner);
         let mine = Team::new(problem, team, pack);
         let own = needs::own_slices(problem, &mine.q.segments, &mine.k.segments);
-        let stages = Vec::new();
-        let mut survey = Survey { problem, team, member, mine, stages, own, left_rows: Vec::new() };
-        if problem.stages > 0 {
+        let (stages, left_rows) = (Vec::new(), Vec::new());
+        let mut survey = Survey { problem, team, member, mine, stages, own, left_rows };
+        if problem.teams() > 1 {
             survey.list_stages();
         }
         survey
     }
 
-    /// A survey whose stages move no rows, for the sizes of everything else. `work`: do the stages leave anything to compute?
-    pub fn without_traffic(problem: &'a Problem, rank: u32, work: bool) -> Survey<'a> {
+    /// A survey whose `n` stages move no rows, for the sizes of everything else. `work`: do the stages leave anything to compute?
+    pub fn without_traffic(problem: &'a Problem, rank: u32, n: usize, work: bool) -> Survey<'a> {
         let (team, member) = (rank / problem.inner, rank % problem.inner);
         let slice = Slice { q: 0, q_len: 1, k: 0, k_len: 1, lo: 0, hi: 0 };
         let stage = || Stage {
@@ -88,24 +118,21 @@ impl<'a> Survey<'a> {
             team,
             member,
             mine: Team::new(problem, team, false),
-            stages: (0..problem.stages).map(|_| stage()).collect(),
+            stages: (0..n).map(|_| stage()).collect(),
             own: Vec::new(),
-            left_rows: vec![0; problem.stages as usize],
+            left_rows: vec![0; n],
         }
     }
 
     fn list_stages(&mut self) {
-        let (n, b) = (self.problem.stages, self.problem.teams());
-        let side = |side| -> Vec<Vec<Segment>> {
-            (0..b).map(|t| team_segments(self.problem, t, side)).collect()
-        };
-        let queries = side(Side::Query);
-        let mut keys =
-            if sides_are_alike(self.problem) { queries.clone() } else { side(Side::Key) };
+        let b = self.problem.teams();
+        let everyone = Everyone::new(self.problem);
+        let busy = everyone.busy_distances(self.problem);
+        let Everyone { queries, mut keys } = everyone;
         keys[self.team as usize].clone_from(&self.mine.k.segments);
-        for s in 1..=n {
+        for distances in stage_distances(&busy, self.problem.stages) {
             let (mut arriving, mut leaving) = (Traffic::default(), Traffic::default());
-            for d in distances(b - 1, n, s) {
+            for &d in distances {
                 let owner = (self.team + b - d) % b;
                 if self.problem.relay {
                     let all = |team: u32| needs::everything(&keys[team as usize]);
@@ -138,13 +165,19 @@ impl<'a> Survey<'a> {
         }
     }
 
+    /// Number of stages n: what the problem asks for, or fewer where there is less to move.
+    pub fn count(&self) -> u32 {
+        self.stages.len() as u32
+    }
+
     /// Stage s in 1 … n.
     pub fn stage(&self, s: u32) -> &Stage {
         &self.stages[s as usize - 1]
     }
 }
 
-/// Distances whose keys stage s in 1 … n brings, when `others` teams are dealt out as evenly as they go.
-pub(super) fn distances(others: u32, n: u32, s: u32) -> std::ops::RangeInclusive<u32> {
-    (s - 1) * others / n + 1..=s * others / n
+/// The distances of every stage: those that are needed, dealt out over at most `stages` stages as evenly as they go.
+pub(super) fn stage_distances(busy: &[u32], stages: u32) -> impl Iterator<Item = &[u32]> {
+    let n = busy.len().min(stages as usize);
+    (0..n).map(move |s| &busy[s * busy.len() / n..(s + 1) * busy.len() / n])
 }

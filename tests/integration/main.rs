@@ -1,5 +1,6 @@
 //! The one Rust integration binary: what is right (`oracle`), and everything that is compared to it.
 
+mod cli;
 mod header;
 mod layers;
 mod memory;
@@ -11,6 +12,7 @@ mod plans_account;
 mod plans_json;
 mod plans_random;
 mod plans_snapshots;
+mod plans_svg;
 mod plans_time;
 mod ranks;
 mod review;

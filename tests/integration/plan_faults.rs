@@ -151,7 +151,7 @@ fn counterpart(plans: &[Plan], place: (usize, usize, usize)) -> (usize, usize, u
     *received.iter().filter(|p| p.0 == to && peer_of(**p, true) == rank).nth(nth).unwrap()
 }
 
-fn slot_of<'a>(plan: &'a mut Plan, slot: Slot) -> &'a mut SlotInfo {
+fn slot_of(plan: &mut Plan, slot: Slot) -> &mut SlotInfo {
     plan.slots.iter_mut().find(|s| s.slot == slot).unwrap()
 }
 
@@ -660,15 +660,12 @@ fn touches(plan: &Plan, step: &Step) -> Vec<(Slot, u32, bool)> {
 /// Pairs of steps that conflict and that no chain of lanes and events orders.
 fn races(plan: &Plan) -> Vec<(usize, usize)> {
     let n = plan.steps.len();
-    let mut before = vec![vec![false; n]; n];
-    for j in 0..n {
-        for i in 0..j {
-            let (a, b) = (&plan.steps[i], &plan.steps[j]);
-            if a.lane == b.lane || a.signal.is_some_and(|e| b.waits.contains(&e)) {
-                before[i][j] = true;
-            }
-        }
-    }
+    let direct = |i: usize, j: usize| {
+        let (a, b) = (&plan.steps[i], &plan.steps[j]);
+        i < j && (a.lane == b.lane || a.signal.is_some_and(|e| b.waits.contains(&e)))
+    };
+    let mut before: Vec<Vec<bool>> =
+        (0..n).map(|i| (0..n).map(|j| direct(i, j)).collect()).collect();
     for m in 0..n {
         for i in 0..m {
             for j in m + 1..n {

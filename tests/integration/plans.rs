@@ -41,7 +41,7 @@ pub fn problem(
 pub fn prove(p: &Problem) {
     p.validate().unwrap_or_else(|e| panic!("{e}: {p:?}"));
     let p = Arc::new(p.clone());
-    for (pack, saved) in [(false, false), (true, false), (false, true)] {
+    for (pack, saved) in [(false, false), (true, false), (false, true), (true, true)] {
         for pass in [Pass::Forward, Pass::Backward] {
             let plans = Plan::all(&p, pass, Options { pack, saved });
             if let Err(e) = check(&plans) {

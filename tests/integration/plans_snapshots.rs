@@ -3,12 +3,12 @@
 use crate::plans::problem;
 use context_parallel::mask::Mask;
 use context_parallel::partition::Partition;
-use context_parallel::plan::{Options, Pass, Plan, print::table};
+use context_parallel::plan::{Options, Pass, Plan, print::table, svg::attention_matrix};
 use context_parallel::problem::{CommType, Extent, Problem, Sequence};
 use std::sync::Arc;
 
 fn compare(name: &str, text: &str) {
-    let path = format!("{}/tests/data/snapshots/{name}.txt", env!("CARGO_MANIFEST_DIR"));
+    let path = format!("{}/tests/data/snapshots/{name}", env!("CARGO_MANIFEST_DIR"));
     if std::env::var_os("CP_BLESS").is_some() {
         std::fs::write(&path, text).unwrap();
     }
@@ -62,7 +62,7 @@ fn tables() {
         let p = Arc::new(p);
         let tables = [Pass::Forward, Pass::Backward]
             .map(|pass| table(&Plan::all(&p, pass, Options::default())));
-        compare(name, &tables.join("\n"));
+        compare(&format!("{name}.txt"), &tables.join("\n"));
     }
 }
 
@@ -72,6 +72,16 @@ fn whole_plans() {
     let usp = Arc::new(problem(4, CommType::A2aP2p, 2, 16, 4, 1));
     for (name, p) in [("rank-1-of-p2p", ring), ("rank-1-of-a2a-p2p", usp)] {
         let plans = Plan::both(&p, 1, Options::default());
-        compare(name, &plans.map(|plan| plan.to_string()).join("\n"));
+        compare(&format!("{name}.txt"), &plans.map(|plan| plan.to_string()).join("\n"));
     }
+}
+
+/// The README's picture.
+#[test]
+fn picture() {
+    let ring = Arc::new(problem(4, CommType::P2p, 0, 4096, 2, 1));
+    compare(
+        "attention-matrix.svg",
+        &attention_matrix(&Plan::all(&ring, Pass::Forward, Options::default())),
+    );
 }

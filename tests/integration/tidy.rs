@@ -178,3 +178,25 @@ fn exported_functions_are_guarded() {
     }
     assert!(count > 20, "found only {count} exported functions");
 }
+
+/// The README's examples are those that the tests run, and its table is a plan's.
+#[test]
+fn the_readme_shows_what_is_tested() {
+    let read = |path: &str| {
+        fs::read_to_string(root().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
+    };
+    let readme = read("README.md");
+    let block = |language: &str| {
+        let start = readme.find(&format!("```{language}\n")).unwrap() + language.len() + 4;
+        &readme[start..start + readme[start..].find("```").unwrap()]
+    };
+    assert!(read("bindings/python/example.py").contains(block("python")));
+    let program = read("tests/c/example_mpi.c");
+    for line in block("c").lines().filter(|l| !l.starts_with("/* attend:")) {
+        assert!(
+            program.contains(line.trim()),
+            "the README's C example has a line that the program has not: {line}"
+        );
+    }
+    assert!(read("tests/data/snapshots/p2p-causal.txt").starts_with(block("text").trim_end()));
+}

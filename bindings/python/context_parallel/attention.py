@@ -50,8 +50,11 @@ class Attention:
 
     def __init__(self, *, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=False, bottom_right=False, window=(None, None),
                  format="bshd", partition="zigzag", softmax_scale=None, save=False, wire_fp32=False, max_tokens_per_rank=0, threads=0):  # fmt: skip
-        config = _config(heads, head_dim, dtype, kv_heads, head_dim_v, causal, bottom_right, window, format, partition, softmax_scale, save, wire_fp32, max_tokens_per_rank, threads)
         pointer = c_void_p()
+        config = _config(
+            heads=heads, head_dim=head_dim, dtype=dtype, kv_heads=kv_heads, head_dim_v=head_dim_v, causal=causal, bottom_right=bottom_right,
+            window=window, format=format, partition=partition, softmax_scale=softmax_scale, save=save, wire_fp32=wire_fp32,
+            max_tokens_per_rank=max_tokens_per_rank, threads=threads)  # fmt: skip
         check(lib.cp_attention_create(byref(config), byref(pointer)))
         self._handle = Handle(self, "attention", pointer.value, lib.cp_attention_destroy)
         self._axes, self._save, self._ranks = _FORMATS[format], save, 1
@@ -125,7 +128,7 @@ class Attention:
         return dq, dk, dv
 
     def workspace_size(self, tokens_per_rank):
-        """Bytes that suffice for every call in which a rank holds at most so many rows of Q and of K, on the current group."""
+        """Bytes that suffice for every call in which no rank holds more rows of Q or of K than that, batch times local length, on the current group."""
         size = c_size_t()
         self._handle.call(lib.cp_attention_workspace_size, number("tokens_per_rank", tokens_per_rank), byref(size))
         return size.value
@@ -203,17 +206,17 @@ _LOST = {_abi.CP_ERR_CUDA, _abi.CP_ERR_NCCL, _abi.CP_ERR_TRANSPORT, _abi.CP_ERR_
 
 def query_support(ranks, comm="p2p", *, stages=None, inner_size=None, level_sizes=None, relay=False, memory_cap=None, **config):
     """Would Attention(**config) and set_group with this communication work on `ranks` ranks? (True, "") or (False, the reason). Local."""
-    defaults = dict(kv_heads=None, head_dim_v=None, causal=False, bottom_right=False, window=(None, None), format="bshd", partition="zigzag",
-                    softmax_scale=None, save=False, wire_fp32=False, max_tokens_per_rank=0, threads=0)  # fmt: skip
     try:
-        made = _config(**{**defaults, **config})
-        check(lib.cp_query_support(byref(made), byref(_comm(ranks, comm, stages, inner_size, level_sizes, relay, memory_cap)), number("ranks", ranks)))
+        how = _comm(number("ranks", ranks), comm, stages, inner_size, level_sizes, relay, memory_cap)
+        check(lib.cp_query_support(byref(_config(**config)), byref(how), ranks))
     except Error as error:
         return False, str(error)
     return True, ""
 
 
-def _config(heads, head_dim, dtype, kv_heads, head_dim_v, causal, bottom_right, window, format, partition, softmax_scale, save, wire_fp32, max_tokens_per_rank, threads):
+def _config(*, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=False, bottom_right=False, window=(None, None),
+            format="bshd", partition="zigzag", softmax_scale=None, save=False, wire_fp32=False, max_tokens_per_rank=0, threads=0):  # fmt: skip
+    """A layer's configuration: the arguments of Attention."""
     choice("format", format, _FORMATS)
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise argument_error(f"window: got {window!r}, need (left, right), None for no limit")
@@ -334,7 +337,8 @@ def _describe_torch(array, axes):
 
 def _tensor(data, device, dtype, itemsize, shape, strides, axes):
     code = _abi.CP_CODE_BFLOAT if dtype == "bfloat16" else _abi.CP_CODE_FLOAT if dtype in ("float16", "float32", "float64") else 0
-    made = _abi.cp_tensor(data=data, device_type=device[0], device_id=device[1], dtype_code=code, dtype_bits=min(itemsize * 8, 255), dtype_lanes=1, ndim=len(shape))
+    made = _abi.cp_tensor(data=data, device_type=device[0], device_id=device[1], ndim=len(shape))
+    made.dtype_code, made.dtype_bits, made.dtype_lanes = code, min(itemsize * 8, 255), 1
     order = axes if len(axes) == len(shape) else range(min(len(shape), 4))
     for i, axis in enumerate(order):
         made.shape[i], made.stride[i] = shape[axis], strides[axis]

@@ -66,8 +66,10 @@ class Sequences:
         count = number("batch", batch)
         struct = _abi.cp_sequences(count=count, seq_q=number("seq", seq), seq_k=0 if seq_k is None else number("seq_k", seq_k))
         made = cls(struct, [], stretches, stretches_k)
-        for field, name, values in (("lens_q", "lens", lens), ("lens_k", "lens_k", lens_k), ("before_q", "before", before), ("before_k", "before_k", before_k)):
-            made._point(field, _int32(name, values, count))
+        made._point("lens_q", _int32("lens", lens, count))
+        made._point("lens_k", _int32("lens_k", lens_k, count))
+        made._point("before_q", _int32("before", before, count))
+        made._point("before_k", _int32("before_k", before_k, count))
         return made
 
     @classmethod
@@ -78,8 +80,9 @@ class Sequences:
             raise argument_error("cu_seqlens: got nothing, need at least [0, length]")
         made = cls(_abi.cp_sequences(count=len(lengths) - 1), [], stretches, stretches_k)
         made._point("cu_seqlens_q", lengths)
-        for field, name, values in (("cu_seqlens_k", "cu_seqlens_k", cu_seqlens_k), ("cu_seqlens_q_padded", "padded", padded), ("cu_seqlens_k_padded", "padded_k", padded_k)):
-            made._point(field, _int32(name, values, len(lengths)))
+        made._point("cu_seqlens_k", _int32("cu_seqlens_k", cu_seqlens_k, len(lengths)))
+        made._point("cu_seqlens_q_padded", _int32("padded", padded, len(lengths)))
+        made._point("cu_seqlens_k_padded", _int32("padded_k", padded_k, len(lengths)))
         return made
 
     def pointer(self, ranks):

@@ -18,7 +18,7 @@ def outcomes(groups, work):
     def run(rank):
         try:
             found[rank] = work(groups[rank])
-        except Exception as error:
+        except BaseException as error:  # pytest's own failures are no Exceptions
             found[rank] = error
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(len(groups))]
@@ -41,7 +41,7 @@ def everywhere(groups, work):
             raise
 
     found = outcomes(groups, guarded)
-    failed = [x for x in found if isinstance(x, Exception)]
+    failed = [x for x in found if isinstance(x, BaseException)]
     failed.sort(key=lambda e: isinstance(e, cp.Error) and e.status in (cp.Status.ABORTED, cp.Status.MISMATCH))
     if failed:
         raise failed[0]
@@ -109,7 +109,8 @@ def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, p
         fresh["lse"] = view(to_local(case, np.full((case.tokens("q"), case.heads), np.nan, np.float32), tokens["q"], format))
     scratch = None
     if workspace:
-        size = layer.workspace_size(max(len(rows) for rows in tokens.values()))
+        held = (len(cp.partition_tokens(case.partition, format, sequences, group.size, rank, side)) for rank in range(group.size) for side in "qk")
+        size = layer.workspace_size(max(held))
         raw = np.full(size + 64, 255, np.uint8)  # NaN in every type
         scratch = raw[-raw.ctypes.data % 64 :][:size]
     pick = lambda *names: {"workspace": scratch, **{name: fresh[name] for name in names if name in fresh}}

@@ -1,6 +1,7 @@
 """Everything but numbers: groups, errors that name the argument on every rank, arrays in place, order of calls, lifetimes."""
 
 import gc
+import json
 import threading
 import time
 import weakref
@@ -72,7 +73,7 @@ def test_statistics_are_what_the_report_says(groups):
         assert report["stages"] == 1 and report["inner"] == 1 and report["forward_flops"] > 0
         assert forward["sent_bytes"] == report["forward_sent"] and forward["received_bytes"] == report["forward_received"] > 0
         assert both["sent_bytes"] - forward["sent_bytes"] == report["backward_sent"]
-        assert "exchange" in layer.plan(SEQ) and layer.plan(SEQ, "backward", "json").startswith("{")
+        assert "exchange" in layer.plan(SEQ) and json.loads(layer.plan(SEQ, "backward", "json"))
         return forward["sent_bytes"]
 
     everywhere(groups, work)
@@ -166,7 +167,7 @@ def test_use_after_close(groups):
 
 def test_close_while_another_thread_waits():
     groups = cp.Group.threads(2, timeout=1)
-    waiting = threading.Thread(target=lambda: outcomes([groups[0]], lambda g: g.barrier()))
+    waiting = threading.Thread(target=groups[0].barrier)
     waiting.start()
     time.sleep(0.2)
     raises(Status.INVALID_USAGE, "group|another thread", groups[0].close)
@@ -312,7 +313,8 @@ def test_wrong_forward(groups, what):
             settings = {"sequences": SEQ, **keywords}
             raises(Status.INVALID_ARGUMENT, words, layer.forward, *tensors(), **settings)
         else:
-            raises(Status.MISMATCH, "rank 1 refused cp_attention_forward|" + words.split("|")[0].split(".")[0].replace("stretches", "sequences"), layer.forward, *qkv(), SEQ)
+            argument = words.split("|")[0].split(".")[0].replace("stretches", "sequences")
+            raises(Status.MISMATCH, f"rank 1 refused cp_attention_forward|{argument}", layer.forward, *qkv(), SEQ)
         return layer.forward(*qkv(), SEQ)[0].shape  # still usable
 
     assert everywhere(groups, work) == [(2, 12, 4, 16)] * 2

@@ -45,5 +45,5 @@ def test_fast(name):
 @pytest.mark.parametrize("name", NAMES)
 def test_case(name, dtype):
     index = NAMES.index(name) * 3 + list(DTYPES).index(dtype)
-    for i in range(4):
+    for i in range(5):
         run(name, dtype, index * 4 + i + index)

@@ -6,8 +6,8 @@ use crate::rank::{self, Job};
 use crate::report::Report;
 use crate::shape::{self, Case};
 use crate::source::Source;
-use crate::text::{self, Align, bold, dim};
-use crate::{check, probe};
+use crate::text::{self, Align, Columns, bad, bold, dim};
+use crate::{check, oracle, probe};
 use context_parallel::attention::Comm;
 use context_parallel::dtype::DType;
 use context_parallel::partition::{Side, Stretch, stretches};
@@ -54,6 +54,7 @@ pub const COMMAND: Command = Command {
 
 /// What all ranks run, from the options and the text.
 pub fn job(given: &Given, mut bytes: Vec<u8>) -> Result<Job, Failure> {
+    probe::simd()?;
     let config = shape::config(given, DType::F32)?;
     let ranks = given.small("ranks", 4, 2..=64)?;
     bytes.truncate(given.number("seq-limit", 16 << 10, 1..=1 << 24)? as usize);
@@ -85,37 +86,45 @@ pub fn run(given: &Given) -> Result<(), Failure> {
     let Source::Text(bytes) = &job.source else { unreachable!("a demo's source is a text") };
     introduce(&job, &problem, bytes);
 
+    let columns = Columns::new(&COLUMNS);
+    text::out(&format!(
+        "{}\n{}",
+        bold("The same attention, five times"),
+        columns.line(&COLUMNS.map(|(head, ..)| dim(head)))
+    ));
     let threads = (probe::cores() as usize).min(job.threads * job.ranks as usize);
     let alone = rank::alone(&job, &job.cases[0], threads)?;
     let one = check::gather(&*job.cases[0].alone()?, std::slice::from_ref(&alone));
-    let [forward, backward] = [0, 1].map(|pass| text::seconds(alone.passes[pass].seconds[0]));
-    text::out(&format!(
-        "{} forward {forward}, backward {backward}, on {} — this is what the others are compared to\n\n",
-        bold("One rank alone"),
-        plural(threads as u64, "thread"),
-    ));
-
-    let mut rows = vec![head()];
+    let exact = oracle::errors(&*job.cases[0].alone()?, &job.source, &one);
+    let dtype = job.cases[0].config.dtype;
+    text::out(&columns.line(&first_row(&alone, &exact, dtype)));
     let mut wrong = Vec::new();
+    if !check::agree(&exact, dtype) {
+        wrong.push("one rank differs from float64".to_string());
+    }
     launch::processes(&job, "demo", given, bytes, &mut |index, reports| {
         let (row, fault) = row(&job, &job.cases[index], &reports, &one)?;
-        rows.push(row);
+        text::out(&columns.line(&row));
         wrong.extend(fault);
         Ok(())
     })?;
-    use Align::{Left, Right};
-    let align = [Left, Right, Right, Right, Right, Right, Right, Right, Right, Right, Right, Left];
-    text::out(&format!(
-        "{} exchanged in four ways\n{}\n",
-        bold(&format!("{} ranks,", job.ranks)),
-        text::columns(&align, &rows)
-    ));
     finish(&job, &wrong)
 }
 
-fn plural(n: u64, word: &str) -> String {
-    format!("{n} {word}{}", if n == 1 { "" } else { "s" })
-}
+const COLUMNS: [(&str, Align, usize); 12] = [
+    ("", Align::Left, 10),
+    ("stages", Align::Right, 6),
+    ("sent fwd", Align::Right, 8),
+    ("sent bwd", Align::Right, 8),
+    ("forward", Align::Right, 7),
+    ("backward", Align::Right, 8),
+    ("O", Align::Right, 6),
+    ("LSE", Align::Right, 6),
+    ("dQ", Align::Right, 6),
+    ("dK", Align::Right, 6),
+    ("dV", Align::Right, 6),
+    ("", Align::Left, 1),
+];
 
 fn introduce(job: &Job, p: &Problem, bytes: &[u8]) {
     let cores = probe::cores();
@@ -132,17 +141,17 @@ fn introduce(job: &Job, p: &Problem, bytes: &[u8]) {
     out += &format!(
         "{}  {}, {}, {} elements each, {}; forward and backward\n",
         bold("The layer"),
-        plural(p.heads.into(), "query head"),
-        plural(p.kv_heads.into(), "key head"),
+        text::plural(p.heads.into(), "query head"),
+        text::plural(p.kv_heads.into(), "key head"),
         p.dim_qk,
         p.dtype.name()
     );
     out += &format!(
-        "{}  {} processes with {}, over shared memory, on {} ({}){}\n\n",
+        "{}  {} processes with {} each, over shared memory, on {} ({}){}\n\n",
         bold("The ranks"),
         job.ranks,
-        plural(job.threads as u64, "thread").replace("1 thread", "one thread each"),
-        plural(cores, "core"),
+        text::plural(job.threads as u64, "thread"),
+        text::plural(cores, "core"),
         probe::simd_name(),
         if u64::from(job.ranks) > cores {
             " — more ranks than cores, so they take turns"
@@ -151,8 +160,8 @@ fn introduce(job: &Job, p: &Problem, bytes: &[u8]) {
         }
     );
     out += &format!(
-        "{} zigzag: {} chunks, rank r holds chunks r and {}−r, so that all have equal work\n",
-        bold("Who holds what"),
+        "{} {} chunks; rank r holds chunks r and {}−r (zigzag), so that all have equal work\n",
+        bold("Who holds what:"),
         2 * job.ranks,
         2 * job.ranks - 1
     );
@@ -166,7 +175,7 @@ fn chunks(p: &Problem, bytes: &[u8]) -> String {
         .collect();
     all.sort_by_key(|(s, _)| s.start);
     let digits = bytes.len().to_string().len();
-    let room = text::width().saturating_sub(2 * digits + 24).clamp(16, 80);
+    let room = text::width().unwrap_or(100).saturating_sub(2 * digits + 24).clamp(16, 80);
     let line = |(s, r): &(Stretch, u32)| {
         let (from, to) = (s.start as usize, (s.start + s.len) as usize);
         let words = String::from_utf8_lossy(&bytes[from..to.min(from + 4 * room)])
@@ -191,10 +200,25 @@ fn chunks(p: &Problem, bytes: &[u8]) -> String {
         + &all[last..].iter().map(line).collect::<String>()
 }
 
-fn head() -> Vec<String> {
-    ["", "stages", "sent fwd", "sent bwd", "forward", "backward", "O", "LSE", "dQ", "dK", "dV", ""]
-        .map(|h| dim(h))
-        .to_vec()
+/// One rank's line: what the others are compared to, itself compared to float64.
+fn first_row(alone: &Report, exact: &[f64; 5], dtype: DType) -> Vec<String> {
+    let mut row = vec![bold("one rank"), String::new(), String::new(), String::new()];
+    row.extend([0, 1].map(|pass| text::seconds(alone.passes[pass].seconds[0])));
+    row.extend(shown(exact, dtype));
+    row.push(mark(check::agree(exact, dtype)));
+    row
+}
+
+/// Errors; those that are too large stand out.
+fn shown(errors: &[f64; 5], dtype: DType) -> Vec<String> {
+    let cell = |(e, limit): (&f64, f64)| {
+        if *e <= limit { text::error(*e) } else { bad(&text::error(*e)) }
+    };
+    errors.iter().zip(check::tolerance(dtype)).map(cell).collect()
+}
+
+fn mark(right: bool) -> String {
+    if right { text::good("✓") } else { bad("✗") }
 }
 
 /// One line of the table, and what is wrong with it.
@@ -219,21 +243,12 @@ fn row(
         (_, false) => Some(format!("{name} moved other bytes than its plan says")),
         _ => None,
     };
-    let mark = if fault.is_none() { text::good("✓") } else { text::bad("✗") };
-    let stages = match p.inner {
-        1 => p.stages.to_string(),
-        u if u == p.ranks => "heads".into(),
-        u => format!("heads/{u} + {}", p.stages),
-    };
+    let stages = if p.stages == 0 { "–".into() } else { p.stages.to_string() };
     let mut row = vec![bold(name), stages];
     row.extend([0, 1].map(|pass| text::bytes(sent(pass))));
     row.extend([0, 1].map(|pass| text::seconds(slowest(pass))));
-    row.extend(
-        errors.iter().zip(check::tolerance(p.dtype)).map(|(e, limit)| {
-            if *e <= limit { text::error(*e) } else { text::bad(&text::error(*e)) }
-        }),
-    );
-    row.push(mark);
+    row.extend(shown(&errors, p.dtype));
+    row.push(mark(fault.is_none()));
     Ok((row, fault))
 }
 
@@ -250,23 +265,39 @@ fn as_planned(p: &Arc<Problem>, reports: &[Report]) -> bool {
 fn finish(job: &Job, wrong: &[String]) -> Result<(), Failure> {
     let case = &job.cases[0];
     let limit = check::tolerance(case.config.dtype)[0];
-    text::out(&dim(
-        "  sent: bytes per rank, the mean; equal to what the plan says. forward, backward: the slowest rank, first call.\n  \
-         O … dV: worst error against one rank, relative, over 64 rows of a head; LSE: absolute, as it is a logarithm.\n",
-    ));
+    let inner = CommType::A2aP2p.inner(job.ranks, 0).unwrap_or(1);
+    let teams = match inner {
+        1 => format!("both; but {} ranks make no even teams, so here as p2p", job.ranks),
+        u => format!("both: teams of {u} trade, keys and values go between teams"),
+    };
+    text::out(&dim(&format!(
+        "\n  p2p         keys and values arrive from one rank at a time; their gradients go home the same way\n  \
+           all_gather  they arrive from all ranks at once\n  \
+           a2a         ranks trade: the whole sequence for a share of the heads, and back\n  \
+           a2a+p2p     {teams}\n\n  \
+         Sent is the mean of a rank, and equal to the plan's account to the byte. Times are the slowest rank's first call.\n  \
+         O … dV: the worst error of a head, relative (LSE: absolute, as it is a logarithm): of the four against one rank, 64\n  \
+         rows at a time; of one rank against float64 double loops, over {} rows.\n",
+        oracle::ROWS,
+    )));
     if !wrong.is_empty() {
         text::out("\n");
         return Err(failed(format!("{} (allowed is {limit:.0e})", wrong.join("; "))));
     }
     text::out(&format!(
-        "\n{} All four ways give the answer of one rank, forward and backward, up to the rounding of {} (below {limit:.0e}).\n",
+        "\n{} All four give the answer of one rank, forward and backward, up to the rounding of {} (allowed {limit:.0e}).\n",
         text::good("✓"),
         case.config.dtype.name()
     ));
-    let cp = job.ranks;
+    let (cp, seq) = (job.ranks, case.seqs[0].q.len);
+    let plan = format!("context-parallel plan --cp {cp} --seq {seq}");
+    let perf = format!("context-parallel perf --cp {cp}");
+    let width = plan.len().max(perf.len());
     text::out(&dim(&format!(
-        "  Next: `context-parallel plan --cp {cp} --seq {}` shows who sends what to whom, `perf --cp {cp}` times it, `info` what is here.\n",
-        case.seqs[0].q.len
+        "  Next: {plan:<width$}   who sends what to whom, and what it costs\n"
+    )));
+    text::out(&dim(&format!(
+        "        {perf:<width$}   how fast, for longer and longer sequences\n"
     )));
     Ok(())
 }

@@ -10,11 +10,7 @@ pub const COMMAND: Command = Command {
     name: "info",
     about: "version, instruction sets, threads, transports; what of CUDA, NCCL and MPI is here and where it was looked for",
     options: &[("output", &[opt("json", "", "one line of JSON")])],
-    examples: &[
-        ("info", "for people"),
-        ("info --json | python3 -m json.tool", "for programs"),
-        ("info    (with CP_SIMD=scalar in the environment)", "see what an override does"),
-    ],
+    examples: &[("info", "for people"), ("info --json | python3 -m json.tool", "for programs")],
     notes: "Environment: CP_SIMD names the instruction set (scalar, avx2, avx512, avx512_bf16); CP_NCCL names the NCCL library's file.",
 };
 

@@ -36,6 +36,7 @@ enum Event {
 pub type OnCase<'a> = dyn FnMut(usize, Vec<Report>) -> Result<(), Failure> + 'a;
 
 /// Listens until all ranks are done. `go` sends a rank on; after a failure it is dropped, which ends the ranks that wait for it.
+/// A rank that is not heard of although others are done with the same case has the job's timeout, too.
 fn collect<'a>(
     job: &Job,
     events: &Receiver<(u32, Event)>,
@@ -43,39 +44,58 @@ fn collect<'a>(
     gone: &mut dyn FnMut(u32) -> String,
     on_case: &mut OnCase,
 ) -> Result<(), Failure> {
-    let mut reports: Vec<Option<Report>> = vec![None; job.ranks as usize];
-    let (mut case, mut ended) = (0, 0);
+    let mut heard: Vec<Heard> = (0..job.ranks).map(|_| Heard::Nothing).collect();
+    let mut case = 0;
     let mut faults: Vec<(bool, String)> = Vec::new();
     let mut until: Option<Instant> = None;
-    while ended < job.ranks {
-        let wait = until
-            .map_or(Duration::from_secs(3600), |t| t.saturating_duration_since(Instant::now()));
+    while heard.iter().any(|h| !matches!(h, Heard::End)) {
+        let hour = Duration::from_secs(3600);
+        let wait = until.map_or(hour, |t| t.saturating_duration_since(Instant::now()));
         let (rank, event) = match events.recv_timeout(wait) {
-            Ok(heard) => heard,
+            Ok(event) => event,
             Err(RecvTimeoutError::Timeout) if until.is_none() => continue,
-            Err(_) => break,
+            Err(_) => {
+                let late = heard.iter().position(|h| matches!(h, Heard::Nothing));
+                if let (Some(rank), true) = (late, faults.is_empty()) {
+                    let seconds = job.timeout.as_secs();
+                    let text = format!("rank {rank} is not heard of, {seconds} s after others");
+                    faults.push((true, text));
+                }
+                break;
+            }
         };
         let fault = match event {
             Event::Report(report) => {
-                reports[rank as usize] = Some(report);
-                if reports.iter().all(Option::is_some) && faults.is_empty() {
-                    on_case(case, reports.iter_mut().filter_map(Option::take).collect())?;
+                heard[rank as usize] = Heard::Report(report);
+                until.get_or_insert_with(|| Instant::now() + job.timeout);
+                if heard.iter().all(|h| matches!(h, Heard::Report(_))) && faults.is_empty() {
+                    let take = |h: &mut Heard| match std::mem::replace(h, Heard::Nothing) {
+                        Heard::Report(report) => Some(report),
+                        _ => None,
+                    };
+                    on_case(case, heard.iter_mut().filter_map(take).collect())?;
                     case += 1;
+                    until = None;
                     go.iter_mut().for_each(|go| go());
                 }
                 continue;
             }
             Event::Done => {
-                ended += 1;
+                heard[rank as usize] = Heard::End;
+                until.get_or_insert_with(|| Instant::now() + job.timeout);
                 continue;
             }
+            // Most errors name their rank.
+            Event::Failed(text) if text.contains(&format!("rank {rank}:")) => (false, text),
             Event::Failed(text) => (false, format!("rank {rank}: {text}")),
             Event::Gone => (true, format!("rank {rank} {}", gone(rank))),
         };
-        ended += 1;
+        heard[rank as usize] = Heard::End;
+        if faults.is_empty() {
+            until = Some(Instant::now() + LAST_WORDS);
+            go.clear();
+        }
         faults.push(fault);
-        until.get_or_insert_with(|| Instant::now() + LAST_WORDS);
-        go.clear();
     }
     // A death explains the rest.
     faults.sort_by_key(|(death, _)| !death);
@@ -88,6 +108,14 @@ fn collect<'a>(
     }
 }
 
+/// What has been heard of a rank since the last case.
+enum Heard {
+    Nothing,
+    Report(Report),
+    /// It has ended, well or not.
+    End,
+}
+
 /// Runs the job on threads of this process.
 pub fn threads(job: &Job, on_case: &mut OnCase) -> Result<(), Failure> {
     let (tell, events) = channel();
@@ -95,7 +123,8 @@ pub fn threads(job: &Job, on_case: &mut OnCase) -> Result<(), Failure> {
         let mut go: Vec<Box<dyn FnMut()>> = Vec::new();
         for (rank, transport) in local_group(job.ranks).into_iter().enumerate() {
             let (send_go, wait_go) = channel();
-            go.push(Box::new(move || drop(send_go.send(()))));
+            // Fails for a rank that has ended; its failure is on its way.
+            go.push(Box::new(move || send_go.send(()).unwrap_or(())));
             let tell: Sender<(u32, Event)> = tell.clone();
             let rank = rank as u32;
             scope.spawn(move || {
@@ -184,11 +213,12 @@ pub fn processes(
                 .write_all(&(text.len() as u64).to_le_bytes())
                 .and_then(|()| stdin.write_all(text));
         }
-        go.push(Box::new(move || drop(stdin.as_mut().map(|stdin| stdin.write_all(&[1])))));
+        // Fails for a rank that has ended; its failure is on its way.
+        go.push(Box::new(move || stdin.as_mut().map_or((), |s| s.write_all(&[1]).unwrap_or(()))));
         let tell = tell.clone();
         std::thread::spawn(move || {
             let mut stdout = stdout;
-            while let Some(event) = stdout.as_mut().and_then(|s| hear(s)) {
+            while let Some(event) = stdout.as_mut().and_then(hear) {
                 let last = !matches!(event, Event::Report(_));
                 if tell.send((rank, event)).is_err() || last {
                     return;

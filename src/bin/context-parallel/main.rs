@@ -2,15 +2,18 @@
 
 mod args;
 mod check;
+mod cost;
 mod demo;
 mod info;
 mod json;
 mod launch;
+mod oracle;
 mod perf;
 mod plan;
 mod probe;
 mod rank;
 mod report;
+mod row;
 mod shape;
 mod source;
 mod text;

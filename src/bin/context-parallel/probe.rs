@@ -1,5 +1,6 @@
 //! What this machine has, and where it was looked for.
 
+use crate::args::{Failure, usage};
 use crate::json::{Object, array, string};
 use context_parallel::backend::cpu::Simd;
 use std::ffi::{CStr, CString};
@@ -8,6 +9,11 @@ use std::path::PathBuf;
 /// Cores that this process may use.
 pub fn cores() -> u64 {
     std::thread::available_parallelism().map_or(1, |n| n.get() as u64)
+}
+
+/// The instruction set in use; refuses a wrong `CP_SIMD`.
+pub fn simd() -> Result<Simd, Failure> {
+    Simd::from_env().map_err(|e| usage(e.text))
 }
 
 /// The instruction set in use, as people write it.

@@ -13,8 +13,16 @@ use std::sync::Arc;
 pub const SPLIT: (&str, &[Opt]) = (
     "how it is split",
     &[
-        opt("cp", "N", "ranks of the context-parallel group (default 4)"),
-        opt("comm", "TYPE", "p2p (ring), all_gather, a2a (Ulysses) or a2a+p2p (both); default p2p"),
+        opt(
+            "cp",
+            "N",
+            "ranks of the context-parallel group (default: plan 4; perf one per core, 2 to 4)",
+        ),
+        opt(
+            "comm",
+            "TYPE",
+            "p2p (ring), all_gather, a2a (Ulysses) or a2a+p2p (both);\ndefault: plan p2p; perf all, or a list with commas",
+        ),
         opt(
             "inner",
             "U",
@@ -46,7 +54,7 @@ pub const HEADS: &[Opt] = &[
     opt("kv-heads", "H", "key heads, a divisor of the query heads (default 2)"),
     opt("head-dim", "D", "elements per head, a multiple of 8 up to 256 (default 64)"),
     opt("head-dim-v", "D", "elements per head of V and O (default as --head-dim)"),
-    opt("dtype", "TYPE", "storage type: fp32, bf16, fp16"),
+    opt("dtype", "TYPE", "storage type: fp32, bf16, fp16 (default fp32; plan bf16)"),
 ];
 
 /// Who sees whom.

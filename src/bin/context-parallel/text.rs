@@ -51,13 +51,13 @@ pub fn rank(rank: u32, text: &str) -> String {
     wrap(&format!("38;5;{}", COLOURS[rank as usize % 8]), text)
 }
 
-/// Columns of the terminal; 100 where there is none.
-pub fn width() -> usize {
+/// Columns of the terminal, if there is one.
+pub fn width() -> Option<usize> {
     // SAFETY: an all-zero winsize is valid.
     let mut size: libc::winsize = unsafe { std::mem::zeroed() };
     // SAFETY: a live struct of the type that the request fills.
     let asked = unsafe { libc::ioctl(libc::STDOUT_FILENO, libc::TIOCGWINSZ, &raw mut size) };
-    if asked == 0 && size.ws_col > 20 { size.ws_col as usize } else { 100 }
+    (asked == 0 && size.ws_col > 0).then_some(size.ws_col as usize)
 }
 
 /// `1,234,567`.
@@ -83,6 +83,11 @@ pub fn bytes(n: u64) -> String {
         (x, unit) = (x / 1024.0, unit + 1);
     }
     format!("{} {}", digits(x), ["KiB", "MiB", "GiB", "TiB", "PiB"][unit])
+}
+
+/// `1 rank`, `2 ranks`.
+pub fn plural(n: u64, word: &str) -> String {
+    format!("{n} {word}{}", if n == 1 { "" } else { "s" })
 }
 
 /// Large counts: `1.23 G`.
@@ -146,24 +151,39 @@ pub enum Align {
     Right,
 }
 
-/// Rows of cells under each other, two spaces between columns, indented by two. All rows have as many cells as `align`.
-pub fn columns(align: &[Align], rows: &[Vec<String>]) -> String {
-    let widths: Vec<usize> =
-        (0..align.len()).map(|c| rows.iter().map(|r| shown(&r[c])).max().unwrap_or(0)).collect();
-    let mut out = String::new();
-    for row in rows {
-        let mut line = String::from(" ");
-        for ((cell, width), align) in row.iter().zip(&widths).zip(align) {
-            let pad = " ".repeat(width - shown(cell));
-            line += &match align {
-                Align::Left => format!(" {cell}{pad} "),
-                Align::Right => format!(" {pad}{cell} "),
-            };
-        }
-        out += line.trim_end();
-        out.push('\n');
+/// Columns of fixed width, for lines that are printed as they come. A cell that is wider moves the rest of its line.
+pub struct Columns(Vec<(Align, usize)>);
+
+impl Columns {
+    /// Columns by heading, alignment and least width.
+    pub fn new(columns: &[(&str, Align, usize)]) -> Columns {
+        Columns(
+            columns.iter().map(|(head, align, width)| (*align, shown(head).max(*width))).collect(),
+        )
     }
-    out
+
+    /// One line: two spaces before every column.
+    pub fn line(&self, cells: &[impl AsRef<str>]) -> String {
+        let mut out = String::new();
+        for (cell, (align, width)) in cells.iter().zip(&self.0) {
+            let cell = cell.as_ref();
+            let pad = " ".repeat(width.saturating_sub(shown(cell)));
+            match align {
+                Align::Left => out += &format!("  {cell}{pad}"),
+                Align::Right => out += &format!("  {pad}{cell}"),
+            }
+        }
+        out.truncate(out.trim_end().len());
+        out.push('\n');
+        out
+    }
+}
+
+/// Rows of cells under each other, as wide as they need. All rows have as many cells as `align`.
+pub fn columns(align: &[Align], rows: &[Vec<String>]) -> String {
+    let width = |c: usize| rows.iter().map(|r| shown(&r[c])).max().unwrap_or(0);
+    let columns = Columns(align.iter().enumerate().map(|(c, align)| (*align, width(c))).collect());
+    rows.iter().map(|row| columns.line(row)).collect()
 }
 
 #[cfg(test)]

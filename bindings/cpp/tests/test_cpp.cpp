@@ -1,0 +1,341 @@
+// The C++ interface: ranks as threads compute what one rank does, forward and backward; errors carry status and text; handles are owned.
+// Prints "N passed, N failed".
+#include "context_parallel.hpp"
+
+#include <cmath>
+#include <cstdio>
+#include <iterator>
+#include <memory>
+#include <mutex>
+#include <thread>
+#include <type_traits>
+
+namespace {
+
+std::mutex mutex;
+int passed = 0, failed = 0;
+
+void expect(bool good, int line, const std::string &what) {
+    std::lock_guard<std::mutex> lock(mutex);
+    ++(good ? passed : failed);
+    if (!good)
+        std::printf("FAIL test_cpp.cpp:%d: %s\n", line, what.c_str());
+}
+#define EXPECT(condition) expect((condition), __LINE__, #condition)
+
+template <class F> void throws(int line, cp::Status status, const char *words, F f) {
+    try {
+        f();
+        expect(false, line, std::string("nothing was thrown; wanted: ") + words);
+    } catch (const cp::Error &e) {
+        expect(e.status() == status && std::string(e.what()).find(words) != std::string::npos, line,
+               std::string(words) + ": got " + std::to_string(static_cast<int>(e.status())) + ": " + e.what());
+    }
+}
+#define THROWS(status, words, ...) throws(__LINE__, cp::Status::status, words, [&] { __VA_ARGS__; })
+
+const std::int64_t heads = 4, kv_heads = 2, dim = 16;
+
+// Rows [tokens, width] of one sequence.
+struct Rows {
+    std::int64_t width;
+    std::vector<float> x;
+
+    Rows(std::size_t tokens, std::int64_t w) : width(w), x(tokens * static_cast<std::size_t>(w), NAN) {}
+
+    static Rows wave(std::size_t tokens, std::int64_t w, int seed) {
+        Rows r(tokens, w);
+        for (std::size_t i = 0; i < r.x.size(); i++)
+            r.x[i] = static_cast<float>(std::sin(0.7 * static_cast<double>(i) * (seed + 1) + seed));
+        return r;
+    }
+
+    Rows pick(const std::vector<std::uint32_t> &tokens) const {
+        Rows r(0, width);
+        for (std::uint32_t t : tokens)
+            r.x.insert(r.x.end(), x.begin() + t * width, x.begin() + (t + 1) * width);
+        return r;
+    }
+
+    void put(const std::vector<std::uint32_t> &tokens, const Rows &from) {
+        for (std::size_t i = 0; i < tokens.size(); i++)
+            std::copy(from.x.begin() + static_cast<std::ptrdiff_t>(i) * width, from.x.begin() + static_cast<std::ptrdiff_t>(i + 1) * width,
+                      x.begin() + tokens[i] * width);
+    }
+
+    // [1, tokens, heads, dim]
+    cp::Tensor tensor(std::int64_t h) const {
+        return cp::Tensor(x, {1, static_cast<std::int64_t>(x.size()) / width, h, width / h});
+    }
+};
+
+struct All {
+    Rows q, k, v, d_out, out, lse, dq, dk, dv;
+
+    explicit All(std::size_t n)
+        : q(n, heads * dim), k(n, kv_heads * dim), v(n, kv_heads * dim), d_out(n, heads * dim), out(n, heads * dim), lse(n, heads),
+          dq(n, heads * dim), dk(n, kv_heads * dim), dv(n, kv_heads * dim) {}
+
+    cp::ForwardTensors forward() const {
+        // LSE is [batch, heads, seq]; kept here as rows of heads.
+        cp::Tensor l(lse.x.data(), cp::DType::f32, {1, heads, static_cast<std::int64_t>(lse.x.size()) / heads}, {0, 1, heads});
+        return {q.tensor(heads), k.tensor(kv_heads), v.tensor(kv_heads), out.tensor(heads), l};
+    }
+
+    cp::BackwardTensors backward() const {
+        cp::ForwardTensors f = forward();
+        return {f.q, f.k, f.v, f.out, f.lse, d_out.tensor(heads), dq.tensor(heads), dk.tensor(kv_heads), dv.tensor(kv_heads)};
+    }
+};
+
+cp::AttentionConfig small(bool save = false) {
+    cp::AttentionConfig c;
+    c.heads = heads;
+    c.kv_heads = kv_heads;
+    c.head_dim_qk = dim;
+    c.causal = true;
+    c.threads = 1;
+    c.save = save;
+    return c;
+}
+
+All inputs(std::size_t n) {
+    All a(n);
+    a.q = Rows::wave(n, heads * dim, 1);
+    a.k = Rows::wave(n, kv_heads * dim, 2);
+    a.v = Rows::wave(n, kv_heads * dim, 3);
+    a.d_out = Rows::wave(n, heads * dim, 4);
+    return a;
+}
+
+// One rank with the whole sequence.
+All alone(std::size_t n) {
+    All a = inputs(n);
+    cp::Attention attention(small());
+    cp::Context context;
+    cp::Sequences s = cp::Sequences::dense(1, static_cast<std::uint32_t>(n));
+    attention.forward(s, a.forward(), context);
+    attention.backward(s, a.backward(), context);
+    return a;
+}
+
+template <class F> void on_ranks(std::uint32_t size, F body) {
+    cp_unique_id id = cp::unique_id();
+    std::vector<std::thread> threads;
+    for (std::uint32_t r = 0; r < size; r++)
+        threads.emplace_back([=] {
+            try {
+                body(cp::Group::from_id(r, size, id));
+            } catch (const std::exception &e) {
+                expect(false, __LINE__, std::string("rank ") + std::to_string(r) + ": " + e.what());
+            }
+        });
+    for (auto &t : threads)
+        t.join();
+}
+
+double worst(const Rows &a, const Rows &b) {
+    double most = 0;
+    for (std::size_t i = 0; i < a.x.size(); i++) {
+        double d = std::fabs(static_cast<double>(a.x[i]) - b.x[i]);
+        most = d >= 0 && d <= most ? most : d;
+    }
+    return most;
+}
+
+void equal_one_rank(std::uint32_t size, cp::CommType comm, bool save) {
+    const std::size_t n = 37;
+    All right = alone(n), got(n), in = inputs(n);
+    on_ranks(size, [&](cp::Group group) {
+        cp::Sequences s = cp::Sequences::dense(1, static_cast<std::uint32_t>(n));
+        auto mine = cp::partition_tokens(cp::Partition::zigzag, cp::Format::dense, s, size, group.rank());
+        All a(mine.size());
+        a.q = in.q.pick(mine);
+        a.k = in.k.pick(mine);
+        a.v = in.v.pick(mine);
+        a.d_out = in.d_out.pick(mine);
+        cp::Attention attention(small(save));
+        attention.set_group(group, comm);
+        std::vector<unsigned char> workspace(attention.workspace_size(static_cast<std::uint32_t>(n)) + 64);
+        void *at = workspace.data();
+        std::size_t room = workspace.size();
+        if (save)
+            attention.use_workspace(std::align(64, room - 64, at, room), room);
+        cp::Context context;
+        attention.forward(s, a.forward(), context);
+        cp::Context kept = std::move(context);
+        attention.clear_group(); // backward remembers the group
+        attention.backward(s, a.backward(), kept);
+        EXPECT(group.size() == 1 || comm != cp::CommType::p2p || group.statistics().sent_bytes > 0);
+        std::lock_guard<std::mutex> lock(mutex);
+        got.out.put(mine, a.out);
+        got.lse.put(mine, a.lse);
+        got.dq.put(mine, a.dq);
+        got.dk.put(mine, a.dk);
+        got.dv.put(mine, a.dv);
+    });
+    EXPECT(worst(right.out, got.out) < 1e-5);
+    EXPECT(worst(right.lse, got.lse) < 1e-5);
+    EXPECT(worst(right.dq, got.dq) < 1e-5);
+    EXPECT(worst(right.dk, got.dk) < 1e-5);
+    EXPECT(worst(right.dv, got.dv) < 1e-5);
+}
+
+void groups() {
+    static_assert(!std::is_copy_constructible<cp::Group>::value && std::is_nothrow_move_constructible<cp::Group>::value, "Group");
+    static_assert(!std::is_copy_constructible<cp::Attention>::value && std::is_nothrow_move_assignable<cp::Attention>::value, "Attention");
+    static_assert(!std::is_copy_constructible<cp::Context>::value, "Context: its buffer is aligned where it lies");
+    on_ranks(3, [&](cp::Group group) {
+        EXPECT(group.size() == 3);
+        if (group.rank() > 0) {
+            cp::Group pair = group.subset({2, 1});
+            EXPECT(pair.size() == 2 && pair.rank() == 2 - group.rank());
+            EXPECT((pair.global_ranks() == std::vector<std::uint32_t>{2, 1}));
+            pair.barrier();
+        } else {
+            THROWS(invalid_argument, "does not name this rank", group.subset({1, 2}));
+            THROWS(invalid_argument, "got none", group.subset({}));
+        }
+        group.barrier();
+        cp::Group moved = std::move(group);
+        moved.barrier();
+        THROWS(invalid_handle, "group: got NULL", group.rank());
+        moved = cp::Group(moved.subset({moved.rank()}));
+        EXPECT(moved.size() == 1);
+    });
+}
+
+struct Refused : std::runtime_error {
+    Refused() : std::runtime_error("no allgather today") {}
+};
+
+void errors() {
+    EXPECT(cp::version() == cp_version());
+    EXPECT(cp::build_info().find("\"version\"") != std::string::npos);
+    EXPECT(cp::padded_length(cp::Partition::zigzag, 2, 10) == 12);
+    cp::AttentionConfig odd = small();
+    odd.head_dim_qk = 12;
+    THROWS(invalid_argument, "head_dim_qk: got 12", cp::Attention attention(odd));
+    THROWS(invalid_argument, "head_dim_qk: got 12", cp::Attention::require_support(odd, cp::CommConfig(), 2));
+    cp::CommConfig comm(cp::CommType::p2p);
+    comm.stages = 9;
+    THROWS(invalid_argument, "stages: got 9", cp::Attention::require_support(small(), comm, 2));
+    comm = cp::CommType::a2a_p2p;
+    comm.levels = {{2, 2}};
+    cp::Attention::require_support(small(), comm, 4);
+    THROWS(invalid_argument, "has 6 ranks", cp::Attention::require_support(small(), comm, 6));
+    THROWS(invalid_argument, "RANK and WORLD_SIZE", cp::Group::from_environment());
+    bool seen = false;
+    try {
+        cp::Group::from_allgather(0, 2, [](const void *, void *, std::size_t) { throw Refused(); });
+    } catch (const Refused &) {
+        seen = true;
+    }
+    EXPECT(seen);
+    All a = inputs(8);
+    cp::Attention attention(small());
+    cp::Context context;
+    THROWS(invalid_argument, "context: made by another layer", attention.backward(cp::Sequences::dense(1, 8), a.backward(), context));
+    THROWS(invalid_argument, "q: got shape", attention.forward(cp::Sequences::dense(1, 9), a.forward(), context));
+    THROWS(invalid_argument, "sequences.seq_q: got 0", attention.forward(cp::Sequences::dense(1, 0), a.forward(), context));
+    cp::ForwardTensors none = a.forward();
+    none.k = cp::Tensor();
+    THROWS(invalid_argument, "k.dtype", attention.forward(cp::Sequences::dense(1, 8), none, context));
+    THROWS(invalid_argument, "lengths: got 1 numbers, need 2", cp::Sequences::dense(2, 8).lengths(cp::Side::query, {3}));
+    THROWS(invalid_argument, "strides: got 1 for 2", cp::Tensor(a.q.x.data(), cp::DType::f32, {2, 2}, {1}));
+    THROWS(invalid_argument, "at most 4", cp::Tensor(a.q.x.data(), cp::DType::f32, {1, 1, 1, 1, 1}));
+    THROWS(invalid_argument, "data: got 512 elements, the shape has 4", cp::Tensor(a.q.x, {2, 2}));
+    EXPECT(attention.plan(cp::Sequences::dense(1, 8), cp::Pass::forward).size() > 10);
+    EXPECT(attention.plan(cp::Sequences::dense(1, 8), cp::Pass::backward, cp::PlanFormat::json)[0] == '{');
+    EXPECT(attention.report(cp::Sequences::dense(1, 8)).forward_flops > 0);
+    EXPECT(attention.saved_size(cp::Sequences::dense(1, 8)) == 0);
+    cp::Attention other(small());
+    other = std::move(attention);
+    other.forward(cp::Sequences::dense(1, 8), a.forward(), context);
+}
+
+// One rank is wrong: its own error there, a mismatch that names it elsewhere, and all goes on.
+void disagreement() {
+    on_ranks(2, [&](cp::Group group) {
+        All a = inputs(4);
+        cp::Attention attention(small());
+        attention.set_group(group);
+        cp::Context context;
+        cp::Sequences s = cp::Sequences::dense(1, 8);
+        cp::ForwardTensors t = a.forward();
+        if (group.rank() == 1) {
+            t.v = a.v.tensor(heads);
+            THROWS(invalid_argument, "v: got shape", attention.forward(s, t, context));
+        } else {
+            THROWS(mismatch, "rank 1 refused cp_attention_forward: v: got shape", attention.forward(s, t, context));
+        }
+        attention.forward(s, a.forward(), context);
+    });
+}
+
+// Packed documents and a caller's own partition.
+void packed_and_list() {
+    cp::AttentionConfig c = small();
+    c.format = cp::Format::packed;
+    c.partition = cp::Partition::list;
+    cp::Attention attention(c);
+    All a = inputs(9);
+    auto flat = [](const Rows &r, std::int64_t h) {
+        return cp::Tensor(r.x, {static_cast<std::int64_t>(r.x.size()) / r.width, h, r.width / h});
+    };
+    cp::Tensor lse(a.lse.x, {heads, 9});
+    cp::Sequences s = cp::Sequences::packed({0, 4, 9});
+    THROWS(invalid_argument, "sequences.list_q: got NULL", attention.report(s));
+    s.list(cp::Side::query, {{cp_stretch{1, 0, 1, 5}, cp_stretch{0, 0, 1, 4}}});
+    cp::Context context;
+    attention.forward(s, {flat(a.q, heads), flat(a.k, kv_heads), flat(a.v, kv_heads), flat(a.out, heads), lse}, context);
+    // Causal: the first row of a document sees itself alone. Rows 0 and 5 are such, by the list above.
+    for (std::size_t i = 0; i < dim; i++)
+        EXPECT(a.out.x[i] == a.v.x[i] && a.out.x[5 * heads * dim + i] == a.v.x[5 * kv_heads * dim + i]);
+}
+
+// What a DLPack producer hands over, without DLPack's header.
+struct FakeDLTensor {
+    void *data;
+    struct {
+        int device_type, device_id;
+    } device;
+    std::int32_t ndim;
+    struct {
+        std::uint8_t code, bits;
+        std::uint16_t lanes;
+    } dtype;
+    std::int64_t *shape, *strides;
+    std::uint64_t byte_offset;
+};
+
+void tensors() {
+    std::vector<float> x(24);
+    std::int64_t shape[3] = {2, 3, 4}, strides[3] = {1, 8, 2};
+    FakeDLTensor d = {x.data(), {1, 0}, 3, {2, 32, 1}, shape, strides, 8};
+    cp::Tensor t = cp::Tensor::from_dlpack(&d);
+    EXPECT(t.raw().data == x.data() + 2 && t.raw().ndim == 3 && t.raw().stride[1] == 8 && t.raw().shape[2] == 4);
+    EXPECT(t.raw().dtype_bits == 32 && t.raw().dtype_code == CP_CODE_FLOAT && t.raw().device_type == CP_DEVICE_CPU);
+    d.strides = nullptr;
+    t = cp::Tensor::from_dlpack(&d);
+    EXPECT(t.raw().stride[0] == 12 && t.raw().stride[1] == 4 && t.raw().stride[2] == 1);
+    std::vector<std::uint16_t> half(24);
+    EXPECT(cp::Tensor(half, cp::DType::bf16, {2, 12}).raw().dtype_code == CP_CODE_BFLOAT);
+    THROWS(invalid_argument, "f32 for 16-bit", cp::Tensor(half, cp::DType::f32, {2, 12}));
+}
+
+} // namespace
+
+int main() {
+    const cp::CommType comms[] = {cp::CommType::p2p, cp::CommType::all_gather, cp::CommType::a2a, cp::CommType::a2a_p2p};
+    for (std::uint32_t size = 1; size <= 4; size++)
+        for (cp::CommType comm : comms)
+            equal_one_rank(size, comm, size % 2 == 0);
+    groups();
+    errors();
+    disagreement();
+    packed_and_list();
+    tensors();
+    std::printf("%d passed, %d failed\n", passed, failed);
+    return failed > 0;
+}

@@ -1,0 +1,56 @@
+"""What a rank of test_processes.py does, started by torchrun, mpirun or multiprocessing: some cases by all communication types, results into files."""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+
+import context_parallel as cp
+from corpus import cases
+from ranks import run_case
+
+CASES = (("causal_33_gqa3", "float32"), ("pad_left", "bfloat16"), ("thd_padded_between", "float16"))
+COMMS = ("p2p", "all_gather", "a2a", "a2a+p2p")
+
+
+def rank(group, folder):
+    for name, dtype in CASES:
+        for comm in COMMS:
+            found = run_case(group, cases()[name], dtype, comm)
+            arrays = {f"{key}.{part}": array for key, pair in found.items() for part, array in zip(("rows", "tokens"), pair)}
+            # np.save knows no bfloat16; fp32 holds it.
+            arrays = {key: array.astype(np.float32) if key.endswith("rows") else array for key, array in arrays.items()}
+            np.savez(Path(folder) / f"{name}.{comm}.{group.rank}.npz", **arrays)
+    group.barrier()
+
+
+def member(pipe, number, size, folder):
+    """A process of multiprocessing: the unique id comes through the pipe."""
+    id = cp.unique_id() if number == 0 else pipe.recv_bytes()
+    if number == 0:
+        pipe.send_bytes(id)
+    with cp.Group.from_id(id, number, size, transport="shm", timeout=60) as group:
+        rank(group, folder)
+
+
+def waiter(pipe, number):
+    """Rank 1 says that it is there, then waits in a barrier that rank 0, killed by the test, never comes to."""
+    id = cp.unique_id() if number == 0 else pipe.recv_bytes()
+    if number == 0:
+        pipe.send_bytes(id)
+    group = cp.Group.from_id(id, number, 2, timeout=60)
+    pipe.send_bytes(b"joined")
+    if number == 0:
+        pipe.recv_bytes()  # for ever
+    try:
+        group.barrier()
+    except cp.Error as error:
+        pipe.send_bytes(f"{error.status.name} {error}".encode())
+
+
+if __name__ == "__main__":
+    with cp.Group.from_env(timeout=60) as group:
+        rank(group, sys.argv[1])
+        print(f"rank {group.rank} of {group.size}: done")

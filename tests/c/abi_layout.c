@@ -1,0 +1,179 @@
+/* The layout of every struct of the C ABI on LP64, frozen: a change here breaks programs that are already compiled. New fields are only
+ * appended (and asserted here); cp_tensor, cp_context, cp_unique_id, cp_stretch, cp_piece and cp_message never change. */
+#include "context_parallel.h"
+
+#define SIZE(type, bytes) _Static_assert(sizeof(type) == (bytes), "the size of " #type " changed")
+#define AT(type, field, offset) _Static_assert(offsetof(type, field) == (offset), #type "." #field " moved")
+
+_Static_assert(sizeof(void *) == 8 && sizeof(long) == 8 && sizeof(size_t) == 8, "these layouts are those of LP64");
+_Static_assert(sizeof(cp_status) == 4 && (cp_status)-1 < 0, "cp_status is a signed 32-bit integer");
+
+SIZE(cp_unique_id, 128);
+AT(cp_unique_id, bytes, 0);
+
+SIZE(cp_piece, 16);
+AT(cp_piece, ptr, 0);
+AT(cp_piece, bytes, 8);
+
+SIZE(cp_message, 16);
+AT(cp_message, peer, 0);
+AT(cp_message, n_pieces, 4);
+AT(cp_message, pieces, 8);
+
+SIZE(cp_transport_ops, 64);
+AT(cp_transport_ops, struct_size, 0);
+AT(cp_transport_ops, flags, 4);
+AT(cp_transport_ops, ctx, 8);
+AT(cp_transport_ops, start, 16);
+AT(cp_transport_ops, test, 24);
+AT(cp_transport_ops, cancel, 32);
+AT(cp_transport_ops, allgather, 40);
+AT(cp_transport_ops, destroy, 48);
+AT(cp_transport_ops, waiting_for, 56);
+
+SIZE(cp_group_config, 72);
+AT(cp_group_config, struct_size, 0);
+AT(cp_group_config, flags, 4);
+AT(cp_group_config, rank, 8);
+AT(cp_group_config, size, 12);
+AT(cp_group_config, bootstrap, 16);
+AT(cp_group_config, transport_kind, 20);
+AT(cp_group_config, id, 24);
+AT(cp_group_config, allgather, 32);
+AT(cp_group_config, allgather_ctx, 40);
+AT(cp_group_config, transport, 48);
+AT(cp_group_config, timeout_ms, 56);
+AT(cp_group_config, device_type, 64);
+AT(cp_group_config, device_id, 68);
+
+SIZE(cp_statistics, 32);
+AT(cp_statistics, struct_size, 0);
+AT(cp_statistics, flags, 4);
+AT(cp_statistics, sent_bytes, 8);
+AT(cp_statistics, received_bytes, 16);
+AT(cp_statistics, exposed_ns, 24);
+
+SIZE(cp_stretch, 16);
+AT(cp_stretch, seq, 0);
+AT(cp_stretch, start, 4);
+AT(cp_stretch, step, 8);
+AT(cp_stretch, len, 12);
+
+SIZE(cp_sequences, 120);
+AT(cp_sequences, struct_size, 0);
+AT(cp_sequences, flags, 4);
+AT(cp_sequences, count, 8);
+AT(cp_sequences, seq_q, 12);
+AT(cp_sequences, seq_k, 16);
+AT(cp_sequences, reserved, 20);
+AT(cp_sequences, lens_q, 24);
+AT(cp_sequences, lens_k, 32);
+AT(cp_sequences, before_q, 40);
+AT(cp_sequences, before_k, 48);
+AT(cp_sequences, cu_seqlens_q, 56);
+AT(cp_sequences, cu_seqlens_k, 64);
+AT(cp_sequences, cu_seqlens_q_padded, 72);
+AT(cp_sequences, cu_seqlens_k_padded, 80);
+AT(cp_sequences, list_q, 88);
+AT(cp_sequences, list_k, 96);
+AT(cp_sequences, list_q_counts, 104);
+AT(cp_sequences, list_k_counts, 112);
+
+SIZE(cp_attention_config, 56);
+AT(cp_attention_config, struct_size, 0);
+AT(cp_attention_config, flags, 4);
+AT(cp_attention_config, heads, 8);
+AT(cp_attention_config, kv_heads, 12);
+AT(cp_attention_config, head_dim_qk, 16);
+AT(cp_attention_config, head_dim_v, 20);
+AT(cp_attention_config, dtype, 24);
+AT(cp_attention_config, format, 28);
+AT(cp_attention_config, partition, 32);
+AT(cp_attention_config, window_left, 36);
+AT(cp_attention_config, window_right, 40);
+AT(cp_attention_config, softmax_scale, 44);
+AT(cp_attention_config, max_tokens_per_rank, 48);
+AT(cp_attention_config, threads, 52);
+
+SIZE(cp_comm_config, 48);
+AT(cp_comm_config, struct_size, 0);
+AT(cp_comm_config, flags, 4);
+AT(cp_comm_config, comm_type, 8);
+AT(cp_comm_config, stages, 12);
+AT(cp_comm_config, level_count, 16);
+AT(cp_comm_config, reserved, 20);
+AT(cp_comm_config, level_sizes, 24);
+AT(cp_comm_config, memory_cap_bytes, 40);
+
+SIZE(cp_report, 104);
+AT(cp_report, struct_size, 0);
+AT(cp_report, flags, 4);
+AT(cp_report, forward_workspace, 8);
+AT(cp_report, backward_workspace, 16);
+AT(cp_report, saved, 24);
+AT(cp_report, transport, 32);
+AT(cp_report, kernels, 40);
+AT(cp_report, forward_sent, 48);
+AT(cp_report, forward_received, 56);
+AT(cp_report, backward_sent, 64);
+AT(cp_report, backward_received, 72);
+AT(cp_report, forward_flops, 80);
+AT(cp_report, backward_flops, 88);
+AT(cp_report, stages, 96);
+AT(cp_report, inner, 100);
+
+SIZE(cp_tensor, 96);
+AT(cp_tensor, data, 0);
+AT(cp_tensor, device_type, 8);
+AT(cp_tensor, device_id, 12);
+AT(cp_tensor, dtype_code, 16);
+AT(cp_tensor, dtype_bits, 17);
+AT(cp_tensor, dtype_lanes, 18);
+AT(cp_tensor, ndim, 20);
+AT(cp_tensor, shape, 24);
+AT(cp_tensor, stride, 56);
+AT(cp_tensor, reserved, 88);
+
+SIZE(cp_context, 32);
+AT(cp_context, problem, 0);
+AT(cp_context, attached, 8);
+AT(cp_context, dropout_seed, 16);
+AT(cp_context, reserved, 24);
+
+SIZE(cp_forward_args, 536);
+AT(cp_forward_args, struct_size, 0);
+AT(cp_forward_args, flags, 4);
+AT(cp_forward_args, sequences, 8);
+AT(cp_forward_args, q, 16);
+AT(cp_forward_args, k, 112);
+AT(cp_forward_args, v, 208);
+AT(cp_forward_args, out, 304);
+AT(cp_forward_args, lse, 400);
+AT(cp_forward_args, saved, 496);
+AT(cp_forward_args, saved_bytes, 504);
+AT(cp_forward_args, workspace, 512);
+AT(cp_forward_args, workspace_bytes, 520);
+AT(cp_forward_args, context, 528);
+
+SIZE(cp_backward_args, 920);
+AT(cp_backward_args, struct_size, 0);
+AT(cp_backward_args, flags, 4);
+AT(cp_backward_args, sequences, 8);
+AT(cp_backward_args, context, 16);
+AT(cp_backward_args, q, 24);
+AT(cp_backward_args, k, 120);
+AT(cp_backward_args, v, 216);
+AT(cp_backward_args, out, 312);
+AT(cp_backward_args, lse, 408);
+AT(cp_backward_args, d_out, 504);
+AT(cp_backward_args, dq, 600);
+AT(cp_backward_args, dk, 696);
+AT(cp_backward_args, dv, 792);
+AT(cp_backward_args, saved, 888);
+AT(cp_backward_args, saved_bytes, 896);
+AT(cp_backward_args, workspace, 904);
+AT(cp_backward_args, workspace_bytes, 912);
+
+int main(void) {
+    return 0;
+}
