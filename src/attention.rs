@@ -79,6 +79,7 @@ impl Config {
             p.stages = n;
         }
         p.validate()?;
+        lists_fill_the_batch(&p)?;
         if let Stages::Within(cap) = comm.stages {
             p.stages = fewest_stages(&p, cap)?;
         }
@@ -92,6 +93,23 @@ impl Config {
         let comm = Comm { stages, ..comm };
         self.problem(comm, ranks, vec![Sequence::square(ranks)], &Partition::Contiguous).map(|_| ())
     }
+}
+
+/// A dense tensor is `[batch, seq, heads, dim]`: the batch divides the rows that a caller's list gives a rank.
+fn lists_fill_the_batch(p: &Problem) -> Result<()> {
+    let Partition::List { q, k } = &p.partition else { return Ok(()) };
+    let batch = if p.packed { 1 } else { p.seqs.len() as u64 };
+    for (side, lists) in [("q", q), ("k", k)] {
+        for (rank, list) in lists.iter().enumerate() {
+            let rows: u64 = list.iter().map(|s| u64::from(s.len)).sum();
+            if !rows.is_multiple_of(batch) {
+                return Err(Error::argument(format!(
+                    "{side} partition list of rank {rank}: {rows} tokens in a dense batch of {batch}, which must divide them"
+                )));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The last stage count that a memory cap led to. Working it out looks at all ranks' plans, and calls repeat.

@@ -250,10 +250,6 @@ impl Problem {
             validate_list(self, q, Side::Query)?;
             validate_list(self, k, Side::Key)?;
             validate_steps(self, q, k)?;
-            if !self.packed {
-                validate_batch(self, q, Side::Query)?;
-                validate_batch(self, k, Side::Key)?;
-            }
         }
         Ok(())
     }
@@ -339,21 +335,6 @@ fn validate_list(p: &Problem, lists: &[Vec<crate::partition::Stretch>], side: Si
         if let Some(position) = positions.iter().position(|&h| h == u32::MAX) {
             return Err(Error::argument(format!(
                 "{name} partition list: position {position} of sequence {seq} is on no rank"
-            )));
-        }
-    }
-    Ok(())
-}
-
-/// A dense tensor is `[batch, seq, heads, dim]`, so that the batch divides the rows of every rank.
-fn validate_batch(p: &Problem, lists: &[Vec<crate::partition::Stretch>], side: Side) -> Result<()> {
-    let name = if side == Side::Query { "q" } else { "k" };
-    for (rank, list) in lists.iter().enumerate() {
-        let rows: u64 = list.iter().map(|s| u64::from(s.len)).sum();
-        if !rows.is_multiple_of(p.seqs.len() as u64) {
-            return Err(Error::argument(format!(
-                "{name} partition list of rank {rank}: {rows} tokens in a dense batch of {}; the batch must divide them",
-                p.seqs.len()
             )));
         }
     }
