@@ -87,7 +87,7 @@
 // The group was aborted. The group is lost.
 #define CP_ERR_ABORTED 14
 
-// A bug in this library. The handle is poisoned.
+// A bug in this library. Destroy the handle that it came from.
 #define CP_ERR_INTERNAL 15
 
 // Host memory (DLPack's kDLCPU).

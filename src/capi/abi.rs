@@ -38,7 +38,7 @@ pub const CP_ERR_TIMEOUT: i32 = 12;
 pub const CP_ERR_PEER_LOST: i32 = 13;
 /// The group was aborted. The group is lost.
 pub const CP_ERR_ABORTED: i32 = 14;
-/// A bug in this library. The handle is poisoned.
+/// A bug in this library. Destroy the handle that it came from.
 pub const CP_ERR_INTERNAL: i32 = 15;
 
 const _: () = {

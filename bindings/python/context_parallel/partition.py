@@ -61,7 +61,7 @@ class Sequences:
         """`batch` sequences of `seq` tokens (keys: `seq_k`) over all ranks, padding included.
 
         lens: true length of every sequence; before: padding tokens before the first true one (left padding); None: no padding. The `_k` ones are
-        for keys; with none of them, keys are as queries.
+        for keys: not given, keys are as queries, or, where seq_k is another length, without padding.
         """
         count = number("batch", batch)
         struct = _abi.cp_sequences(count=count, seq_q=number("seq", seq), seq_k=0 if seq_k is None else number("seq_k", seq_k))
