@@ -1,5 +1,8 @@
 //! The C ABI's data: constants and structs, exactly as C sees them.
 
+// These docs are the C header's, where [in] and [out] say who writes.
+#![allow(rustdoc::broken_intra_doc_links)]
+
 use crate::error::Status;
 use crate::transport::user::CpTransportOps;
 use libc::c_void;

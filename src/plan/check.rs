@@ -1,11 +1,11 @@
 //! Proves all ranks' plans together, without tensors. Four proofs, each in its file:
 //!
-//! * [`form`] **Form.** A plan is well formed by itself: named slots exist and are as large as what is touched, sums are in fp32, slices are
+//! * **Form.** A plan is well formed by itself: named slots exist and are as large as what is touched, sums are in fp32, slices are
 //!   sorted and tight, an event has one signal, and steps only wait for steps listed before them.
-//! * [`hazards`] **Hazards.** Steps on different lanes that touch the same rows, one of them writing, are ordered by events. So every order
+//! * **Hazards.** Steps on different lanes that touch the same rows, one of them writing, are ordered by events. So every order
 //!   in which the lanes may really run gives what the listed order gives.
-//! * [`needs`] **Needs.** No more rows travel than some query of the receiver may see, or, on the way home, than were lent.
-//! * [`flow`] **Data flow and progress.** All ranks run their steps in listed order over 64-bit identities instead of numbers, exchanges under
+//! * **Needs.** No more rows travel than some query of the receiver may see, or, on the way home, than were lent.
+//! * **Data flow and progress.** All ranks run their steps in listed order over 64-bit identities instead of numbers, exchanges under
 //!   grouped rendezvous. In the end every output is the sum of exactly the allowed (head, query, key) triples, each once.
 //!
 //! The listed order is the strictest one: each exchange blocks all that follows. Lanes only relax it, so what makes progress here does

@@ -143,7 +143,7 @@ impl Builder<'_> {
         self.finish_gradients();
     }
 
-    /// X[s]: keys of stage s, and the gradients of stage s−2 on their way home. `ready`: own keys are where they are sent from.
+    /// `X[s]`: keys of stage s, and the gradients of stage s−2 on their way home. `ready`: own keys are where they are sent from.
     fn push_keys_and_gradients(&mut self, s: u32, ready: Option<Event>) -> Option<Event> {
         let n = self.survey.count();
         let (mut sends, mut recvs) =

@@ -1,4 +1,4 @@
-//! Pictures of plans, as SVG: [`attention_matrix`] shows who computes what and when it got the keys, [`lanes`] how the steps of all ranks
+//! Pictures of plans, as SVG: [`attention_matrix`] shows who computes what and when it got the keys, [`lanes()`] how the steps of all ranks
 //! fit into each other. Both are drawn from the steps of the plans, nothing else, in sizes that do not grow with the sequence.
 
 mod lanes;

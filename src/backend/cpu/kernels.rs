@@ -27,7 +27,7 @@ pub enum Into {
     Set,
     /// C += A·B.
     Add,
-    /// C[i] = factor[i]·C[i] + A·B.
+    /// `C[i] = factor[i]·C[i] + A·B`.
     Scale(*const f32),
 }
 
