@@ -211,7 +211,11 @@ impl User {
             return Ok(());
         }
         let status = Status::from_i32(returned).unwrap_or(Status::Transport);
-        let peer = self.ask().map_or(String::new(), |p| format!(", waiting for rank {p}"));
+        let peer = self.ask();
+        if let (Status::Timeout, Some(peer)) = (status, peer) {
+            return self.fail(streams::not_come(self.rank, peer, &format!("the {what}")));
+        }
+        let peer = peer.map_or(String::new(), |p| format!(", waiting for rank {p}"));
         let text =
             format!("rank {}: {what} of the user transport returned {returned}{peer}", self.rank);
         self.fail(Error::new(status, text))
