@@ -36,8 +36,8 @@ pub unsafe extern "C" fn cp_get_unique_id(id: *mut cp_unique_id) -> cp_status {
 
 /// Makes a group. Collective over its ranks; blocks until all have come, at most `timeout_ms`.
 ///
-/// The ranks find each other through one of: `id` (all ranks give the same), `allgather` (the caller's own collective, called once or
-/// twice), `transport` (the caller's own transport), or CP_BOOTSTRAP_ENV. Size 1 needs none.
+/// The ranks find each other through one of: `id` (all ranks give the same), `allgather` (the caller's own collective, called once
+/// on every rank), `transport` (the caller's own transport), or CP_BOOTSTRAP_ENV. Size 1 needs none.
 /// Errors: CP_ERR_INVALID_ARGUMENT, CP_ERR_MISMATCH (ranks disagree about size or kind), CP_ERR_UNSUPPORTED (ranks on several hosts without
 /// a transport), CP_ERR_TIMEOUT naming a rank that has not come, CP_ERR_PEER_LOST.
 ///
