@@ -37,8 +37,8 @@ DEVICE void move_rows(const cp_rows_params& p, uint32_t units, uint32_t element)
     for (row_pairs pair(p.row_count, p.heads, lanes); pair.valid(); pair.next()) {
         uint32_t i = search.find(pair.row);
         uint32_t from = search.run.src + i * search.run.src_step, to = search.run.dst + i * search.run.dst_step;
-        const W* src = (const W*)(p.src.ptr + row_offset(p.src, from, p.src_head + pair.head) * (int64_t)element);
-        W* dst = (W*)(p.dst.ptr + row_offset(p.dst, to, p.dst_head + pair.head) * (int64_t)element);
+        const W* src = (const W*)(p.src.ptr + element_offset(p.src, from, p.src_head + pair.head) * (int64_t)element);
+        W* dst = (W*)(p.dst.ptr + element_offset(p.dst, to, p.dst_head + pair.head) * (int64_t)element);
         for (uint32_t u = pair.lane; u < units; u += lanes) store_global(dst + u, load_global(src + u));
     }
 }
@@ -50,8 +50,8 @@ DEVICE void convert_rows(const cp_rows_params& p) {
     for (row_pairs pair(p.row_count, p.heads, lanes); pair.valid(); pair.next()) {
         uint32_t i = search.find(pair.row);
         uint32_t from = search.run.src + i * search.run.src_step, to = search.run.dst + i * search.run.dst_step;
-        const S* src = (const S*)p.src.ptr + row_offset(p.src, from, p.src_head + pair.head);
-        D* dst = (D*)p.dst.ptr + row_offset(p.dst, to, p.dst_head + pair.head);
+        const S* src = (const S*)p.src.ptr + element_offset(p.src, from, p.src_head + pair.head);
+        D* dst = (D*)p.dst.ptr + element_offset(p.dst, to, p.dst_head + pair.head);
         for (uint32_t u = pair.lane; u < units; u += lanes) {
             float x[N];
             elements<S, N>::load(src + u * N, x);
@@ -111,7 +111,7 @@ DEVICE void fill_rows(const cp_rows_params& p, float value) {
     run_search search(p.runs, p.run_count);
     for (row_pairs pair(p.row_count, p.heads, lanes); pair.valid(); pair.next()) {
         uint32_t i = search.find(pair.row);
-        D* dst = (D*)p.dst.ptr + row_offset(p.dst, search.run.dst + i * search.run.dst_step, p.dst_head + pair.head);
+        D* dst = (D*)p.dst.ptr + element_offset(p.dst, search.run.dst + i * search.run.dst_step, p.dst_head + pair.head);
         for (uint32_t u = pair.lane; u < units; u += lanes) elements<D, N>::store(dst + u * N, x);
     }
 }
@@ -144,8 +144,8 @@ DEVICE void sum_rows(const cp_delta_params& p) {
     for (row_pairs pair(p.row_count, p.heads, lanes); shuffle(pair.valid(), 0); pair.next()) {
         float sum = 0.0f;
         if (pair.valid()) {
-            const T* out = (const T*)p.out.ptr + row_offset(p.out, pair.row, pair.head);
-            const T* d_out = (const T*)p.d_out.ptr + row_offset(p.d_out, pair.row, pair.head);
+            const T* out = (const T*)p.out.ptr + element_offset(p.out, pair.row, pair.head);
+            const T* d_out = (const T*)p.d_out.ptr + element_offset(p.d_out, pair.row, pair.head);
             for (uint32_t u = pair.lane; u < units; u += lanes) {
                 float x[8], y[8];
                 elements<T, 8>::load(out + u * 8, x);
@@ -154,7 +154,7 @@ DEVICE void sum_rows(const cp_delta_params& p) {
             }
         }
         for (uint32_t other = lanes / 2; other > 0; other /= 2) sum += shuffle_xor(sum, (int)other);
-        if (pair.valid() && pair.lane == 0) store_global((float*)p.delta.ptr + row_offset(p.delta, pair.row, pair.head), sum);
+        if (pair.valid() && pair.lane == 0) store_global((float*)p.delta.ptr + element_offset(p.delta, pair.row, pair.head), sum);
     }
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 #include "params.h"
 #include "ptx.cuh"
+#include "tile.cuh"
 
 // The pairs of one group of `lanes` neighbouring threads: the first, and then every (number of groups)-th. No division after the first.
 struct row_pairs {
@@ -36,16 +37,6 @@ DEVICE uint32_t row_lanes(uint32_t units) {
     uint32_t lanes = 1;
     while (lanes < units && lanes < 32) lanes *= 2;
     return lanes;
-}
-
-// Elements before the first of (row, head).
-DEVICE int64_t row_offset(const cp_view& view, uint32_t row, uint32_t head) {
-    int64_t offset = (int64_t)head * view.stride_head;
-    if (view.rows_per_batch != 0) {
-        offset += (int64_t)(row / view.rows_per_batch) * view.stride_batch;
-        row %= view.rows_per_batch;
-    }
-    return offset + (int64_t)row * view.stride_row;
 }
 
 // Do all rows and heads start at multiples of `bytes`?
