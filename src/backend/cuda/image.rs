@@ -16,6 +16,8 @@ pub struct Image {
     pub bytes: &'static [u8],
 }
 
+// Unused when there are no images.
+#[allow(dead_code)]
 #[repr(C, align(16))]
 struct Aligned<T>(T);
 
