@@ -28,7 +28,8 @@
 //! | [`plan`] | decides; start with the table that `context-parallel plan` prints, then `plan/stages.rs` |
 //! | [`exec`] | runs one rank's plan |
 //! | [`backend`] | what compute steps mean, and the CPU kernels |
-//! | [`transport`] | moves bytes: `local` (threads), `shm` (processes), `user` (a C table; MPI comes through it) |
+//! | [`transport`] | moves bytes: `local` (threads), `shm` (processes), `user` (a C table; MPI comes through it); `device`: on CUDA streams |
+//! | [`driver`] | the CUDA driver, opened at run time |
 //! | [`group`], [`attention`] | ranks that agree before they compute; layers |
 //! | [`capi`] | translates C to all of the above and decides nothing |
 //!
@@ -43,6 +44,7 @@
 pub mod attention;
 pub mod backend;
 pub mod capi;
+pub mod driver;
 pub mod dtype;
 pub mod error;
 pub mod exec;

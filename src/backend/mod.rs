@@ -1,6 +1,7 @@
-//! Computing: what a plan's compute steps mean, as plain structs over raw memory. `cpu` carries them out.
+//! Computing: what a plan's compute steps mean, as plain structs over raw memory. `cpu` carries them out on the spot, `cuda` enqueues them.
 
 pub mod cpu;
+pub mod cuda;
 
 use crate::dtype::DType;
 use crate::mask::Slice;

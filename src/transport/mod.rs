@@ -6,9 +6,11 @@
 //!
 //! `local`: ranks are threads. `shm` (over `segment`): ranks are processes of one host. `user`: the caller's table of C functions, such as MPI.
 //! `bootstrap` makes the first two from a unique id, an allgather callback, or a launcher's `environment`. `delay` is for tests.
+//! `device`: the same between device memories, on streams.
 
 pub mod bootstrap;
 pub mod delay;
+pub mod device;
 mod environment;
 pub mod local;
 mod segment;

@@ -55,7 +55,7 @@ fn imports(text: &str) -> BTreeSet<String> {
 }
 
 /// design: partition ← mask ← problem ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
-const MAY_IMPORT: [(&str, &[&str]); 14] = [
+const MAY_IMPORT: [(&str, &[&str]); 15] = [
     ("error", &[]),
     ("dtype", &[]),
     ("mask", &["partition"]),
@@ -64,8 +64,9 @@ const MAY_IMPORT: [(&str, &[&str]); 14] = [
     ("holding", &["partition", "problem"]),
     // Of `backend` the plan uses plain data only: `HeadMap` and `Run`.
     ("plan", &["backend", "dtype", "error", "holding", "mask", "partition", "problem"]),
-    ("backend", &["dtype", "error", "mask"]),
-    ("transport", &["error"]),
+    ("driver", &["error"]),
+    ("backend", &["driver", "dtype", "error", "mask"]),
+    ("transport", &["driver", "error"]),
     ("exec", &["backend", "dtype", "error", "plan", "transport"]),
     ("group", &["error", "exec", "plan", "problem", "transport"]),
     (

@@ -1,0 +1,7 @@
+//! The CUDA backend: kernels of `kernels/`, launched through the driver.
+//!
+//! ```text
+//! image.rs    the compiled kernels               staging.rs  work lists on their way to the device
+//! params.rs   what kernels are given             launch.rs   compute steps to launches
+//! tables.rs   slices to the kernels' work lists
+//! ```
