@@ -7,6 +7,9 @@
 //
 // The warps divide each product among them in their own way, so P and dS go through shared memory. Two barriers a query tile where Q and dO
 // have two stages each: behind the arrival of Q and dO, and behind the writing of P and dS.
+//
+// Grid: any, but with CP_DETERMINISTIC one block per piece of work, in which blocks wait only for blocks of lower number; a block that went on
+// to its next piece could wait for one that has no multiprocessor yet.
 #pragma once
 #include "bounds.cuh"
 #include "params.h"
@@ -403,3 +406,12 @@ DEVICE void backward(const cp_attention_params& p) {
         sync_block();  // before the next one fills the tiles
     }
 }
+
+// The kernel of one row of shapes.h. One block per multiprocessor.
+#define CP_BACKWARD_KERNEL(name, T, limit, dqk, dv, q_rows, k_rows, warps, s_m, keys, dq_m, q_stages, do_stages)               \
+    extern "C" __global__ void __launch_bounds__(warps * 32, 1) name(const __grid_constant__ cp_attention_params p) {          \
+        using Shape = BackwardShape<q_rows, k_rows, dqk, dv, warps, s_m, keys, dq_m, q_stages, do_stages>;                     \
+        static_assert(Shape::SHARED == CP_BACKWARD_SHARED(dqk, dv, q_rows, k_rows, q_stages, do_stages), "shapes.h");          \
+        static_assert(Shape::SHARED <= limit * 1024, "shared memory");                                                         \
+        backward<T, Shape>(p);                                                                                                 \
+    }
