@@ -38,7 +38,7 @@ struct BackwardShape {
     static constexpr int AT_K = 0, AT_V = AT_K + K::BYTES, AT_Q = AT_V + V::BYTES, AT_DO = AT_Q + Q_STAGES * Q::BYTES;
     static constexpr int AT_P = AT_DO + DO_STAGES * DO::BYTES, AT_DS = AT_P + S::BYTES;
     static constexpr int AT_LSE = AT_DS + S::BYTES, AT_DELTA = AT_LSE + BM * 4, AT_KEYS = AT_DELTA + BM * 4, AT_DQ = AT_KEYS + BM * 4;
-    static constexpr int SHARED = AT_DQ + 2 * BM * 8;
+    static constexpr int AT_TURN = AT_DQ + 2 * BM * 8, SHARED = AT_TURN + 2 * 16;
 };
 
 // acc += A·B. A: M blocks of rows, from a tile that holds it as [m][k]; B: N blocks of columns, from one that holds [n][k]; K blocks deep.
@@ -149,6 +149,13 @@ struct Backward {
     DEVICE uint32_t* keys_row(uint32_t row) const { return (uint32_t*)(shared + C::AT_KEYS) + row; }
     DEVICE int64_t* dq_row(uint32_t stage, uint32_t row) const { return (int64_t*)(shared + C::AT_DQ) + stage * C::BM + row; }
 
+    // Deterministic: the counter of a query tile, and what it must be before the adds.
+    struct Turn {
+        uint32_t* counter;
+        uint32_t turn;
+    };
+    DEVICE Turn* turn_of(uint32_t stage) const { return (Turn*)(shared + C::AT_TURN) + stage; }
+
     DEVICE void enter_part(QueryTile& at) const { at.row = load_part(p.parts, at.part).begin / C::BM * C::BM; }
 
     // The next query tile: of the part, of the next part, of the next head. False: there is none.
@@ -207,6 +214,12 @@ struct Backward {
         x.dq = element_offset(p.dq, row, at.head);
         return x;
     }
+    DEVICE void store_turn(const QueryTile& at, uint32_t stage) const {
+        cp_part part = load_part(p.parts, at.part);
+        uint32_t number = at.row / C::BM;
+        turn_of(stage)->counter = (uint32_t*)p.counters + (uint64_t)number * p.heads + at.head;
+        turn_of(stage)->turn = load_constant((const uint32_t*)p.turns + part.turn + (number - part.begin / C::BM));
+    }
     DEVICE void store_row(const Row& x, uint32_t stage) const {
         *lse_row(thread) = x.lse;
         *delta_row(thread) = x.delta;
@@ -215,6 +228,7 @@ struct Backward {
     }
 
     static constexpr int SM = C::BM / C::S_M / 16, SN = C::BN / C::S_N / 16;  // blocks of S per warp
+    static constexpr int DN = SM * SN > 4 && SN % 2 == 0 ? SN / 2 : SN;              // columns of dP at a time: registers
 
     // P and dS of a query tile, into shared memory.
     DEVICE void scores(const unsigned char* q, const unsigned char* d_out, bool full) const {
@@ -246,64 +260,67 @@ struct Backward {
                 }
         }
         store_bits<T, typename C::S>(shared + C::AT_P, s, row, col, lane);
-        float d[SM][2 * SN][4];
-        clear(d);
-        multiply_nt<T, typename C::DO, typename C::V, SM, SN, C::DV / 16>(d, d_out, shared + C::AT_V, row, col, lane);
 #pragma unroll
-        for (int m = 0; m < SM; m++)
+        for (int c = 0; c < SN; c += DN) {
+            float d[SM][2 * DN][4];
+            clear(d);
+            multiply_nt<T, typename C::DO, typename C::V, SM, DN, C::DV / 16>(d, d_out, shared + C::AT_V, row, col + c * 16, lane);
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                float delta = *delta_row(row + m * 16 + h * 8 + lane / 4);
+            for (int m = 0; m < SM; m++)
 #pragma unroll
-                for (int n = 0; n < 2 * SN; n++)
+                for (int h = 0; h < 2; h++) {
+                    float delta = *delta_row(row + m * 16 + h * 8 + lane / 4);
 #pragma unroll
-                    for (int e = 2 * h; e < 2 * h + 2; e++) d[m][n][e] = s[m][n][e] * (d[m][n][e] - delta);
-            }
-        store_bits<T, typename C::S>(shared + C::AT_DS, d, row, col, lane);
+                    for (int n = 0; n < 2 * DN; n++)
+#pragma unroll
+                        for (int e = 2 * h; e < 2 * h + 2; e++) d[m][n][e] = s[m][2 * c + n][e] * (d[m][n][e] - delta);
+                }
+            store_bits<T, typename C::S>(shared + C::AT_DS, d, row, col + c * 16, lane);
+        }
     }
 
     static constexpr int QM = C::BM / C::DQ_M / 16, QN = C::DQK / C::DQ_N / 16;  // blocks of dQ per warp
 
-    DEVICE void add_dq(uint32_t rows_stage, const QueryTile& at) const {
+    static constexpr int QC = QM * QN > 4 && QN % 2 == 0 ? QN / 2 : QN;               // columns of them at a time: registers
+
+    DEVICE void add_dq(uint32_t stage) const {
         const uint32_t row = warp % C::DQ_M * (QM * 16), block = warp / C::DQ_M * QN;
-        float d[QM][2 * QN][4];
-        clear(d);
-        multiply_nn<T, typename C::S, typename C::K, QM, QN, C::BN / 16>(d, shared + C::AT_DS, shared + C::AT_K, row, block, lane);
         const bool ordered = p.flags & CP_DETERMINISTIC;
-        uint32_t* counter = nullptr;
-        if (ordered) {
-            counter = (uint32_t*)p.counters + (uint64_t)(at.row / C::BM) * p.heads + at.head;
-            if (thread == 0) {
-                cp_part part = load_part(p.parts, at.part);
-                uint32_t number = at.row / C::BM - part.begin / C::BM;
-                wait_for(counter, load_constant((const uint32_t*)p.turns + part.turn + number));
+#pragma unroll
+        for (int c = 0; c < QN; c += QC) {
+            float d[QM][2 * QC][4];
+            clear(d);
+            multiply_nn<T, typename C::S, typename C::K, QM, QC, C::BN / 16>(d, shared + C::AT_DS, shared + C::AT_K, row, block + c, lane);
+            if (ordered && c == 0) {
+                if (thread == 0) wait_for(turn_of(stage)->counter, turn_of(stage)->turn);
+                sync_block();
             }
-            sync_block();
-        }
-        const uint32_t col = block * 16 + lane % 4 * 2;
+            const uint32_t col = (block + c) * 16 + lane % 4 * 2;
 #pragma unroll
-        for (int m = 0; m < QM; m++)
+            for (int m = 0; m < QM; m++)
 #pragma unroll
-            for (int h = 0; h < 2; h++) {
-                int64_t offset = *dq_row(rows_stage, row + m * 16 + h * 8 + lane / 4);
-                if (offset < 0) continue;
-                float* dq = (float*)p.dq.ptr + offset + col;
-#pragma unroll
-                for (int n = 0; n < 2 * QN; n++) {
-                    if (col + n * 8 >= p.dim_qk) break;
-                    float x = d[m][n][2 * h] * p.scale, y = d[m][n][2 * h + 1] * p.scale;
-                    if (ordered) {
-                        float2 old = load_global((const float2*)(dq + n * 8));
-                        old.x += x, old.y += y;
-                        store_global((float2*)(dq + n * 8), old);
-                    } else {
-                        add_global_2(dq + n * 8, x, y);
-                    }
+                for (int h = 0; h < 2; h++) {
+                    int64_t offset = *dq_row(stage, row + m * 16 + h * 8 + lane / 4);
+                    if (offset >= 0) add_dq_row(d[m], h, (float*)p.dq.ptr + offset + col, col, ordered);
                 }
-            }
+        }
         if (ordered) {
             sync_block();
-            if (thread == 0) add_release(counter, 1);
+            if (thread == 0) add_release(turn_of(stage)->counter, 1);
+        }
+    }
+    DEVICE void add_dq_row(const float (&d)[2 * QC][4], int h, float* dq, uint32_t col, bool ordered) const {
+#pragma unroll
+        for (int n = 0; n < 2 * QC; n++) {
+            if (col + n * 8 >= p.dim_qk) break;
+            float x = d[n][2 * h] * p.scale, y = d[n][2 * h + 1] * p.scale;
+            if (ordered) {
+                float2 old = load_global((const float2*)(dq + n * 8));
+                old.x += x, old.y += y;
+                store_global((float2*)(dq + n * 8), old);
+            } else {
+                add_global_2(dq + n * 8, x, y);
+            }
         }
     }
 
@@ -341,12 +358,15 @@ struct Backward {
             loader.start(p.v, key_head, tile.row, thread);
             loader.load(shared + C::AT_V, p.v, tile.row + tile.rows, p.k_used, p.dim_v, thread);
         }
+        const bool ordered = p.flags & CP_DETERMINISTIC;
         QueryTile at{heads_begin, tile.part, 0};
         enter_part(at);
         load_q(at, 0);
         load_d_out(at, 0);
         cp_async_commit();
         if (thread < C::BM) store_row(load_row(at), 0);
+        if (ordered && thread == 0) store_turn(at, 0);
+        bool full = is_full(at);
 
         float dk[KM][2 * KN][4], dv[KM][2 * VN][4];
         clear(dk);
@@ -355,35 +375,35 @@ struct Backward {
         for (uint32_t stage = 0;; stage ^= 1) {
             const unsigned char* q = shared + C::AT_Q + (C::Q_STAGES == 2 ? stage : 0) * C::Q::BYTES;
             const unsigned char* d_out = shared + C::AT_DO + (C::DO_STAGES == 2 ? stage : 0) * C::DO::BYTES;
-            QueryTile next = at;
-            const bool more = advance(next);
+            const bool more = advance(at);  // from here on `at` is the next query tile
             cp_async_wait<0>();
             sync_block();  // this tile is there, and no one reads the one before any more
-            if (C::Q_STAGES == 2 && more) load_q(next, stage ^ 1);
-            if (C::DO_STAGES == 2 && more) load_d_out(next, stage ^ 1);
+            if (C::Q_STAGES == 2 && more) load_q(at, stage ^ 1);
+            if (C::DO_STAGES == 2 && more) load_d_out(at, stage ^ 1);
             cp_async_commit();
-            scores(q, d_out, is_full(at));
+            scores(q, d_out, full);
             sync_block();  // P and dS are there; lse, delta and keys are read
             Row row;
             const bool has_row = more && thread < C::BM;
-            if (has_row) row = load_row(next);
+            if (has_row) row = load_row(at);
             multiply_tn<T, typename C::S, typename C::DO, KM, VN, C::BM / 16>(dv, shared + C::AT_P, d_out, keys, dims * VN, lane);
             if (has_row) store_row(row, stage ^ 1);
+            if (ordered && more && thread == 0) store_turn(at, stage ^ 1);
             if (C::DO_STAGES == 1 && C::Q_STAGES == 2) {
                 sync_block();
-                if (more) load_d_out(next, 0);
+                if (more) load_d_out(at, 0);
                 cp_async_commit();
             }
             multiply_tn<T, typename C::S, typename C::Q, KM, KN, C::BM / 16>(dk, shared + C::AT_DS, q, keys, dims * KN, lane);
             if (C::Q_STAGES == 1) {
                 sync_block();
-                if (C::DO_STAGES == 1 && more) load_d_out(next, 0);
-                if (more) load_q(next, 0);
+                if (C::DO_STAGES == 1 && more) load_d_out(at, 0);
+                if (more) load_q(at, 0);
                 cp_async_commit();
             }
-            add_dq(stage, at);
+            add_dq(stage);
             if (!more) break;
-            at = next;
+            full = is_full(at);
         }
         add_gradient<KN>(p.dk, dk, p.scale, key_head, p.dim_qk);
         add_gradient<VN>(p.dv, dv, 1.0f, key_head, p.dim_v);

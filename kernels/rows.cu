@@ -7,7 +7,7 @@ struct run_search {
     uint32_t count;
     cp_run run;
 
-    DEVICE run_search(uint64_t table, uint32_t count) : runs((const cp_run*)table), count(count) { run.rows = 0, run.before = 0; }
+    DEVICE run_search(uint64_t table, uint32_t count) : runs((const cp_run*)table), count(count), run{} {}
     DEVICE uint32_t find(uint32_t index) {
         if (index - run.before < run.rows) return index - run.before;
         uint32_t low = 0, high = count;  // runs[low].before <= index < runs[high].before
