@@ -7,6 +7,14 @@
 //! `local`: ranks are threads, copies between their memories. `nccl`: processes, one device each. `staged`: through the host, over any
 //! [`super::Transport`]; the last resort.
 
+mod board;
+#[cfg(test)]
+mod board_tests;
+#[cfg(test)]
+mod cuda_tests;
+pub mod local;
+pub mod staged;
+
 use super::Message;
 use crate::driver::CUstream;
 use crate::error::{Error, Result};
