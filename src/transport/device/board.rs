@@ -12,7 +12,7 @@ use crate::error::{Error, Result, Status};
 use crate::transport::roll::{Roll, lock};
 use crate::transport::streams::{self, Streams};
 use crate::transport::{Message, Piece};
-use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 /// Rounds of looking before a sleep, if every rank can have a core.
@@ -189,8 +189,8 @@ impl Seat {
         }
         for s in sends.iter_mut().filter(|s| !s.done) {
             let here = board.roll.is_here(s.peer);
-            // A receiver that holds the lock is taking it right now, and rings when it has.
-            let Some(mut slot) = try_lock(board.slot(me, s.peer)) else { continue };
+            // Waits for a receiver that is enqueueing its copies right now.
+            let mut slot = lock(board.slot(me, s.peer));
             if slot.state == State::Taken {
                 slot.state = State::Empty;
                 s.done = true;
@@ -264,7 +264,6 @@ impl Run<'_> {
         let mut result = Ok(());
         for s in self.seat.sends.iter_mut() {
             if !s.done {
-                // Waits for a receiver that is enqueueing its copies.
                 let mut slot = lock(self.seat.board.slot(self.seat.rank, s.peer));
                 s.done = matches!(slot.state, State::Taken | State::Torn);
                 slot.state = State::Empty;
@@ -353,12 +352,4 @@ unsafe fn copy_run(
     }
     // SAFETY: the caller's promise.
     unsafe { lane.copy(to, from, bytes) }
-}
-
-fn try_lock(mutex: &Mutex<Slot>) -> Option<MutexGuard<'_, Slot>> {
-    match mutex.try_lock() {
-        Ok(guard) => Some(guard),
-        Err(TryLockError::Poisoned(poisoned)) => Some(poisoned.into_inner()),
-        Err(TryLockError::WouldBlock) => None,
-    }
 }
