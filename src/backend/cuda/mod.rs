@@ -5,3 +5,5 @@
 //! params.rs   what kernels are given             launch.rs   compute steps to launches
 //! tables.rs   slices to the kernels' work lists
 //! ```
+
+pub mod image;
