@@ -143,8 +143,14 @@ impl DeviceTransport for Local {
     }
 }
 
-/// Groups that are being made. Rank 0 owns a group's board until the others have found it here.
-static MEETINGS: Mutex<(u64, Vec<(u64, Weak<Shared>)>)> = Mutex::new((0, Vec::new()));
+/// Groups that are being made. Rank 0 owns what a group shares until the others have found it here.
+struct Meetings {
+    /// Number of the last one.
+    last: u64,
+    open: Vec<(u64, Weak<Shared>)>,
+}
+
+static MEETINGS: Mutex<Meetings> = Mutex::new(Meetings { last: 0, open: Vec::new() });
 
 /// Makes the transport of the ranks of `control`, which are threads of this process. Collective over all of them: one small allgather. It
 /// fails on all ranks if it fails on one. `timeout` bounds this call and the hosts' part of every exchange.
@@ -196,16 +202,17 @@ pub fn make(
 
 fn open_meeting(size: u32) -> (u64, Arc<Shared>) {
     let shared = Arc::new(Shared::new(size));
-    let (last, meetings) = &mut *lock(&MEETINGS);
-    meetings.retain(|(_, m)| m.strong_count() > 0);
-    *last += 1;
-    meetings.push((*last, Arc::downgrade(&shared)));
-    (*last, shared)
+    let mut meetings = lock(&MEETINGS);
+    meetings.open.retain(|(_, m)| m.strong_count() > 0);
+    meetings.last += 1;
+    let number = meetings.last;
+    meetings.open.push((number, Arc::downgrade(&shared)));
+    (number, shared)
 }
 
 fn find_meeting(number: u64) -> Option<Arc<Shared>> {
-    let (_, meetings) = &*lock(&MEETINGS);
-    meetings.iter().find(|(n, _)| *n == number).and_then(|(_, m)| m.upgrade())
+    let meetings = lock(&MEETINGS);
+    meetings.open.iter().find(|(n, _)| *n == number).and_then(|(_, m)| m.upgrade())
 }
 
 /// Tells processes apart, also across hosts and containers.
