@@ -69,8 +69,7 @@ fn on_all<R: Send>(
                 let stream = Stream::new(device, false).unwrap();
                 let rank = rank as u32;
                 let transport = Some(transport);
-                let result =
-                    f(&mut Rank { rank, size, device: device.clone(), stream, transport });
+                let result = f(&mut Rank { rank, size, device: device.clone(), stream, transport });
                 drop(keep);
                 result
             })

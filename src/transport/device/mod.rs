@@ -13,6 +13,7 @@ mod board_tests;
 #[cfg(test)]
 mod cuda_tests;
 pub mod local;
+pub mod nccl;
 pub mod staged;
 
 use super::Message;
