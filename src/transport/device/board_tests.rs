@@ -311,7 +311,10 @@ fn a_rank_that_goes_is_named() {
     let results = on_all(4, LONG, |rank, mut seat, world| {
         let lane = &mut world.lane(rank, Fault::None);
         match rank {
-            3 => Ok(drop(seat)),
+            3 => {
+                drop(seat);
+                Ok(())
+            }
             2 => swap(&mut seat, lane, &[1], 1, 1),
             1 => swap(&mut seat, lane, &[3], 1, 1),
             _ => {

@@ -8,10 +8,6 @@
 //! [`super::Transport`]; the last resort.
 
 mod board;
-#[cfg(test)]
-mod board_tests;
-#[cfg(test)]
-mod cuda_tests;
 pub mod local;
 pub mod nccl;
 pub mod staged;
@@ -77,3 +73,8 @@ pub struct Step {
     /// Number of the call on this group.
     pub call: u64,
 }
+
+#[cfg(test)]
+mod board_tests;
+#[cfg(test)]
+mod cuda_tests;
