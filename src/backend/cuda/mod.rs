@@ -5,3 +5,11 @@
 //! params.rs   what kernels are given             launch.rs   compute steps to launches
 //! tables.rs   slices to the kernels' work lists
 //! ```
+
+mod params;
+mod tables;
+
+pub use tables::{
+    AttendWork, RowsWork, SliceLimits, TableBuilder, Tiling, backward_bound, forward_bound,
+    runs_bound,
+};
