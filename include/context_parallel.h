@@ -606,8 +606,8 @@ extern "C" {
 // Version of the library as major*1000000 + minor*1000 + patch. Any thread, any time, also after fork.
 uint32_t cp_version(void);
 
-// What the library was built with and what it found, as one line of JSON: version, backends, simd. The text lives as long as the
-// library. Any thread, any time.
+// What the library was built with and what it found, as one line of JSON: version, backends, simd, kernels (the CUDA
+// kernels compiled in: by which nvcc, for which GPUs; null if none). The text lives as long as the library. Any thread, any time.
 const char *cp_build_info(void);
 
 // A status as a short phrase; "unknown status" for any other number. Static text. Any thread, any time.

@@ -346,7 +346,7 @@ impl Attention {
     }
 
     fn options(&self, pack: bool) -> Options {
-        Options { pack, saved: self.config.save }
+        Options { pack, saved: self.config.save, same_pieces: false }
     }
 
     /// Forward. Fills O, LSE and the saved buffer; the context goes to backward. Collective, blocking.

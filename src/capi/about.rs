@@ -3,6 +3,7 @@
 use super::abi::*;
 use super::guard::last_error;
 use crate::backend::cpu::Simd;
+use crate::backend::cuda::image;
 use crate::error::Status;
 use libc::c_char;
 use std::ffi::CString;
@@ -25,8 +26,8 @@ pub extern "C" fn cp_version() -> u32 {
         + number(env!("CARGO_PKG_VERSION_PATCH"))
 }
 
-/// What the library was built with and what it found, as one line of JSON: version, backends, simd. The text lives as long as the
-/// library. Any thread, any time.
+/// What the library was built with and what it found, as one line of JSON: version, backends, simd, kernels (the CUDA
+/// kernels compiled in: by which nvcc, for which GPUs; null if none). The text lives as long as the library. Any thread, any time.
 #[unsafe(no_mangle)]
 pub extern "C" fn cp_build_info() -> *const c_char {
     static INFO: OnceLock<CString> = OnceLock::new();
@@ -39,10 +40,11 @@ pub fn build_info() -> String {
     let simd: Vec<String> =
         Simd::ALL.iter().filter(|s| s.available()).map(|s| format!("\"{}\"", s.name())).collect();
     format!(
-        "{{\"version\":\"{}\",\"backends\":[\"cpu\"],\"transports\":[\"local\",\"shm\",\"user\"],\"simd\":\"{}\",\"simd_available\":[{}],\"cuda\":null,\"nccl\":null,\"profile\":\"{}\",\"target\":\"{}-{}\"}}",
+        "{{\"version\":\"{}\",\"backends\":[\"cpu\"],\"transports\":[\"local\",\"shm\",\"user\"],\"simd\":\"{}\",\"simd_available\":[{}],\"kernels\":{},\"cuda\":null,\"nccl\":null,\"profile\":\"{}\",\"target\":\"{}-{}\"}}",
         env!("CARGO_PKG_VERSION"),
         Simd::detect().name(),
         simd.join(","),
+        image::json(),
         if cfg!(debug_assertions) { "debug" } else { "release" },
         std::env::consts::ARCH,
         std::env::consts::OS

@@ -68,6 +68,8 @@ pub(super) struct Builder<'a> {
     events: Vec<usize>,
     /// Stage that new steps are marked with.
     pub stage: u32,
+    /// The exchange that reads each of the two `Send` slots.
+    pub sending: [Option<Event>; 2],
 }
 
 impl<'a> Builder<'a> {
@@ -83,6 +85,7 @@ impl<'a> Builder<'a> {
             known: Vec::new(),
             events: Vec::new(),
             stage: 0,
+            sending: [None; 2],
         }
     }
 
@@ -124,7 +127,8 @@ impl<'a> Builder<'a> {
             Kind::Split | Kind::Merge => {
                 self.member_runs(self.survey.member, tensor).iter().map(|r| r.rows).sum()
             }
-            Kind::Recv | Kind::Part | Kind::Wire | Kind::Return => 0,
+            Kind::Pack => self.member_runs(index, tensor).iter().map(|r| r.rows).sum(),
+            Kind::Send | Kind::Recv | Kind::Part | Kind::Wire | Kind::Return => 0,
         };
         self.slot_rows(kind, tensor, index, rows)
     }

@@ -14,6 +14,9 @@ use super::build::Builder;
 use super::{Event, Kind, Message, Op, Rows, Slot, Tensor, Value};
 use crate::backend::Run;
 
+/// Pieces up to which a message is not worth packing.
+const MOST_PIECES: usize = 16;
+
 impl Builder<'_> {
     /// Brings the caller's tensors into team buffers.
     pub fn trade_in(&mut self, tensors: &[Tensor]) {
@@ -36,12 +39,21 @@ impl Builder<'_> {
                 }
                 let split = self.slot(Kind::Split, tensor, member);
                 self.copy_heads(&[], (src, heads.start), (split, 0), count, dense.clone(), false);
-                sends.push(self.to_member(member, split));
+                sends.push(self.to_member(member, tensor, split));
                 recvs.push(self.team_rows(member, tensor, team));
             }
         }
         let packed = self.computed();
-        self.exchange(&[packed], sends, recvs);
+        let arrived = self.exchange(&[packed], sends, recvs);
+        for &tensor in tensors {
+            let members = if self.gathered(tensor) { self.packed_members(tensor) } else { vec![] };
+            for member in members {
+                let (pack, team) =
+                    (self.slot(Kind::Pack, tensor, member), self.slot(Kind::Team, tensor, 0));
+                let runs = unpack(self.member_runs(member, tensor));
+                self.copy(&[arrived], pack, team, runs, false);
+            }
+        }
     }
 
     /// Brings results from team buffers to the caller's tensors; gradients of shared key heads are summed in member order.
@@ -51,10 +63,15 @@ impl Builder<'_> {
         let me = self.survey.member;
         for &tensor in &tensors {
             let team = self.result(tensor);
+            for member in self.packed_members(tensor) {
+                let pack = self.slot(Kind::Pack, tensor, member);
+                let runs = unpack(self.member_runs(member, tensor)).iter().map(reverse).collect();
+                self.copy(&[], team, pack, runs, false);
+            }
             for member in (0..self.problem.inner).filter(|m| *m != me) {
                 let merge = self.slot(Kind::Merge, tensor, member);
                 sends.push(self.team_rows(member, tensor, team));
-                recvs.push(self.to_member(member, merge));
+                recvs.push(self.to_member(member, tensor, merge));
             }
         }
         let computed = self.computed();
@@ -105,23 +122,46 @@ impl Builder<'_> {
         tensor.key_side() && total > self.problem.kv_heads
     }
 
-    /// A whole Split or Merge buffer, to or from the member it is for.
-    fn to_member(&self, member: u32, slot: Slot) -> Message {
-        Message {
-            peer: self.survey.team * self.problem.inner + member,
-            slot,
-            rows: vec![Rows::range(0, self.info(slot).rows)],
-        }
+    /// A whole Split or Merge buffer, to or from the member it is for. It holds this rank's tokens, so it is cut as they lie in team buffers.
+    fn to_member(&self, member: u32, tensor: Tensor, slot: Slot) -> Message {
+        let me = self.survey.member;
+        let mut at = 0;
+        let mut next = |count: u32| {
+            at += count;
+            Rows::range(at - count, count)
+        };
+        let rows = match self.options.same_pieces && !self.scattered(me, tensor) {
+            true => self.member_runs(me, tensor).iter().map(|r| next(r.rows)).collect(),
+            false => vec![Rows::range(0, self.info(slot).rows)],
+        };
+        Message { peer: self.survey.team * self.problem.inner + member, slot, rows }
     }
 
-    /// A member's rows of a team buffer.
-    fn team_rows(&self, member: u32, tensor: Tensor, slot: Slot) -> Message {
+    /// A member's rows of a team buffer, or of the buffer that they are packed in.
+    fn team_rows(&mut self, member: u32, tensor: Tensor, slot: Slot) -> Message {
+        let peer = self.survey.team * self.problem.inner + member;
+        if self.options.same_pieces && self.scattered(member, tensor) {
+            let pack = self.slot(Kind::Pack, tensor, member);
+            return Message { peer, slot: pack, rows: vec![Rows::range(0, self.info(pack).rows)] };
+        }
         let rows = self.member_runs(member, tensor).iter().map(|r| Rows {
             first: r.dst,
             step: r.dst_step,
             count: r.rows,
         });
-        Message { peer: self.survey.team * self.problem.inner + member, slot, rows: rows.collect() }
+        Message { peer, slot, rows: rows.collect() }
+    }
+
+    /// Do a member's tokens lie in team buffers in so many pieces that a message of them is packed?
+    fn scattered(&self, member: u32, tensor: Tensor) -> bool {
+        let runs = self.member_runs(member, tensor);
+        runs.len() > MOST_PIECES || runs.iter().any(|r| r.dst_step > 1 && r.rows > 1)
+    }
+
+    /// The other members whose rows are packed.
+    fn packed_members(&self, tensor: Tensor) -> Vec<u32> {
+        let others = (0..self.problem.inner).filter(|m| *m != self.survey.member);
+        others.filter(|m| self.options.same_pieces && self.scattered(*m, tensor)).collect()
     }
 
     /// Results of padding rows are exactly 0, their LSE −∞.
@@ -160,6 +200,16 @@ fn packed(runs: &[Run], back: bool) -> Vec<Run> {
         out.iter_mut().for_each(|r| *r = reverse(r));
     }
     out
+}
+
+/// Rows without gaps → team rows.
+fn unpack(runs: &[Run]) -> Vec<Run> {
+    let mut at = 0;
+    let mut next = |r: &Run| {
+        at += r.rows;
+        Run { src: at - r.rows, src_step: 1, ..*r }
+    };
+    runs.iter().map(&mut next).collect()
 }
 
 fn reverse(r: &Run) -> Run {

@@ -42,13 +42,15 @@ pub enum Pass {
     Backward,
 }
 
-/// What a launch knows beside the problem; it changes no message, so ranks may differ in `pack`.
+/// What a launch knows beside the problem. `pack` changes no message, so ranks may differ in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Options {
     /// The caller's K and V are not dense in memory: gather their rows before sending.
     pub pack: bool,
     /// Forward leaves the head-split Q, K, V and LSE for backward, which then exchanges only what is new. Only matters when u > 1.
     pub saved: bool,
+    /// Both sides of a message are cut into the same runs of consecutive rows, and those are few: NCCL matches sends and receives one by one.
+    pub same_pieces: bool,
 }
 
 /// A tensor's role.
@@ -98,6 +100,10 @@ pub enum Kind {
     Split,
     /// Received from member `index`: local rows, that member's heads.
     Merge,
+    /// A member's rows of a team buffer without gaps, where messages must be cut alike on both sides; `index` = member.
+    Pack,
+    /// Own keys or values for the peers of a stage, gathered where messages must be one piece; `index` = stage mod 2.
+    Send,
     /// Keys or values of a stage, `index` = stage mod 2.
     Recv,
     /// fp32 gradients of a stage's keys or values, `index` = stage mod 2.
@@ -144,10 +150,10 @@ impl fmt::Debug for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.kind {
             Kind::Caller => write!(f, "{:?}", self.tensor),
-            Kind::Split | Kind::Merge => {
+            Kind::Split | Kind::Merge | Kind::Pack => {
                 write!(f, "{:?}{:?}.{}", self.kind, self.tensor, self.index)
             }
-            Kind::Recv | Kind::Part | Kind::Wire | Kind::Return => {
+            Kind::Send | Kind::Recv | Kind::Part | Kind::Wire | Kind::Return => {
                 write!(f, "{:?}{:?}{}", self.kind, self.tensor, self.index)
             }
             Kind::Team | Kind::Acc | Kind::Sum => write!(f, "{:?}{:?}", self.kind, self.tensor),

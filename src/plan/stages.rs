@@ -29,14 +29,21 @@ impl Builder<'_> {
         for tensor in [Tensor::K, Tensor::V] {
             let own = self.input(tensor);
             let landing = self.slot_rows(Kind::Recv, tensor, s % 2, arriving.rows);
+            let mut gathered = 0;
             for t in &leaving.transfers {
-                // A relay sends what the stage before brought.
-                let (slot, rows) = match t.owner == self.survey.team {
-                    true => (own, needs::rows(&self.survey.mine.k.segments, &t.keys)),
-                    false => (
-                        Slot::indexed(Kind::Recv, tensor, (s - 1) % 2),
-                        vec![Rows::range(0, t.rows)],
-                    ),
+                let mut rows = match t.owner == self.survey.team {
+                    true => needs::rows(&self.survey.mine.k.segments, &t.keys),
+                    false => vec![Rows::range(0, t.rows)],
+                };
+                let slot = if t.owner != self.survey.team {
+                    // A relay sends what the stage before brought.
+                    Slot::indexed(Kind::Recv, tensor, (s - 1) % 2)
+                } else if self.options.same_pieces && rows.len() > 1 {
+                    rows = vec![Rows::range(gathered, t.rows)];
+                    gathered += t.rows;
+                    Slot::indexed(Kind::Send, tensor, s % 2)
+                } else {
+                    own
                 };
                 sends.push(Message { peer: self.peer_in(t.team), slot, rows });
             }
@@ -49,6 +56,44 @@ impl Builder<'_> {
             }
         }
         (sends, recvs)
+    }
+
+    /// Gathers the rows that stage s sends and that are not one run, where messages must be one piece. Own keys are there with `arrived`; the
+    /// event says that the gathered ones are.
+    fn gather_keys(&mut self, s: u32, arrived: Option<Event>) -> Option<Event> {
+        if s > self.survey.count() || !self.options.same_pieces {
+            return None;
+        }
+        let free = self.sending[s as usize % 2];
+        let survey = self.survey;
+        let before = std::mem::replace(&mut self.stage, s);
+        let mut any = false;
+        for tensor in [Tensor::K, Tensor::V] {
+            let own = self.input(tensor);
+            let mut runs = Vec::new();
+            let mut at = 0;
+            let mine = survey.stage(s).leaving.transfers.iter().filter(|t| t.owner == survey.team);
+            for t in mine {
+                let rows = needs::rows(&survey.mine.k.segments, &t.keys);
+                for r in rows.iter().filter(|_| rows.len() > 1) {
+                    let (src, dst, rows) = (r.first, at, r.count);
+                    runs.push(Run { src, src_step: 1, dst, dst_step: 1, rows });
+                    at += rows;
+                }
+            }
+            if at > 0 {
+                let send = self.slot_rows(Kind::Send, tensor, s % 2, at);
+                self.copy(&[arrived, free], own, send, runs, false);
+                any = true;
+            }
+        }
+        self.stage = before;
+        if any { self.computed() } else { None }
+    }
+
+    fn note_sending(&mut self, s: u32, exchange: Option<Event>) {
+        let last = &mut self.sending[s as usize % 2];
+        *last = exchange.or(*last);
     }
 
     /// Forward: attend own keys while stage 1 arrives, stage 1 while stage 2 arrives, …
@@ -68,7 +113,9 @@ impl Builder<'_> {
             }
         }
         let ready = self.computed();
-        let mut next = self.push_keys(1, &[ready]);
+        let mut gathered = self.gather_keys(1, arrived);
+        let mut next = self.push_keys(1, &[ready, gathered]);
+        gathered = self.gather_keys(2, arrived);
         let slices = survey.own.clone();
         let finish = (last == 0).then_some((out, lse));
         self.compute(&[arrived], Op::Attend { q, k: own, slices, first: true, last: finish });
@@ -77,7 +124,8 @@ impl Builder<'_> {
             self.stage = s;
             // Stage s − 1 was read from the slot that stage s + 1 goes to; stage 0 from none.
             let free = if s > 1 { self.computed() } else { ready };
-            next = self.push_keys(s + 1, &[free]);
+            next = self.push_keys(s + 1, &[free, gathered]);
+            gathered = self.gather_keys(s + 2, arrived);
             let slices = survey.stage(s).work.clone();
             if !slices.is_empty() {
                 let k = Slot::indexed(Kind::Recv, Tensor::K, s % 2);
@@ -96,6 +144,7 @@ impl Builder<'_> {
         self.stage = s;
         let (sends, recvs) = self.key_messages(s);
         let event = self.exchange(waits, sends, recvs);
+        self.note_sending(s, event);
         self.stage = s - 1;
         event
     }
@@ -116,7 +165,9 @@ impl Builder<'_> {
         let own_work = &self.survey.own;
         let (first_half, mut second_half) =
             if n > 0 { needs::halve(own_work) } else { (own_work.clone(), Vec::new()) };
-        let mut next = self.push_keys(1, &[ready]);
+        let mut gathered = self.gather_keys(1, arrived);
+        let mut next = self.push_keys(1, &[ready, gathered]);
+        gathered = self.gather_keys(2, arrived);
         self.attend_backward(arrived, own.0, own.1, first_half);
         // Exchanges: X[s] brings the keys of stage s and returns the gradients of stage s−2.
         for s in 1..=n + 1 {
@@ -124,7 +175,8 @@ impl Builder<'_> {
             if self.problem.relay && s >= 3 {
                 self.fold(this, s - 1);
             }
-            next = self.push_keys_and_gradients(s + 1, ready);
+            next = self.push_keys_and_gradients(s + 1, &[ready, gathered]);
+            gathered = self.gather_keys(s + 2, arrived);
             if s <= n {
                 self.stage_gradients(this, s);
             } else {
@@ -144,16 +196,18 @@ impl Builder<'_> {
     }
 
     /// `X[s]`: keys of stage s, and the gradients of stage s−2 on their way home. `ready`: own keys are where they are sent from.
-    fn push_keys_and_gradients(&mut self, s: u32, ready: Option<Event>) -> Option<Event> {
+    fn push_keys_and_gradients(&mut self, s: u32, ready: &[Option<Event>]) -> Option<Event> {
         let n = self.survey.count();
         let (mut sends, mut recvs) =
             if s <= n { self.key_messages(s) } else { (Vec::new(), Vec::new()) };
         if s >= 3 {
             self.gradient_messages(s - 2, &mut sends, &mut recvs);
         }
-        let computed = if s > 2 { self.computed() } else { ready };
+        let computed = if s > 2 { vec![self.computed()] } else { ready.to_vec() };
         self.stage = s;
-        self.exchange(&[computed], sends, recvs)
+        let event = self.exchange(&computed, sends, recvs);
+        self.note_sending(s, event);
+        event
     }
 
     /// Converts the gradients of stage s to wire type and addresses them: to the owners, or to the next team of a relay.

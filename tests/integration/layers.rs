@@ -594,7 +594,7 @@ fn bound_covers(case: &Case, group: &Group, comm: Comm, save: bool) {
     let Ok(bound) = layer.workspace_bound(rows.unwrap()) else { return };
     for pass in [Pass::Forward, Pass::Backward] {
         for pack in [false, true] {
-            let options = context_parallel::plan::Options { pack, saved: save };
+            let options = context_parallel::plan::Options { pack, saved: save, same_pieces: false };
             let need = group.prepare(&problem, pass, options).workspace;
             assert!(
                 need <= bound,

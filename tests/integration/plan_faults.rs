@@ -27,11 +27,11 @@ fn good_plans() -> Vec<Vec<Plan>> {
         (problem(3, CommType::AllGather, 0, 14, 2, 2), plain),
         (
             Problem { seqs: batch.clone(), ..problem(2, CommType::P2p, 0, 10, 2, 1) },
-            Options { pack: true, saved: false },
+            Options { pack: true, ..plain },
         ),
         // Three heads over two members: uneven shares, and one key head in both.
         (Problem { seqs: batch, ..problem(4, CommType::A2aP2p, 2, 10, 3, 1) }, plain),
-        (problem(3, CommType::A2a, 0, 12, 6, 3), Options { pack: false, saved: true }),
+        (problem(3, CommType::A2a, 0, 12, 6, 3), Options { saved: true, ..plain }),
     ] {
         p.validate().unwrap();
         let p = Arc::new(p);

@@ -41,20 +41,28 @@ pub fn problem(
 pub fn prove(p: &Problem) {
     p.validate().unwrap_or_else(|e| panic!("{e}: {p:?}"));
     let p = Arc::new(p.clone());
-    for (pack, saved) in [(false, false), (true, false), (false, true), (true, true)] {
+    for (pack, saved, same_pieces) in [
+        (false, false, false),
+        (true, false, false),
+        (false, true, false),
+        (true, true, false),
+        (false, false, true),
+        (true, true, true),
+    ] {
+        let options = Options { pack, saved, same_pieces };
         for pass in [Pass::Forward, Pass::Backward] {
-            let plans = Plan::all(&p, pass, Options { pack, saved });
+            let plans = Plan::all(&p, pass, options);
             if let Err(e) = check(&plans) {
                 for plan in &plans {
                     println!("{plan}");
                 }
-                panic!("{e}\n{pass:?} pack {pack} saved {saved} {p:?}");
+                panic!("{e}\n{pass:?} {options:?} {p:?}");
             }
         }
         if saved {
             for rank in 0..p.ranks {
                 let [forward, backward] = [Pass::Forward, Pass::Backward].map(|pass| {
-                    let plan = Plan::new(&p, rank, pass, Options { pack, saved });
+                    let plan = Plan::new(&p, rank, pass, options);
                     let offsets = layout(&plan);
                     let kept = plan.slots.into_iter().filter(|s| s.saved);
                     kept.map(|s| (s, offsets[&s.slot])).collect::<Vec<_>>()

@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 fn costs(p: &Problem, pass: Pass, saved: bool) -> (Account, Account) {
     p.validate().unwrap();
-    let plans = Plan::all(&Arc::new(p.clone()), pass, Options { pack: false, saved });
+    let plans = Plan::all(&Arc::new(p.clone()), pass, Options { saved, ..Options::default() });
     let s = summary(&plans);
     (s.total, s.worst)
 }

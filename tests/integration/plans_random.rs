@@ -68,7 +68,8 @@ fn random_plans() {
 fn prove_with_mixed_packing(r: &mut Random, p: Problem) {
     let p = Arc::new(p);
     for pass in [Pass::Forward, Pass::Backward] {
-        let pack = |r: &mut Random| Options { pack: r.one_in(2), saved: false };
+        let same_pieces = r.one_in(2);
+        let pack = |r: &mut Random| Options { pack: r.one_in(2), saved: false, same_pieces };
         let plans: Vec<Plan> =
             (0..p.ranks).map(|rank| Plan::new(&p, rank, pass, pack(r))).collect();
         check(&plans).unwrap_or_else(|e| panic!("{e}: mixed packing, {pass:?} {p:?}"));

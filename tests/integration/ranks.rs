@@ -277,7 +277,7 @@ fn rank(
     let shard = Shard::deal(problem, rank, global, how.layout);
     let dense = |t| shard.get(t).view.is_dense();
     let pack = how.pack || !(dense(Tensor::K) && dense(Tensor::V));
-    let options = Options { pack, saved: how.saved };
+    let options = Options { pack, saved: how.saved, same_pieces: false };
     let mut cpu = Cpu::new(how.threads, how.simd).map_err(|e| e.to_string())?;
     let views = shard.views();
     let members: Vec<u32> = (0..problem.ranks).collect();

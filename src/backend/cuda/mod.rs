@@ -6,6 +6,7 @@
 //! tables.rs   slices to the kernels' work lists
 //! ```
 
+pub mod image;
 mod params;
 mod tables;
 

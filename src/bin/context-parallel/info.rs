@@ -5,6 +5,7 @@ use crate::json::{Object, array, string};
 use crate::probe::{self, Library};
 use crate::text::{self, bold, dim, good};
 use context_parallel::backend::cpu::Simd;
+use context_parallel::backend::cuda::image;
 
 pub const COMMAND: Command = Command {
     name: "info",
@@ -67,6 +68,7 @@ fn json(f: &Found) -> String {
         .text("cpu", &probe::cpu_name())
         .raw("cores", probe::cores())
         .raw("simd", simd)
+        .raw("kernels", image::json())
         .raw("cuda", f.cuda.json())
         .raw("nccl", f.nccl.json())
         .raw("mpi", mpi.end())
@@ -120,6 +122,7 @@ fn people(f: &Found) -> String {
         "",
         "user    the caller's own table of functions; MPI comes in this way (context_parallel_mpi.h)",
     );
+    line("kernels", &kernels());
     for library in [&f.cuda, &f.nccl] {
         let name = if library.name.contains("nccl") { "NCCL" } else { "CUDA" };
         match &library.found {
@@ -146,6 +149,19 @@ fn people(f: &Found) -> String {
     }
     variables.iter().for_each(|(name, value)| line("", &dim(&format!("{name}={value}"))));
     out
+}
+
+/// The CUDA kernels inside.
+fn kernels() -> String {
+    let Some(nvcc) = image::NVCC else {
+        return "none for GPUs: built without nvcc (kernels/setup installs one; CP_CUDA=require insists)".into();
+    };
+    format!(
+        "{} for {}, compiled by nvcc {nvcc}, {:.1} MB",
+        image::IMAGES.iter().map(|i| i.kernels.len()).sum::<usize>(),
+        image::archs().into_iter().map(image::spelled).collect::<Vec<_>>().join(", "),
+        image::IMAGES.iter().map(|i| i.bytes.len()).sum::<usize>() as f64 / 1e6
+    )
 }
 
 fn cores() -> String {

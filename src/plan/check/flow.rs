@@ -178,6 +178,18 @@ impl<'a> Flow<'a> {
                 s.rank, s.message, r.rank, r.message
             ));
         }
+        if self.plans[s.rank].options.same_pieces {
+            let pieces = |m: &Message| -> Vec<(bool, u32)> {
+                m.rows.iter().map(|r| (r.step == 1 || r.count == 1, r.count)).collect()
+            };
+            let (sent, received) = (pieces(s.message), pieces(r.message));
+            if sent != received || sent.iter().any(|(consecutive, _)| !consecutive) {
+                return Err(format!(
+                    "pieces: rank {} sends {}, rank {} receives {}",
+                    s.rank, s.message, r.rank, r.message
+                ));
+            }
+        }
         let values = self.memory[s.rank].of(s.message.slot).rows(&s.message.rows);
         if values.contains(&POISON) {
             return Err(format!("rank {} sends rows that nobody wrote: {}", s.rank, s.message));

@@ -16,7 +16,8 @@ pub(super) fn same_problem(plans: &[Plan]) -> Result<(), String> {
         let same = plan.rank as usize == rank
             && plan.problem == first.problem
             && plan.pass == first.pass
-            && plan.options.saved == first.options.saved;
+            && plan.options.saved == first.options.saved
+            && plan.options.same_pieces == first.options.same_pieces;
         if !same {
             return Err(format!("plan {rank} is not rank {rank}'s of the same problem and pass"));
         }

@@ -83,7 +83,9 @@ fn received(plan: &Plan) -> Vec<(Kind, Tensor, u64)> {
     for step in &plan.steps {
         let Op::Exchange { recvs, .. } = &step.op else { continue };
         for m in recvs {
-            let (kind, tensor) = (m.slot.kind, m.slot.tensor);
+            // What is packed goes on to the team buffer.
+            let kind = if m.slot.kind == Kind::Pack { Kind::Team } else { m.slot.kind };
+            let tensor = m.slot.tensor;
             match out.iter_mut().find(|(k, t, _)| (*k, *t) == (kind, tensor)) {
                 Some(sum) => sum.2 += u64::from(m.count()),
                 None => out.push((kind, tensor, u64::from(m.count()))),
