@@ -7,7 +7,7 @@
 //! ```
 
 pub mod image;
-mod params;
+pub mod params;
 mod tables;
 
 pub use tables::{
