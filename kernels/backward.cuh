@@ -38,7 +38,8 @@ struct BackwardShape {
     static constexpr int AT_K = 0, AT_V = AT_K + K::BYTES, AT_Q = AT_V + V::BYTES, AT_DO = AT_Q + Q_STAGES * Q::BYTES;
     static constexpr int AT_P = AT_DO + DO_STAGES * DO::BYTES, AT_DS = AT_P + S::BYTES;
     static constexpr int AT_LSE = AT_DS + S::BYTES, AT_DELTA = AT_LSE + BM * 4, AT_KEYS = AT_DELTA + BM * 4, AT_DQ = AT_KEYS + BM * 4;
-    static constexpr int AT_TURN = AT_DQ + 2 * BM * 8, SHARED = AT_TURN + 2 * 16;
+    static constexpr int AT_TURN = AT_DQ + 2 * BM * 8, AT_WORK = AT_TURN + 2 * 16;
+    static constexpr int SHARED = AT_WORK + 32;
 };
 
 // acc += A·B. A: M blocks of rows, from a tile that holds it as [m][k]; B: N blocks of columns, from one that holds [n][k]; K blocks deep.
@@ -141,8 +142,21 @@ struct Backward {
     const cp_attention_params& p;
     unsigned char* shared;
     uint32_t thread, warp, lane;
-    cp_tile tile;
-    uint32_t heads_end;
+
+    // The piece of work, in shared memory rather than in registers.
+    struct Work {
+        cp_tile tile;
+        uint32_t key_head, heads_begin, heads_end;  // query heads: empty if there is nothing to do
+    };
+    DEVICE Work& work() const { return *(Work*)(shared + C::AT_WORK); }
+    DEVICE void find_work(uint32_t number) const {
+        work().tile = load_tile(p.tiles, number / p.kv_heads);
+        work().key_head = number % p.kv_heads;
+        // Query heads h with (q_first + h) / head_group = kv_first + key_head.
+        const uint32_t begin = (p.kv_first + number % p.kv_heads) * p.head_group, end = begin + p.head_group;
+        work().heads_begin = begin > p.q_first ? begin - p.q_first : 0;
+        work().heads_end = end <= p.q_first || work().tile.parts == 0 ? 0 : end - p.q_first < p.heads ? end - p.q_first : p.heads;
+    }
 
     DEVICE float* lse_row(uint32_t row) const { return (float*)(shared + C::AT_LSE) + row; }
     DEVICE float* delta_row(uint32_t row) const { return (float*)(shared + C::AT_DELTA) + row; }
@@ -162,9 +176,9 @@ struct Backward {
     DEVICE bool advance(QueryTile& at) const {
         at.row += C::BM;
         if (at.row < load_part(p.parts, at.part).end) return true;
-        if (++at.part == tile.part + tile.parts) {
-            at.part = tile.part;
-            if (++at.head == heads_end) return false;
+        if (++at.part == work().tile.part + work().tile.parts) {
+            at.part = work().tile.part;
+            if (++at.head == work().heads_end) return false;
         }
         enter_part(at);
         return true;
@@ -173,18 +187,18 @@ struct Backward {
     // Is no mask needed? In a tile of fewer keys than BN the missing ones are masked.
     DEVICE bool is_full(const QueryTile& at) const {
         cp_part part = load_part(p.parts, at.part);
-        return tile.rows == C::BN && at.row >= part.full_begin && at.row + C::BM <= part.full_end;
+        return work().tile.rows == C::BN && at.row >= part.full_begin && at.row + C::BM <= part.full_end;
     }
 
     DEVICE void load_q(const QueryTile& at, uint32_t stage) const {
         TileLoader<C::BM, C::DQK, C::THREADS> loader;
         loader.start(p.q, at.head, at.row, thread);
-        loader.load(shared + C::AT_Q + stage * C::Q::BYTES, p.q, load_part(p.parts, at.part).end, p.q_used, p.dim_qk, thread);
+        loader.load(shared + C::AT_Q + stage * C::Q::BYTES, p.q, at.row, load_part(p.parts, at.part).end, p.q_used, p.dim_qk, thread);
     }
     DEVICE void load_d_out(const QueryTile& at, uint32_t stage) const {
         TileLoader<C::BM, C::DV, C::THREADS> loader;
         loader.start(p.d_out, at.head, at.row, thread);
-        loader.load(shared + C::AT_DO + stage * C::DO::BYTES, p.d_out, load_part(p.parts, at.part).end, p.q_used, p.dim_v, thread);
+        loader.load(shared + C::AT_DO + stage * C::DO::BYTES, p.d_out, at.row, load_part(p.parts, at.part).end, p.q_used, p.dim_v, thread);
     }
 
     // What one thread knows about one query row.
@@ -199,6 +213,7 @@ struct Backward {
         uint32_t row = at.row + thread;
         cp_part part = load_part(p.parts, at.part);
         if (row < part.begin || row >= part.end) return x;
+        const cp_tile tile = work().tile;
         KeyRange range{tile.row, tile.row + tile.rows};
         if (row < part.full_begin || row >= part.full_end) {
             KeyRange seen = keys_of_row(p.slices, part, row);
@@ -328,15 +343,15 @@ struct Backward {
 
     // Adds a warp's part of dK or dV to global memory.
     template <int N>
-    DEVICE void add_gradient(const cp_view& view, const float (&acc)[KM][2 * N][4], float factor, uint32_t key_head, uint32_t dim) const {
+    DEVICE void add_gradient(const cp_view& view, const float (&acc)[KM][2 * N][4], float factor, uint32_t dim) const {
         const uint32_t col = warp / C::KEYS * (N * 16) + lane % 4 * 2;
 #pragma unroll
         for (int m = 0; m < KM; m++)
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 uint32_t row = warp % C::KEYS * (KM * 16) + m * 16 + h * 8 + lane / 4;
-                if (row >= tile.rows) continue;
-                float* out = (float*)view.ptr + element_offset(view, tile.row + row, key_head) + col;
+                if (row >= work().tile.rows) continue;
+                float* out = (float*)view.ptr + element_offset(view, work().tile.row + row, work().key_head) + col;
 #pragma unroll
                 for (int n = 0; n < 2 * N; n++) {
                     if (col + n * 8 >= dim) break;
@@ -347,19 +362,20 @@ struct Backward {
             }
     }
 
-    DEVICE void run(uint32_t key_head, uint32_t heads_begin) const {
+    DEVICE void run() const {
+        const cp_tile tile = work().tile;
         {
             TileLoader<C::BN, C::DQK, C::THREADS> loader;
-            loader.start(p.k, key_head, tile.row, thread);
-            loader.load(shared + C::AT_K, p.k, tile.row + tile.rows, p.k_used, p.dim_qk, thread);
+            loader.start(p.k, work().key_head, tile.row, thread);
+            loader.load(shared + C::AT_K, p.k, tile.row, tile.row + tile.rows, p.k_used, p.dim_qk, thread);
         }
         {
             TileLoader<C::BN, C::DV, C::THREADS> loader;
-            loader.start(p.v, key_head, tile.row, thread);
-            loader.load(shared + C::AT_V, p.v, tile.row + tile.rows, p.k_used, p.dim_v, thread);
+            loader.start(p.v, work().key_head, tile.row, thread);
+            loader.load(shared + C::AT_V, p.v, tile.row, tile.row + tile.rows, p.k_used, p.dim_v, thread);
         }
         const bool ordered = p.flags & CP_DETERMINISTIC;
-        QueryTile at{heads_begin, tile.part, 0};
+        QueryTile at{work().heads_begin, tile.part, 0};
         enter_part(at);
         load_q(at, 0);
         load_d_out(at, 0);
@@ -405,25 +421,20 @@ struct Backward {
             if (!more) break;
             full = is_full(at);
         }
-        add_gradient<KN>(p.dk, dk, p.scale, key_head, p.dim_qk);
-        add_gradient<VN>(p.dv, dv, 1.0f, key_head, p.dim_v);
+        add_gradient<KN>(p.dk, dk, p.scale, p.dim_qk);
+        add_gradient<VN>(p.dv, dv, 1.0f, p.dim_v);
     }
 };
 
 template <class T, class C>
 DEVICE void backward(const cp_attention_params& p) {
     SHARED_MEMORY(shared);
-    for (uint32_t work = blockIdx.x; work < p.tile_count * p.kv_heads; work += gridDim.x) {
-        const cp_tile tile = load_tile(p.tiles, work / p.kv_heads);
-        const uint32_t key_head = work % p.kv_heads;
-        // Query heads h with (q_first + h) / head_group = kv_first + key_head.
-        const uint32_t begin = (p.kv_first + key_head) * p.head_group, end = begin + p.head_group;
-        const uint32_t heads_begin = begin > p.q_first ? begin - p.q_first : 0;
-        const uint32_t heads_end = end > p.q_first ? min(end - p.q_first, p.heads) : 0;
-        if (tile.parts == 0 || heads_begin >= heads_end) continue;
-        Backward<T, C> block{p, shared, threadIdx.x, threadIdx.x / 32, threadIdx.x % 32, tile, heads_end};
-        block.run(key_head, heads_begin);
-        sync_block();  // before the next one fills the tiles
+    const Backward<T, C> block{p, shared, threadIdx.x, threadIdx.x / 32, threadIdx.x % 32};
+    for (uint32_t number = blockIdx.x; number < p.tile_count * p.kv_heads; number += gridDim.x) {
+        if (threadIdx.x == 0) block.find_work(number);
+        sync_block();
+        if (block.work().heads_begin < block.work().heads_end) block.run();
+        sync_block();  // before the tiles and the work become others
     }
 }
 

@@ -29,6 +29,6 @@
     X(192, 128, 32, 64, 8, 2, 2, 2, 2, 2)       \
     X(256, 256, 32, 32, 4, 2, 2, 2, 2, 1)
 
-// Dynamic shared memory of a backward block, bytes: K, V, the stages of Q and dO, P and dS, 28 bytes of numbers per query row, and 32.
+// Dynamic shared memory of a backward block, bytes: K, V, the stages of Q and dO, P and dS, 28 bytes of numbers per query row, and 64.
 #define CP_BACKWARD_SHARED(dqk, dv, q_rows, k_rows, q_stages, do_stages) \
-    ((k_rows) * ((dqk) + (dv)) * 2 + (q_rows) * ((q_stages) * (dqk) + (do_stages) * (dv)) * 2 + (q_rows) * (k_rows) * 4 + (q_rows) * 28 + 32)
+    ((k_rows) * ((dqk) + (dv)) * 2 + (q_rows) * ((q_stages) * (dqk) + (do_stages) * (dv)) * 2 + (q_rows) * (k_rows) * 4 + (q_rows) * 28 + 64)
