@@ -7,3 +7,6 @@
 //! ```
 
 pub mod image;
+
+mod stub;
+pub use stub::*;
