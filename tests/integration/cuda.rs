@@ -35,7 +35,8 @@ fn corpus(way: Way) {
     let ways = [Way::Local, Way::Nccl, Way::Staged];
     let turn = ways.iter().position(|w| *w == way).expect("one of the three");
     let mut tally = Tally::default();
-    let short = cases().iter().filter(|c| c.tokens(Side::Query).max(c.tokens(Side::Key)) <= LONGEST);
+    let short =
+        cases().iter().filter(|c| c.tokens(Side::Query).max(c.tokens(Side::Key)) <= LONGEST);
     for (index, case) in short.enumerate().filter(|(_, c)| !fast() || c.is("fast")) {
         for (kind, comm) in CommType::ALL.into_iter().enumerate() {
             // A third of the combinations per way: all of them over the three.
@@ -46,7 +47,8 @@ fn corpus(way: Way) {
             let dtype = [DType::Bf16, DType::F16][(index + kind) % 2];
             let ranks = RANKS[(index + 2 * kind + turn + seed() as usize) % RANKS.len()];
             let drawn = Run::drawn(case, ranks, comm, dtype, (number % 100_003) as u64);
-            let on = OnCuda { way, deterministic: number & 16 == 0, margin: (number as u32 >> 5) & 1 };
+            let on =
+                OnCuda { way, deterministic: number & 16 == 0, margin: (number as u32 >> 5) & 1 };
             let result = check(&drawn, on);
             tally.note(&drawn, result);
         }

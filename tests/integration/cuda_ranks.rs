@@ -147,7 +147,10 @@ fn rank(
         // SAFETY: an own stream.
         unsafe { driver::synchronize(stream.raw())? };
         for fence in &fences {
-            assert!(fence.intact(stream.raw())?, "written beyond the workspace or the saved buffer");
+            assert!(
+                fence.intact(stream.raw())?,
+                "written beyond the workspace or the saved buffer"
+            );
         }
         assert!(before == shard.bits(&inputs), "an input was written to");
         if let Some((t, _)) = shard.0.iter().find(|(_, l)| !l.gaps_untouched()) {
@@ -183,8 +186,7 @@ pub fn run(
 ) -> std::result::Result<Results<f32>, String> {
     problem.validate().map_err(|e| e.to_string())?;
     let problem = Arc::new(problem.clone());
-    let shards = on_threads(local_group(problem.ranks), |r, t| {
-        rank(&problem, r, how, on, global, t)
-    })?;
+    let shards =
+        on_threads(local_group(problem.ranks), |r, t| rank(&problem, r, how, on, global, t))?;
     Ok(collect(&problem, &shards))
 }

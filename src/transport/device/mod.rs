@@ -7,6 +7,7 @@
 //! `local`: ranks are threads, copies between their memories. `nccl`: processes, one device each. `staged`: through the host, over any
 //! [`super::Transport`]; the last resort.
 
+pub mod nccl;
 
 use super::Message;
 use crate::driver::CUstream;

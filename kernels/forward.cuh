@@ -1,0 +1,339 @@
+// Forward attention: O = softmax(scale·Q·Kᵀ)·V and its logarithmic sums, one attend step, for GPUs since sm_80.
+//
+// A block takes one (tile of query rows, head) after another; each warp WM of the tile's rows, all columns. Per key tile:
+//
+//     wait for K         K of this tile and Q are there; every warp is done with V
+//       load V           while  S = Q·Kᵀ  goes on
+//     wait for V         V is there; every warp is done with K
+//       load next K      while  P = softmax(S), O += P·V  go on
+//
+// S, P and O stay in registers: accumulators of one product are the A operand of the next. Key tiles of all parts of a tile are one sequence.
+#pragma once
+#include <math.h>
+
+#include "bounds.cuh"
+#include "shapes.h"
+#include "softmax.cuh"
+#include "tile.cuh"
+
+template <class T, int DQK, int DV, int BM, int BN, int WARPS>
+struct Forward {
+    static constexpr int THREADS = WARPS * 32;
+    static constexpr int WM = BM / WARPS;  // rows of a warp
+    static constexpr int M = WM / 16, N = BN / 8, D = DV / 8;
+    static_assert(WM % 16 == 0 && WM <= 32, "a lane finds the keys of one row");
+
+    using QTile = Tile<BM, DQK>;
+    using KTile = Tile<BN, DQK>;
+    using VTile = Tile<BN, DV>;
+    using OutTile = Tile<WM, DV>;
+    static_assert(OutTile::BYTES <= WM * QTile::STRIDE, "the output of a warp takes the place of its Q");
+
+    // Shared memory.
+    static constexpr int K_AT = QTile::BYTES, V_AT = K_AT + KTile::BYTES, RANGES_AT = V_AT + VTile::BYTES;
+    static_assert(RANGES_AT + BM * (int)sizeof(KeyRange) == CP_FORWARD_SHARED(DQK, DV, BM, BN), "");
+
+    const cp_attention_params& p;
+    unsigned char* const shared;
+    const uint32_t thread, lane, warp;
+    cp_tile tile;
+    uint32_t head, kv_head;
+    float out[M][D][4];
+    RunningSoftmax<M> softmax;
+
+    DEVICE Forward(const cp_attention_params& params, unsigned char* memory)
+        : p(params), shared(memory), thread(threadIdx.x), lane(thread % 32), warp(thread / 32) {}
+
+    DEVICE void run() {
+        for (uint32_t w = blockIdx.x; w < p.tile_count * p.heads; w += gridDim.x) {
+            tile = load_tile(p.tiles, w / p.heads);
+            head = w % p.heads;
+            kv_head = (p.q_first + head) / p.head_group - p.kv_first;
+            if (tile.parts == 0 && !(p.flags & (CP_FIRST | CP_LAST))) {
+                continue;
+            }
+            start();
+            if (tile.parts != 0) {
+                sweep();
+            }
+            finish();
+        }
+    }
+
+    // Row of the tensors that half h of block m is for this lane; `inside`: it belongs to the tile.
+    DEVICE uint32_t row_of(int m, int h, bool& inside) {
+        uint32_t r = warp * WM + m * 16 + h * 8 + lane / 4;
+        inside = r < tile.rows;
+        return tile.row + r;
+    }
+
+    // The state before: empty, or what the step before left.
+    DEVICE void start() {
+        softmax.clear();
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int d = 0; d < D; d++) {
+                out[m][d][0] = out[m][d][1] = out[m][d][2] = out[m][d][3] = 0.0f;
+            }
+        }
+        if (p.flags & CP_FIRST) {
+            return;
+        }
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                bool inside;
+                uint32_t row = row_of(m, h, inside);
+                if (!inside) {
+                    continue;
+                }
+                softmax.max[m][h] = load_global((const float*)p.acc_max.ptr + element_offset(p.acc_max, row, head));
+                if (lane % 4 == 0) {
+                    softmax.sum[m][h] = load_global((const float*)p.acc_sum.ptr + element_offset(p.acc_sum, row, head));
+                }
+                const float* from = (const float*)p.acc_out.ptr + element_offset(p.acc_out, row, head) + lane % 4 * 2;
+#pragma unroll
+                for (int d = 0; d < D; d++) {
+                    if (d * 8 < (int)p.dim_v) {
+                        float2 x = load_global((const float2*)(from + d * 8));
+                        out[m][d][2 * h] = x.x;
+                        out[m][d][2 * h + 1] = x.y;
+                    }
+                }
+            }
+        }
+    }
+
+    DEVICE void sweep() {
+        unsigned char* const q_tile = shared;
+        unsigned char* const k_tile = shared + K_AT;
+        unsigned char* const v_tile = shared + V_AT;
+        KeyRange* const ranges = (KeyRange*)(shared + RANGES_AT) + warp * WM;
+
+        uint32_t index = tile.part;
+        cp_part part = load_part(p.parts, index);
+        uint32_t key = part.begin;
+        TileLoader<BM, DQK, THREADS> q;
+        TileLoader<BN, DQK, THREADS> k;
+        TileLoader<BN, DV, THREADS> v;
+
+        sync_block();  // all warps are done with the work before
+        q.start(p.q, head, tile.row, thread);
+        q.load(q_tile, p.q, tile.row + tile.rows, p.q_used, p.dim_qk, thread);
+        k.start(p.k, kv_head, key, thread);
+        k.load(k_tile, p.k, part.end, p.k_used, p.dim_qk, thread);
+        cp_async_commit();
+        v.start(p.v, kv_head, key, thread);
+        find_ranges(ranges, part);
+
+        float scale_log2 = p.scale_log2;
+        if (scale_log2 <= 0.0f) {
+            cp_async_wait<0>();
+            sync_block();
+            scale_log2 = flip(q_tile);
+        }
+        while (true) {
+            cp_async_wait<0>();
+            sync_block();
+            v.load(v_tile, p.v, part.end, p.k_used, p.dim_v, thread);
+            cp_async_commit();
+            float scores[M][N][4];
+            multiply_keys(scores, q_tile, k_tile);
+
+            cp_async_wait<0>();
+            sync_block();
+            const bool masked = key < part.full_begin || key + BN > part.full_end;
+            const uint32_t hide_from = key;
+            key += BN;
+            bool more = true, turn = key >= part.end;
+            if (turn) {  // to the next part
+                more = ++index < tile.part + tile.parts;
+                if (more) {
+                    part = load_part(p.parts, index);
+                    key = part.begin;
+                    k.start(p.k, kv_head, key, thread);
+                    v.start(p.v, kv_head, key, thread);
+                }
+            }
+            if (more) {
+                k.load(k_tile, p.k, part.end, p.k_used, p.dim_qk, thread);
+                cp_async_commit();
+            }
+            if (masked) {
+                hide(scores, ranges, hide_from, lane);
+            }
+            if (turn && more) {
+                find_ranges(ranges, part);
+            }
+            softmax.add(scores, out, scale_log2);
+            multiply_values(scores, v_tile);
+            if (!more) {
+                return;
+            }
+        }
+    }
+
+    // What the rows of this warp see in a part. Only this warp reads it.
+    DEVICE void find_ranges(KeyRange* ranges, const cp_part& part) {
+        sync_warp();
+        if (lane < WM) {
+            KeyRange range = keys_of_row(p.slices, part, tile.row + warp * WM + lane);
+            range.lo = max(range.lo, part.begin);
+            range.hi = max(min(range.hi, part.end), range.lo);
+            ranges[lane] = range;
+        }
+        sync_warp();
+    }
+
+    // The maximum of score·scale needs scale > 0. Gives this warp's Q the sign (or zero) of the scale instead; returns what is left of it.
+    DEVICE float flip(unsigned char* q_tile) {
+        const uint32_t keep = p.scale_log2 == 0.0f ? 0 : 0xffffffffu, sign = p.scale_log2 == 0.0f ? 0 : 0x80008000u;
+        uint32_t* words = (uint32_t*)(q_tile + warp * WM * QTile::STRIDE);
+        for (uint32_t i = lane; i < WM * QTile::STRIDE / 4; i += 32) {
+            words[i] = (words[i] & keep) ^ sign;
+        }
+        sync_warp();
+        return p.scale_log2 == 0.0f ? 1.0f : -p.scale_log2;
+    }
+
+    // scores = Q·Kᵀ
+    DEVICE void multiply_keys(float (&scores)[M][N][4], const unsigned char* q_tile, const unsigned char* k_tile) {
+        const uint32_t q_lane = QTile::lane_across(warp * WM, lane), k_lane = KTile::lane_down(0, lane);
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+                scores[m][n][0] = scores[m][n][1] = scores[m][n][2] = scores[m][n][3] = 0.0f;
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < DQK / 16; k++) {
+            uint32_t a[M][4];
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                QTile::load_a(a[m], q_tile, q_lane, m, k);
+            }
+#pragma unroll
+            for (int n = 0; n < N; n += 2) {
+                uint32_t b[4];
+                KTile::load_b(b, k_tile, k_lane, n / 2, k);
+#pragma unroll
+                for (int m = 0; m < M; m++) {
+                    mma_m16n8k16<T>(scores[m][n], a[m], b[0], b[1]);
+                    mma_m16n8k16<T>(scores[m][n + 1], a[m], b[2], b[3]);
+                }
+            }
+        }
+    }
+
+    // out += P·V
+    DEVICE void multiply_values(const float (&weights)[M][N][4], const unsigned char* v_tile) {
+        const uint32_t v_lane = VTile::lane_across(0, lane);
+#pragma unroll
+        for (int k = 0; k < BN / 16; k++) {
+            uint32_t a[M][4];
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const float(&x)[4] = weights[m][2 * k + i / 2];
+                    a[m][i] = pack2<T>(x[i % 2 * 2], x[i % 2 * 2 + 1]);
+                }
+            }
+#pragma unroll
+            for (int d = 0; d < D; d += 2) {
+                uint32_t b[4];
+                VTile::load_b_trans(b, v_tile, v_lane, k, d / 2);
+#pragma unroll
+                for (int m = 0; m < M; m++) {
+                    mma_m16n8k16<T>(out[m][d], a[m], b[0], b[1]);
+                    mma_m16n8k16<T>(out[m][d + 1], a[m], b[2], b[3]);
+                }
+            }
+        }
+    }
+
+    DEVICE void finish() {
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                softmax.sum[m][h] = quad_sum(softmax.sum[m][h]);
+            }
+        }
+        if (p.flags & CP_LAST) {
+            write_result();
+        } else {
+            write_state();
+        }
+    }
+
+    DEVICE void write_state() {
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                bool inside;
+                uint32_t row = row_of(m, h, inside);
+                if (!inside) {
+                    continue;
+                }
+                if (lane % 4 == 0) {
+                    store_global((float*)p.acc_max.ptr + element_offset(p.acc_max, row, head), softmax.max[m][h]);
+                    store_global((float*)p.acc_sum.ptr + element_offset(p.acc_sum, row, head), softmax.sum[m][h]);
+                }
+                float* to = (float*)p.acc_out.ptr + element_offset(p.acc_out, row, head) + lane % 4 * 2;
+#pragma unroll
+                for (int d = 0; d < D; d++) {
+                    if (d * 8 < (int)p.dim_v) {
+                        store_global((float2*)(to + d * 8), make_float2(out[m][d][2 * h], out[m][d][2 * h + 1]));
+                    }
+                }
+            }
+        }
+    }
+
+    // O and LSE. O goes through the shared memory that held the warp's Q, to be written 16 bytes at a time.
+    DEVICE void write_result() {
+        unsigned char* const staged = shared + warp * WM * QTile::STRIDE;
+        sync_warp();
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float sum = softmax.sum[m][h];
+                const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;  // a row that saw nothing: 0
+#pragma unroll
+                for (int d = 0; d < D; d++) {
+                    uint32_t* to = (uint32_t*)(staged + OutTile::offset2(m * 16 + h * 8 + lane / 4, d * 8 + lane % 4 * 2));
+                    *to = pack2<T>(out[m][d][2 * h] * scale, out[m][d][2 * h + 1] * scale);
+                }
+                bool inside;
+                uint32_t row = row_of(m, h, inside);
+                if (inside && lane % 4 == 0) {
+                    const float lse = sum == 0.0f ? -INFINITY : (softmax.max[m][h] + log2_approx(sum)) * 0.693147180559945f;
+                    store_global((float*)p.lse.ptr + element_offset(p.lse, row, head), lse);
+                }
+            }
+        }
+        sync_warp();
+        constexpr uint32_t CHUNKS = DV / 8;
+#pragma unroll 1
+        for (uint32_t i = lane; i < WM * CHUNKS; i += 32) {
+            const uint32_t r = i / CHUNKS, chunk = i % CHUNKS, row = warp * WM + r;
+            if (row < tile.rows && chunk * 8 < p.dim_v) {
+                uint16_t* to = (uint16_t*)p.out.ptr + element_offset(p.out, tile.row + row, head) + chunk * 8;
+                store_global((uint4*)to, *(const uint4*)(staged + OutTile::offset(r, chunk)));
+            }
+        }
+    }
+};
+
+// Two blocks per multiprocessor: at most 255 registers.
+#define CP_FORWARD_KERNEL(name, T, dqk, dv, q_rows, k_rows, warps)                                                \
+    extern "C" __global__ void __launch_bounds__(warps * 32, 2) name(const __grid_constant__ cp_attention_params p) { \
+        SHARED_MEMORY(shared);                                                                                    \
+        Forward<T, dqk, dv, q_rows, k_rows, warps>(p, shared).run();                                              \
+    }

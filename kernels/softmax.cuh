@@ -1,0 +1,91 @@
+// The running softmax of the query rows a warp works on, base 2: of every row the maximum of score·scale_log2 and the sum of
+// 2^(score·scale_log2 − maximum). FlashAttention-2, arXiv 2307.08691.
+//
+// Accumulators are those of mma.m16n8k16: x[m][n][2·h + e] is row 16·m + 8·h + lane/4, column 8·n + 2·(lane%4) + e. So a row is shared by
+// the four lanes of a quad, and a lane has parts of 2·M rows.
+#pragma once
+#include "bounds.cuh"
+#include "ptx.cuh"
+
+// Every lane's result: the maximum, the sum over its quad.
+DEVICE float quad_max(float x) {
+    x = fmaxf(x, shuffle_xor(x, 1));
+    return fmaxf(x, shuffle_xor(x, 2));
+}
+DEVICE float quad_sum(float x) {
+    x += shuffle_xor(x, 1);
+    return x + shuffle_xor(x, 2);
+}
+
+template <int M>
+struct RunningSoftmax {
+    float max[M][2];
+    float sum[M][2];  // of the lane's own columns; the quad's total is the row's
+
+    DEVICE void clear() {
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+            max[m][0] = max[m][1] = -INFINITY;
+            sum[m][0] = sum[m][1] = 0.0f;
+        }
+    }
+
+    // Takes in scores q·k (hidden ones −∞) and leaves 2^(score·scale_log2 − maximum) in their place; scales `out`, which belongs to the maximum
+    // before, to the new one. scale_log2 > 0.
+    template <int N, int D>
+    DEVICE void add(float (&scores)[M][N][4], float (&out)[M][D][4], float scale_log2) {
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                float top = scores[m][0][2 * h];
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+                    top = fmaxf(top, fmaxf(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
+                }
+                top = fmaxf(max[m][h], quad_max(top) * scale_log2);
+                // A row that has seen nothing yet: any finite number will do, and −∞ − −∞ must not happen.
+                float base = top == -INFINITY ? 0.0f : top;
+                float shrink = exp2_approx(max[m][h] - base);
+                max[m][h] = top;
+                float total = sum[m][h] * shrink;
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+#pragma unroll
+                    for (int e = 2 * h; e < 2 * h + 2; e++) {
+                        scores[m][n][e] = exp2_approx(fmaf(scores[m][n][e], scale_log2, -base));
+                        total += scores[m][n][e];
+                    }
+                }
+                sum[m][h] = total;
+#pragma unroll
+                for (int d = 0; d < D; d++) {
+                    out[m][d][2 * h] *= shrink;
+                    out[m][d][2 * h + 1] *= shrink;
+                }
+            }
+        }
+    }
+};
+
+// Hides scores: column c of the accumulators is key row key + c; `ranges` are those of the warp's rows.
+template <int M, int N>
+DEVICE void hide(float (&scores)[M][N][4], const KeyRange* ranges, uint32_t key, uint32_t lane) {
+#pragma unroll
+    for (int m = 0; m < M; m++) {
+#pragma unroll
+        for (int h = 0; h < 2; h++) {
+            KeyRange range = ranges[m * 16 + h * 8 + lane / 4];
+            uint32_t first = key + lane % 4 * 2 - range.lo, count = range.hi - range.lo;
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    if (first + (n * 8 + e) >= count) {
+                        scores[m][n][2 * h + e] = -INFINITY;
+                    }
+                }
+            }
+        }
+    }
+}
