@@ -376,8 +376,15 @@ impl Attention {
             0 => DEFAULT_SEGMENTS,
             n => n,
         };
-        let gathering = gathering + target.extra_tables(rows, segments, full.stages + 2);
-        let bound = bound + target.extra_tables(rows, segments, full.stages + 2);
+        let tables = target.most_tables(
+            full.stages as usize + 2,
+            segments as usize,
+            // Two pieces of a sequence on every rank, as zigzag deals them, on either side.
+            4 * full.ranks as usize,
+            rows as usize,
+            total as usize,
+        );
+        let (gathering, bound) = (gathering + tables, bound + tables);
         Ok(cap.map_or(bound, |cap| bound.min(cap.saturating_add(gathering))))
     }
 

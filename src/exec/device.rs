@@ -4,7 +4,10 @@
 //! the end, so that to the caller a call is work on one stream, and a capture of that stream captures all of it. Plan events become CUDA events.
 
 use super::{Memory, Slots, Stats, bind, fill_messages};
-use crate::backend::cuda::{AttendWork, Cuda, RowsWork, Shape, Staging, TableBuilder};
+use crate::backend::cuda::{
+    AttendWork, Cuda, RowsWork, Shape, SliceLimits, Staging, TableBuilder, backward_bound,
+    forward_bound, runs_bound,
+};
 use crate::backend::{CopyRows, View};
 use crate::driver::{self, CUdeviceptr, CUstream, Event};
 use crate::error::{Error, Result};
@@ -28,10 +31,24 @@ pub enum Target {
 }
 
 impl Target {
-    /// Bytes that work lists take at most, where ranks hold `rows` rows, a pass has `steps` attend steps and each at most `segments` slices.
-    pub fn extra_tables(self, rows: u32, segments: u32, steps: u32) -> usize {
+    /// Most bytes of the work lists of `steps` attend steps, each of at most `segments` slices over `rows` query and `keys` key rows, where a row
+    /// is in at most `per_row` of them, and of as many copies of as many runs.
+    pub fn most_tables(
+        self,
+        steps: usize,
+        segments: usize,
+        per_row: usize,
+        rows: usize,
+        keys: usize,
+    ) -> usize {
         let Target::Device { shape, deterministic } = self else { return 0 };
-        steps as usize * TableBuilder::most_bytes(shape, rows, rows, segments, deterministic)
+        let per_row = per_row.min(segments);
+        let limits = SliceLimits { count: segments, per_query: per_row, per_key: per_row };
+        let forward = forward_bound(shape.forward(), rows, keys, limits);
+        let backward = backward_bound(shape.backward(), rows, keys, limits, deterministic);
+        // A stage gathers, clears, converts and sums keys and values; the head exchange copies up to six tensors in and three out.
+        let copies = (8 * steps + 9) * runs_bound(segments);
+        steps * forward.max(backward) + copies
     }
 }
 
@@ -58,7 +75,7 @@ impl Tables {
     /// The tables of a plan whose slots take the first `slots` bytes of the workspace. `None` on the host.
     pub fn new(plan: &Plan, target: Target, slots: usize) -> Option<Tables> {
         let Target::Device { shape, deterministic } = target else { return None };
-        let mut builder = TableBuilder::new(shape);
+        let mut builder = TableBuilder::new(shape.forward(), shape.backward());
         let rows = |slot: &Slot| plan.info(*slot).rows;
         let heads = plan.share.q.len();
         let mut counters = 0;

@@ -7,6 +7,13 @@
 //! ```
 
 pub mod image;
+pub mod params;
+mod tables;
+
+pub use tables::{
+    AttendWork, RowsWork, SliceLimits, TableBuilder, Tiling, backward_bound, forward_bound,
+    runs_bound,
+};
 
 mod stub;
 pub use stub::*;
