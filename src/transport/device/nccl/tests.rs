@@ -8,17 +8,17 @@ mod real_nccl {
 
     /// The library that the environment variable names; not `find`, whose choice is this process's.
     fn real() -> &'static Api {
-        let path = std::env::var_os("CP_REAL_NCCL").expect("CP_REAL_NCCL names a libnccl.so.2");
+        let path = std::env::var_os("NCCL_LIBRARY").expect("NCCL_LIBRARY names a libnccl.so.2");
         let flags = libloading::os::unix::RTLD_NOW;
         Box::leak(Box::new(Api::open(&path, flags).expect("a library that can be opened")))
     }
 
     #[test]
-    #[ignore = "needs NCCL itself, named by CP_REAL_NCCL: tests/run"]
+    #[ignore = "needs NCCL itself, named by NCCL_LIBRARY: tests/run"]
     fn says_its_version_and_makes_unique_ids() {
         let api = real();
         assert_eq!(api.version(), 22707);
-        let path = std::env::var("CP_REAL_NCCL").unwrap_or_default();
+        let path = std::env::var("NCCL_LIBRARY").unwrap_or_default();
         assert_eq!(OsString::from(api.path()), OsString::from(&path));
         assert_eq!(api.description(), format!("2.27.7 ({path})"));
         let (one, two) = (new_id(api).expect("an id"), new_id(api).expect("an id"));
@@ -27,7 +27,7 @@ mod real_nccl {
     }
 
     #[test]
-    #[ignore = "needs NCCL itself, named by CP_REAL_NCCL: tests/run"]
+    #[ignore = "needs NCCL itself, named by NCCL_LIBRARY: tests/run"]
     fn without_a_gpu_init_fails_in_its_own_words() {
         let api = real();
         let id = new_id(api).expect("an id");
