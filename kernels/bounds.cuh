@@ -35,6 +35,7 @@ DEVICE KeyRange keys_of(const cp_slice& s, uint32_t i) {
 // What query row `row` sees in a part: a row is in at most one of its slices.
 DEVICE KeyRange keys_of_row(uint64_t slices, const cp_part& part, uint32_t row) {
     KeyRange range{part.begin, part.begin};
+#pragma unroll 1
     for (uint32_t n = 0; n < part.slices; n++) {
         cp_slice s = load_slice(slices, part.slice + n);
         if (row - s.q < s.q_len) {

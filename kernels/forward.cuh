@@ -36,8 +36,7 @@ struct Forward {
     const cp_attention_params& p;
     unsigned char* const shared;
     const uint32_t thread, lane, warp;
-    cp_tile tile;
-    uint32_t head, kv_head;
+    uint32_t work;  // number of the work in progress
     float out[M][D][4];
     RunningSoftmax<M> softmax;
 
@@ -45,26 +44,36 @@ struct Forward {
         : p(params), shared(memory), thread(threadIdx.x), lane(thread % 32), warp(thread / 32) {}
 
     DEVICE void run() {
-        for (uint32_t w = blockIdx.x; w < p.tile_count * p.heads; w += gridDim.x) {
-            tile = load_tile(p.tiles, w / p.heads);
-            head = w % p.heads;
-            kv_head = (p.q_first + head) / p.head_group - p.kv_first;
-            if (tile.parts == 0 && !(p.flags & (CP_FIRST | CP_LAST))) {
+        for (work = blockIdx.x; work < p.tile_count * p.heads; work += gridDim.x) {
+            const bool sees = tile().parts != 0;
+            if (!sees && !(p.flags & (CP_FIRST | CP_LAST))) {
                 continue;
             }
             start();
-            if (tile.parts != 0) {
+            if (sees) {
                 sweep();
             }
             finish();
         }
     }
 
-    // Row of the tensors that half h of block m is for this lane; `inside`: it belongs to the tile.
-    DEVICE uint32_t row_of(int m, int h, bool& inside) {
-        uint32_t r = warp * WM + m * 16 + h * 8 + lane / 4;
-        inside = r < tile.rows;
-        return tile.row + r;
+    // Read anew where needed, not kept: the sweep has no register to spare.
+    DEVICE cp_tile tile() {
+        uint4 x = load_global((const uint4*)p.tiles + work / p.heads);
+        return cp_tile{x.x, x.y, x.z, x.w};
+    }
+    DEVICE uint32_t head() { return work % p.heads; }
+
+    // A lane's rows of the warp are m·16 + h·8 + lane/4; whether the tile has them.
+    DEVICE int row_of(int m, int h) { return m * 16 + h * 8 + lane / 4; }
+    DEVICE bool inside(const cp_tile& tile, int r) { return warp * WM + r < tile.rows; }
+
+    // Element offsets in a tensor: of row `lane` of the warp; and of row r, when every lane has its own. So each is computed once.
+    DEVICE int64_t offset_of_lane(const cp_tile& tile, const cp_view& view) {
+        return element_offset(view, tile.row + warp * WM + lane % WM, head());
+    }
+    DEVICE int64_t offset_of_row(int64_t of_lane, int r) {
+        return (int64_t)((uint64_t)shuffle((uint32_t)((uint64_t)of_lane >> 32), r) << 32 | shuffle((uint32_t)of_lane, r));
     }
 
     // The state before: empty, or what the step before left.
@@ -80,20 +89,21 @@ struct Forward {
         if (p.flags & CP_FIRST) {
             return;
         }
+        const cp_tile tile = this->tile();
+        const int64_t out_at = offset_of_lane(tile, p.acc_out), max_at = offset_of_lane(tile, p.acc_max), sum_at = offset_of_lane(tile, p.acc_sum);
 #pragma unroll
         for (int m = 0; m < M; m++) {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                bool inside;
-                uint32_t row = row_of(m, h, inside);
-                if (!inside) {
+                const int r = row_of(m, h);
+                const float* from = (const float*)p.acc_out.ptr + offset_of_row(out_at, r) + lane % 4 * 2;
+                const float* max_from = (const float*)p.acc_max.ptr + offset_of_row(max_at, r);
+                const float* sum_from = (const float*)p.acc_sum.ptr + offset_of_row(sum_at, r);
+                if (!inside(tile, r)) {
                     continue;
                 }
-                softmax.max[m][h] = load_global((const float*)p.acc_max.ptr + element_offset(p.acc_max, row, head));
-                if (lane % 4 == 0) {
-                    softmax.sum[m][h] = load_global((const float*)p.acc_sum.ptr + element_offset(p.acc_sum, row, head));
-                }
-                const float* from = (const float*)p.acc_out.ptr + element_offset(p.acc_out, row, head) + lane % 4 * 2;
+                softmax.max[m][h] = load_global(max_from);
+                softmax.sum[m][h] = lane % 4 == 0 ? load_global(sum_from) : 0.0f;
 #pragma unroll
                 for (int d = 0; d < D; d++) {
                     if (d * 8 < (int)p.dim_v) {
@@ -112,65 +122,59 @@ struct Forward {
         unsigned char* const v_tile = shared + V_AT;
         KeyRange* const ranges = (KeyRange*)(shared + RANGES_AT) + warp * WM;
 
-        uint32_t index = tile.part;
-        cp_part part = load_part(p.parts, index);
-        uint32_t key = part.begin;
+        const cp_tile tile = this->tile();
+        const uint32_t end = tile.part + tile.parts;
+        uint32_t index = tile.part, key = 0;
+        cp_part part{};
         TileLoader<BM, DQK, THREADS> q;
         TileLoader<BN, DQK, THREADS> k;
         TileLoader<BN, DV, THREADS> v;
+        float scale_log2 = p.scale_log2;
 
         sync_block();  // all warps are done with the work before
-        q.start(p.q, head, tile.row, thread);
-        q.load(q_tile, p.q, tile.row + tile.rows, p.q_used, p.dim_qk, thread);
-        k.start(p.k, kv_head, key, thread);
-        k.load(k_tile, p.k, part.end, p.k_used, p.dim_qk, thread);
-        cp_async_commit();
-        v.start(p.v, kv_head, key, thread);
-        find_ranges(ranges, part);
-
-        float scale_log2 = p.scale_log2;
+        q.start(p.q, head(), tile.row, thread);
+        q.load(q_tile, p.q, tile.row, tile.row + tile.rows, p.q_used, p.dim_qk, thread);
         if (scale_log2 <= 0.0f) {
+            cp_async_commit();
             cp_async_wait<0>();
             sync_block();
             scale_log2 = flip(q_tile);
         }
-        while (true) {
-            cp_async_wait<0>();
-            sync_block();
-            v.load(v_tile, p.v, part.end, p.k_used, p.dim_v, thread);
-            cp_async_commit();
-            float scores[M][N][4];
-            multiply_keys(scores, q_tile, k_tile);
 
-            cp_async_wait<0>();
-            sync_block();
-            const bool masked = key < part.full_begin || key + BN > part.full_end;
-            const uint32_t hide_from = key;
-            key += BN;
-            bool more = true, turn = key >= part.end;
-            if (turn) {  // to the next part
-                more = ++index < tile.part + tile.parts;
+        // The loop is turned so that every piece of code is there once: S of one pass becomes P in the next.
+        float scores[M][N][4];
+        for (bool first = true, more = true; more; first = false) {
+            if (key >= part.end) {  // to the next part
+                more = index < end;
                 if (more) {
-                    part = load_part(p.parts, index);
+                    part = load_part(p.parts, index++);
                     key = part.begin;
+                    find_ranges(ranges, part);
+                    const uint32_t kv_head = (p.q_first + head()) / p.head_group - p.kv_first;
                     k.start(p.k, kv_head, key, thread);
                     v.start(p.v, kv_head, key, thread);
                 }
             }
             if (more) {
-                k.load(k_tile, p.k, part.end, p.k_used, p.dim_qk, thread);
+                k.load(k_tile, p.k, key, part.end, p.k_used, p.dim_qk, thread);
                 cp_async_commit();
             }
-            if (masked) {
-                hide(scores, ranges, hide_from, lane);
+            if (!first) {
+                softmax.add(scores, out, scale_log2);
+                multiply_values(scores, v_tile);
             }
-            if (turn && more) {
-                find_ranges(ranges, part);
-            }
-            softmax.add(scores, out, scale_log2);
-            multiply_values(scores, v_tile);
-            if (!more) {
-                return;
+            if (more) {
+                cp_async_wait<0>();
+                sync_block();
+                v.load(v_tile, p.v, key, part.end, p.k_used, p.dim_v, thread);
+                cp_async_commit();
+                multiply_keys(scores, q_tile, k_tile);
+                cp_async_wait<0>();
+                sync_block();
+                if (key < part.full_begin || key + BN > part.full_end) {
+                    hide(scores, ranges, key, lane);
+                }
+                key += BN;
             }
         }
     }
@@ -179,7 +183,7 @@ struct Forward {
     DEVICE void find_ranges(KeyRange* ranges, const cp_part& part) {
         sync_warp();
         if (lane < WM) {
-            KeyRange range = keys_of_row(p.slices, part, tile.row + warp * WM + lane);
+            KeyRange range = keys_of_row(p.slices, part, tile().row + warp * WM + lane);
             range.lo = max(range.lo, part.begin);
             range.hi = max(min(range.hi, part.end), range.lo);
             ranges[lane] = range;
@@ -190,7 +194,7 @@ struct Forward {
     // The maximum of score·scale needs scale > 0. Gives this warp's Q the sign (or zero) of the scale instead; returns what is left of it.
     DEVICE float flip(unsigned char* q_tile) {
         const uint32_t keep = p.scale_log2 == 0.0f ? 0 : 0xffffffffu, sign = p.scale_log2 == 0.0f ? 0 : 0x80008000u;
-        uint32_t* words = (uint32_t*)(q_tile + warp * WM * QTile::STRIDE);
+        uint32_t* const words = (uint32_t*)(q_tile + warp * WM * QTile::STRIDE);
         for (uint32_t i = lane; i < WM * QTile::STRIDE / 4; i += 32) {
             words[i] = (words[i] & keep) ^ sign;
         }
@@ -271,20 +275,23 @@ struct Forward {
     }
 
     DEVICE void write_state() {
+        const cp_tile tile = this->tile();
+        const int64_t out_at = offset_of_lane(tile, p.acc_out), max_at = offset_of_lane(tile, p.acc_max), sum_at = offset_of_lane(tile, p.acc_sum);
 #pragma unroll
         for (int m = 0; m < M; m++) {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                bool inside;
-                uint32_t row = row_of(m, h, inside);
-                if (!inside) {
+                const int r = row_of(m, h);
+                float* to = (float*)p.acc_out.ptr + offset_of_row(out_at, r) + lane % 4 * 2;
+                float* max_to = (float*)p.acc_max.ptr + offset_of_row(max_at, r);
+                float* sum_to = (float*)p.acc_sum.ptr + offset_of_row(sum_at, r);
+                if (!inside(tile, r)) {
                     continue;
                 }
                 if (lane % 4 == 0) {
-                    store_global((float*)p.acc_max.ptr + element_offset(p.acc_max, row, head), softmax.max[m][h]);
-                    store_global((float*)p.acc_sum.ptr + element_offset(p.acc_sum, row, head), softmax.sum[m][h]);
+                    store_global(max_to, softmax.max[m][h]);
+                    store_global(sum_to, softmax.sum[m][h]);
                 }
-                float* to = (float*)p.acc_out.ptr + element_offset(p.acc_out, row, head) + lane % 4 * 2;
 #pragma unroll
                 for (int d = 0; d < D; d++) {
                     if (d * 8 < (int)p.dim_v) {
@@ -298,23 +305,24 @@ struct Forward {
     // O and LSE. O goes through the shared memory that held the warp's Q, to be written 16 bytes at a time.
     DEVICE void write_result() {
         unsigned char* const staged = shared + warp * WM * QTile::STRIDE;
+        const cp_tile tile = this->tile();
+        const int64_t out_at = offset_of_lane(tile, p.out), lse_at = offset_of_lane(tile, p.lse);
         sync_warp();
 #pragma unroll
         for (int m = 0; m < M; m++) {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
+                const int r = row_of(m, h);
                 const float sum = softmax.sum[m][h];
                 const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;  // a row that saw nothing: 0
 #pragma unroll
                 for (int d = 0; d < D; d++) {
-                    uint32_t* to = (uint32_t*)(staged + OutTile::offset2(m * 16 + h * 8 + lane / 4, d * 8 + lane % 4 * 2));
+                    uint32_t* to = (uint32_t*)(staged + OutTile::offset2(r, d * 8 + lane % 4 * 2));
                     *to = pack2<T>(out[m][d][2 * h] * scale, out[m][d][2 * h + 1] * scale);
                 }
-                bool inside;
-                uint32_t row = row_of(m, h, inside);
-                if (inside && lane % 4 == 0) {
-                    const float lse = sum == 0.0f ? -INFINITY : (softmax.max[m][h] + log2_approx(sum)) * 0.693147180559945f;
-                    store_global((float*)p.lse.ptr + element_offset(p.lse, row, head), lse);
+                float* lse_to = (float*)p.lse.ptr + offset_of_row(lse_at, r);
+                if (inside(tile, r) && lane % 4 == 0) {
+                    store_global(lse_to, sum == 0.0f ? -INFINITY : (softmax.max[m][h] + log2_approx(sum)) * 0.693147180559945f);
                 }
             }
         }
@@ -322,9 +330,9 @@ struct Forward {
         constexpr uint32_t CHUNKS = DV / 8;
 #pragma unroll 1
         for (uint32_t i = lane; i < WM * CHUNKS; i += 32) {
-            const uint32_t r = i / CHUNKS, chunk = i % CHUNKS, row = warp * WM + r;
-            if (row < tile.rows && chunk * 8 < p.dim_v) {
-                uint16_t* to = (uint16_t*)p.out.ptr + element_offset(p.out, tile.row + row, head) + chunk * 8;
+            const uint32_t r = i / CHUNKS, chunk = i % CHUNKS;
+            uint16_t* to = (uint16_t*)p.out.ptr + offset_of_row(out_at, r) + chunk * 8;
+            if (inside(tile, r) && chunk * 8 < p.dim_v) {
                 store_global((uint4*)to, *(const uint4*)(staged + OutTile::offset(r, chunk)));
             }
         }

@@ -1,5 +1,5 @@
-// The running softmax of the query rows a warp works on, base 2: of every row the maximum of score·scale_log2 and the sum of
-// 2^(score·scale_log2 − maximum). FlashAttention-2, arXiv 2307.08691.
+// The running softmax of the query rows a warp works on, base 2: of every row the (nearly) maximal score·scale_log2 and the sum
+// of 2^(score·scale_log2 − maximum). FlashAttention-2, arXiv 2307.08691.
 //
 // Accumulators are those of mma.m16n8k16: x[m][n][2·h + e] is row 16·m + 8·h + lane/4, column 8·n + 2·(lane%4) + e. So a row is shared by
 // the four lanes of a quad, and a lane has parts of 2·M rows.
@@ -30,34 +30,58 @@ struct RunningSoftmax {
         }
     }
 
-    // Takes in scores q·k (hidden ones −∞) and leaves 2^(score·scale_log2 − maximum) in their place; scales `out`, which belongs to the maximum
-    // before, to the new one. scale_log2 > 0.
+    // Takes in scores q·k (hidden ones −∞) and leaves 2^(score·scale_log2 − maximum) in their place; `out` belongs to the maximum and is scaled
+    // when that changes. The maximum follows only when a score exceeds it by SLACK: any number near the true one serves, and so `out` is
+    // rarely touched. scale_log2 > 0.
     template <int N, int D>
     DEVICE void add(float (&scores)[M][N][4], float (&out)[M][D][4], float scale_log2) {
+        const float SLACK = 8.0f;
+        float top[M][2];
+        bool grows = false;
 #pragma unroll
         for (int m = 0; m < M; m++) {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
-                float top = scores[m][0][2 * h];
+                float most = scores[m][0][2 * h];
 #pragma unroll
                 for (int n = 0; n < N; n++) {
-                    top = fmaxf(top, fmaxf(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
+                    most = fmaxf(most, fmaxf(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
                 }
-                top = fmaxf(max[m][h], quad_max(top) * scale_log2);
-                // A row that has seen nothing yet: any finite number will do, and −∞ − −∞ must not happen.
-                float base = top == -INFINITY ? 0.0f : top;
-                float shrink = exp2_approx(max[m][h] - base);
-                max[m][h] = top;
-                float total = sum[m][h] * shrink;
+                top[m][h] = quad_max(most) * scale_log2;
+                grows = grows || top[m][h] > max[m][h] + SLACK;
+            }
+        }
+        if (any_lane(grows)) {
+            follow(top, out);
+        }
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float base = finite(max[m][h]);
 #pragma unroll
                 for (int n = 0; n < N; n++) {
 #pragma unroll
                     for (int e = 2 * h; e < 2 * h + 2; e++) {
                         scores[m][n][e] = exp2_approx(fmaf(scores[m][n][e], scale_log2, -base));
-                        total += scores[m][n][e];
+                        sum[m][h] += scores[m][n][e];
                     }
                 }
-                sum[m][h] = total;
+            }
+        }
+    }
+
+    // The maximum becomes at least `top`.
+    template <int D>
+    DEVICE void follow(const float (&top)[M][2], float (&out)[M][D][4]) {
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const float higher = fmaxf(max[m][h], top[m][h]);
+                const float shrink = exp2_approx(max[m][h] - finite(higher));
+                max[m][h] = higher;
+                sum[m][h] *= shrink;
 #pragma unroll
                 for (int d = 0; d < D; d++) {
                     out[m][d][2 * h] *= shrink;
@@ -66,6 +90,9 @@ struct RunningSoftmax {
             }
         }
     }
+
+    // A row that has seen nothing yet has the maximum −∞: any finite number will do instead, and −∞ − −∞ must not happen.
+    DEVICE static float finite(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
 };
 
 // Hides scores: column c of the accumulators is key row key + c; `ranges` are those of the warp's rows.

@@ -72,8 +72,19 @@ DEVICE int64_t element_offset(const cp_view& view, uint32_t row, uint32_t head) 
     return offset + row * view.stride_row;
 }
 
-// Bit of a row in a bitmap of used rows.
+// Bit of a row in a bitmap of used rows; and whether all of `rows` rows from `first` on have it (rows > 0).
 DEVICE bool is_used(uint64_t bitmap, uint32_t row) { return load_constant((const uint32_t*)bitmap + row / 32) >> (row % 32) & 1; }
+DEVICE bool all_used(uint64_t bitmap, uint32_t first, uint32_t rows) {
+    const uint32_t last = first + rows - 1;
+    uint32_t missing = 0;
+#pragma unroll 1
+    for (uint32_t i = first / 32; i <= last / 32; i++) {
+        uint32_t mask = i == first / 32 ? 0xffffffffu << (first % 32) : 0xffffffffu;
+        mask &= i == last / 32 ? 0xffffffffu >> (31 - last % 32) : 0xffffffffu;
+        missing |= ~load_constant((const uint32_t*)bitmap + i) & mask;
+    }
+    return missing == 0;
+}
 
 // Fills tiles from consecutive rows of one head of a tensor, THREADS threads together, each always the same chunks of every PASS-th row.
 // Asynchronous: the caller commits, waits and synchronises.
@@ -81,39 +92,59 @@ template <int ROWS, int COLS, int THREADS>
 struct TileLoader {
     using Shape = Tile<ROWS, COLS>;
     static constexpr int PASS = THREADS / Shape::GROUP;  // rows of one pass; neighbouring threads read 128 (or 64) bytes in a row
+    static constexpr int CHUNK = 16, STEP = Shape::GROUP * CHUNK;
     static_assert(ROWS % PASS == 0 && PASS % 8 == 0, "the swizzle of a thread's rows must be the same");
 
-    const unsigned char* at;  // of the thread's first chunk in its next row
-    uint32_t row;             // that row
-    int32_t left;             // rows to the end of its batch entry, itself included
+    const unsigned char* at = nullptr;  // of the thread's first chunk in its next row
 
-    // Next is row `next` of head `head`. thread < THREADS.
+    // The first row will be `next` of head `head`. thread < THREADS.
     DEVICE void start(const cp_view& view, uint32_t head, uint32_t next, uint32_t thread) {
-        row = next + thread / Shape::GROUP;
-        at = (const unsigned char*)view.ptr + element_offset(view, row, head) * 2 + thread % Shape::GROUP * 16;
-        left = view.rows_per_batch == 0 ? 0 : (int32_t)(view.rows_per_batch - row % view.rows_per_batch);
+        const uint32_t row = next + thread / Shape::GROUP;
+        at = (const unsigned char*)view.ptr + element_offset(view, row, head) * 2 + thread % Shape::GROUP * CHUNK;
     }
 
-    // The next ROWS rows: those before `end` (and `used`, unless null) with their first `dim` columns; everything else becomes zero.
-    // dim is a multiple of 8. Nothing else is read, so `end` may be anywhere.
-    DEVICE void load(unsigned char* tile, const cp_view& view, uint32_t end, uint64_t used, uint32_t dim, uint32_t thread) {
+    // Rows next … next+ROWS, which follow those before: those below `end` (and `used`, unless null) with their first `dim` columns; everything
+    // else becomes zero. dim is a multiple of 8. Nothing else is read, so `end` may be anywhere.
+    DEVICE void load(unsigned char* tile, const cp_view& view, uint32_t next, uint32_t end, uint64_t used, uint32_t dim, uint32_t thread) {
         tile += Shape::offset(thread / Shape::GROUP, thread % Shape::GROUP);
+        const int64_t pass = view.stride_row * (PASS * 2);
+        // Rows to the end of the batch entry of the thread's next row, itself included.
+        int32_t left = view.rows_per_batch == 0 ? 0 : (int32_t)(view.rows_per_batch - (next + thread / Shape::GROUP) % view.rows_per_batch);
+        const bool together = view.rows_per_batch == 0 || left > ROWS - PASS;  // the thread's rows are in one entry
+        if (together && next + ROWS <= end && dim == COLS && (used == 0 || all_used(used, next, ROWS))) {
 #pragma unroll
-        for (int r = 0; r < ROWS; r += PASS) {
-            bool valid = row < end && (used == 0 || is_used(used, row));
+            for (int r = 0; r < ROWS; r += PASS) {
 #pragma unroll
-            for (int g = 0; g < Shape::GROUPS; g++) {
-                bool inside = (thread % Shape::GROUP + g * Shape::GROUP) * 8 < dim;
-                cp_async_16(tile + r * Shape::STRIDE + g * Shape::GROUP * 16, at + g * Shape::GROUP * 16, valid && inside);
-            }
-            row += PASS;
-            at += view.stride_row * (PASS * 2);
-            if (view.rows_per_batch != 0) {
-                left -= PASS;
-                while (left <= 0) {
-                    left += view.rows_per_batch;
-                    at += (view.stride_batch - view.rows_per_batch * view.stride_row) * 2;
+                for (int g = 0; g < Shape::GROUPS; g++) {
+                    cp_async_16(tile + r * Shape::STRIDE + g * STEP, at + g * STEP, true);
                 }
+                at += pass;
+            }
+            left -= ROWS;
+            wrap(view, left);
+        } else {
+#pragma unroll 1
+            for (uint32_t row = next + thread / Shape::GROUP; row < next + ROWS; row += PASS) {
+                const bool valid = row < end && (used == 0 || is_used(used, row));
+#pragma unroll
+                for (int g = 0; g < Shape::GROUPS; g++) {
+                    cp_async_16(tile + g * STEP, at + g * STEP, valid && (thread % Shape::GROUP + g * Shape::GROUP) * 8 < dim);
+                }
+                tile += PASS * Shape::STRIDE;
+                at += pass;
+                left -= PASS;
+                wrap(view, left);
+            }
+        }
+    }
+
+    // From the end of a batch entry to the next.
+    DEVICE void wrap(const cp_view& view, int32_t& left) {
+        if (view.rows_per_batch != 0) {
+#pragma unroll 1
+            while (left <= 0) {
+                left += view.rows_per_batch;
+                at += (view.stride_batch - view.rows_per_batch * view.stride_row) * 2;
             }
         }
     }

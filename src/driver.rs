@@ -204,6 +204,33 @@ impl Device {
         Ok(Guard(std::marker::PhantomData))
     }
 
+    /// Lets work on this device use the memory of another one directly; false where the two cannot, and copies go through the host.
+    pub fn reach(&self, ordinal: u32) -> Result<bool> {
+        if ordinal == self.ordinal {
+            return Ok(true);
+        }
+        let peer = Device::get(ordinal)?;
+        let (mut this, mut other, mut can) = (0, 0, 0);
+        // SAFETY: writes one handle.
+        check("cuDeviceGet", unsafe { sys::cuDeviceGet(&mut this, self.ordinal as c_int) })?;
+        // SAFETY: writes one handle.
+        check("cuDeviceGet", unsafe { sys::cuDeviceGet(&mut other, ordinal as c_int) })?;
+        // SAFETY: writes one number.
+        check("cuDeviceCanAccessPeer", unsafe {
+            sys::cuDeviceCanAccessPeer(&mut can, this, other)
+        })?;
+        if can == 0 {
+            return Ok(false);
+        }
+        let _current = self.enter()?;
+        // SAFETY: a context that is never released.
+        match unsafe { sys::cuCtxEnablePeerAccess(peer.context, 0) } {
+            sys::CUresult::CUDA_ERROR_PEER_ACCESS_ALREADY_ENABLED => Ok(true),
+            sys::CUresult::CUDA_ERROR_TOO_MANY_PEERS => Ok(false),
+            code => check("cuCtxEnablePeerAccess", code).map(|()| true),
+        }
+    }
+
     /// The primary context.
     pub fn context(&self) -> CUcontext {
         self.context

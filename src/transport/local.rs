@@ -2,13 +2,13 @@
 //!
 //! Every ordered pair of ranks has one slot, because a rank has at most one group in flight and a group has one stream per peer. The
 //! sender posts its pieces there, the receiver copies them when it has posted the matching receive, the sender collects the slot.
-//! That is a rendezvous in strict order per pair. A rank sleeps on a bell of its own, which is rung for nobody else.
+//! That is a rendezvous in strict order per pair.
 
+use super::roll::{Roll, lock};
 use super::streams::{self, Streams};
 use super::{Message, Piece, Transport};
 use crate::error::{Error, Result, Status};
 use std::collections::{HashMap, VecDeque};
-use std::sync::atomic::{AtomicU8, AtomicU32, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
@@ -16,10 +16,6 @@ use std::time::{Duration, Instant};
 const NAP: Duration = Duration::from_millis(4);
 /// Rounds of `test` before a sleep, if every rank can have a core.
 const SPINS: u32 = 200;
-const NOBODY: u32 = u32::MAX;
-
-const HERE: u8 = 0;
-const GONE: u8 = 1;
 
 /// What is in the slot of one ordered pair. Only the sender posts and collects; only the receiver copies.
 enum State {
@@ -41,45 +37,13 @@ struct Blob {
     bytes: Vec<u8>,
 }
 
-#[derive(Default)]
-struct Bell {
-    rung: Mutex<bool>,
-    wake: Condvar,
-}
-
-impl Bell {
-    fn ring(&self) {
-        let mut rung = lock(&self.rung);
-        if !*rung {
-            *rung = true;
-            self.wake.notify_one();
-        }
-    }
-
-    /// Sleeps until rung, or for `longest`.
-    fn sleep(&self, longest: Duration) {
-        let rung = lock(&self.rung);
-        let (mut rung, _) = self
-            .wake
-            .wait_timeout_while(rung, longest, |r| !*r)
-            .unwrap_or_else(PoisonError::into_inner);
-        *rung = false;
-    }
-}
-
 struct Hub {
     size: u32,
+    roll: Roll,
     /// Data of the ordered pair (from, to) at from · size + to.
     slots: Vec<Mutex<Slot>>,
     /// Allgather contributions of the ordered pair, at most two deep.
     blobs: Vec<Mutex<VecDeque<Blob>>>,
-    bells: Vec<Bell>,
-    /// HERE or GONE, per rank.
-    presence: Vec<AtomicU8>,
-    /// Why a rank gave up; set before its presence.
-    reasons: Vec<Mutex<Option<Error>>>,
-    /// The rank that aborted, or NOBODY.
-    aborter: AtomicU32,
 }
 
 impl Hub {
@@ -88,12 +52,9 @@ impl Hub {
         let slot = || Mutex::new(Slot { state: State::Empty, pieces: Vec::new(), bytes: 0 });
         Hub {
             size,
+            roll: Roll::new(size),
             slots: (0..pairs).map(|_| slot()).collect(),
             blobs: (0..pairs).map(|_| Mutex::new(VecDeque::new())).collect(),
-            bells: (0..size).map(|_| Bell::default()).collect(),
-            presence: (0..size).map(|_| AtomicU8::new(HERE)).collect(),
-            reasons: (0..size).map(|_| Mutex::new(None)).collect(),
-            aborter: AtomicU32::new(NOBODY),
         }
     }
 
@@ -104,36 +65,6 @@ impl Hub {
     fn slot(&self, from: u32, to: u32) -> MutexGuard<'_, Slot> {
         lock(&self.slots[self.pair(from, to)])
     }
-
-    fn ring(&self, rank: u32) {
-        self.bells[rank as usize].ring();
-    }
-
-    fn ring_all(&self) {
-        self.bells.iter().for_each(Bell::ring);
-    }
-
-    fn presence(&self, rank: u32) -> u8 {
-        self.presence[rank as usize].load(Ordering::SeqCst)
-    }
-
-    /// What a rank that waits for `peer`, which is not HERE any more, reports.
-    fn lost(&self, rank: u32, peer: u32) -> Error {
-        let reason = lock(&self.reasons[peer as usize]).clone();
-        reason.unwrap_or_else(|| {
-            Error::new(Status::PeerLost, format!("rank {rank}: rank {peer} left the group"))
-        })
-    }
-
-    fn abort(&self, rank: u32) {
-        let _ = self.aborter.compare_exchange(NOBODY, rank, Ordering::SeqCst, Ordering::SeqCst);
-        self.ring_all();
-    }
-}
-
-/// A panicking rank must not take the others along: what a slot holds is valid at every moment.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct Local {
@@ -151,10 +82,7 @@ impl Local {
         if let Some(e) = &self.failed {
             return Err(e.clone());
         }
-        match self.hub.aborter.load(Ordering::SeqCst) {
-            NOBODY => Ok(()),
-            who => Err(streams::aborted_by(who)),
-        }
+        self.hub.roll.not_aborted()
     }
 
     /// Remembers the error and gives up what is in flight.
@@ -175,19 +103,14 @@ impl Local {
                     break;
                 }
                 drop(slot);
-                hub.bells[self.rank as usize].sleep(NAP);
+                hub.roll.sleep(self.rank, NAP);
             }
             s.done = true;
         }
         self.sends.clear();
         self.recvs.clear();
         self.in_flight = false;
-        let me = self.rank as usize;
-        if hub.presence[me].load(Ordering::SeqCst) == HERE {
-            *lock(&hub.reasons[me]) = why;
-            hub.presence[me].store(GONE, Ordering::SeqCst);
-            hub.ring_all();
-        }
+        self.hub.roll.leave(self.rank, why);
     }
 
     /// Moves what can be moved. A peer's presence is read before its slot: what it finished before it left still counts.
@@ -195,7 +118,7 @@ impl Local {
         let (hub, me) = (&self.hub, self.rank);
         let mut gone = None;
         for s in self.recvs.iter_mut().filter(|s| !s.done) {
-            let presence = hub.presence(s.peer);
+            let here = hub.roll.is_here(s.peer);
             let mut slot = hub.slot(s.peer, me);
             match slot.state {
                 // The reason reaches the sender when this rank gives up.
@@ -214,26 +137,26 @@ impl Local {
                     slot.state = State::Done;
                     s.done = true;
                     drop(slot);
-                    hub.ring(s.peer);
+                    hub.roll.ring(s.peer);
                 }
-                _ if presence != HERE => gone = gone.or(Some(s.peer)),
+                _ if !here => gone = gone.or(Some(s.peer)),
                 _ => {}
             }
         }
         for s in self.sends.iter_mut().filter(|s| !s.done) {
-            let presence = hub.presence(s.peer);
+            let here = hub.roll.is_here(s.peer);
             let mut slot = hub.slot(me, s.peer);
             match slot.state {
                 State::Done => {
                     slot.state = State::Empty;
                     s.done = true;
                 }
-                _ if presence != HERE => gone = gone.or(Some(s.peer)),
+                _ if !here => gone = gone.or(Some(s.peer)),
                 _ => {}
             }
         }
         match gone {
-            Some(peer) => Err(hub.lost(me, peer)),
+            Some(peer) => Err(hub.roll.lost(me, peer)),
             None => Ok(self.recvs.all_done() && self.sends.all_done()),
         }
     }
@@ -244,7 +167,7 @@ impl Local {
         for &to in members.iter().filter(|&&m| m != me) {
             lock(&hub.blobs[hub.pair(me, to)])
                 .push_back(Blob { members: hash, bytes: mine.to_vec() });
-            hub.ring(to);
+            hub.roll.ring(to);
         }
         let mut got: Vec<Option<Blob>> = members.iter().map(|_| None).collect();
         loop {
@@ -254,11 +177,11 @@ impl Local {
                 if from == me || blob.is_some() {
                     continue;
                 }
-                let presence = hub.presence(from);
+                let here = hub.roll.is_here(from);
                 *blob = lock(&hub.blobs[hub.pair(from, me)]).pop_front();
                 if blob.is_none() {
                     missing = missing.or(Some(from));
-                    if presence != HERE {
+                    if !here {
                         gone = gone.or(Some(from));
                     }
                 }
@@ -275,13 +198,13 @@ impl Local {
                 return self.fail(e);
             }
             if let Some(peer) = gone {
-                return self.fail(hub.lost(me, peer));
+                return self.fail(hub.roll.lost(me, peer));
             }
             let now = Instant::now();
             if now >= deadline {
                 return self.fail(streams::not_come(me, missing, "an allgather"));
             }
-            hub.bells[me as usize].sleep(deadline - now);
+            hub.roll.sleep(me, deadline - now);
         }
         let mut all = Vec::with_capacity(members.len() * mine.len());
         for (&from, blob) in members.iter().zip(&got) {
@@ -326,7 +249,7 @@ impl Transport for Local {
             slot.bytes = s.bytes;
             slot.state = State::Posted;
             drop(slot);
-            self.hub.ring(s.peer);
+            self.hub.roll.ring(s.peer);
         }
         Ok(())
     }
@@ -354,7 +277,7 @@ impl Transport for Local {
             }
             std::hint::spin_loop();
         }
-        self.hub.bells[self.rank as usize].sleep(NAP);
+        self.hub.roll.sleep(self.rank, NAP);
         self.test()
     }
 
@@ -384,7 +307,7 @@ impl Transport for Local {
 
     fn aborter(&self) -> Arc<dyn Fn() + Send + Sync> {
         let (hub, rank) = (Arc::clone(&self.hub), self.rank);
-        Arc::new(move || hub.abort(rank))
+        Arc::new(move || hub.roll.abort(rank))
     }
 
     fn memory_bytes(&self) -> usize {

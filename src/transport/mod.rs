@@ -13,6 +13,7 @@ pub mod delay;
 pub mod device;
 mod environment;
 pub mod local;
+mod roll;
 mod segment;
 pub mod shm;
 mod streams;

@@ -7,3 +7,10 @@
 //! ```
 
 pub mod image;
+pub mod params;
+mod tables;
+
+pub use tables::{
+    AttendWork, RowsWork, SliceLimits, TableBuilder, Tiling, backward_bound, forward_bound,
+    runs_bound,
+};

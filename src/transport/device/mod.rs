@@ -7,7 +7,10 @@
 //! `local`: ranks are threads, copies between their memories. `nccl`: processes, one device each. `staged`: through the host, over any
 //! [`super::Transport`]; the last resort.
 
+mod board;
+pub mod local;
 pub mod nccl;
+pub mod staged;
 
 use super::Message;
 use crate::driver::CUstream;
@@ -70,3 +73,8 @@ pub struct Step {
     /// Number of the call on this group.
     pub call: u64,
 }
+
+#[cfg(test)]
+mod board_tests;
+#[cfg(test)]
+mod cuda_tests;

@@ -34,13 +34,13 @@ impl Random {
 }
 
 /// Bytes in memory, cut into pieces at random; one to three messages.
-struct Cut {
-    memory: Vec<u8>,
+pub(super) struct Cut {
+    pub memory: Vec<u8>,
     cuts: Vec<Vec<usize>>,
 }
 
 impl Cut {
-    fn new(memory: Vec<u8>, random: &mut Random) -> Cut {
+    pub fn new(memory: Vec<u8>, random: &mut Random) -> Cut {
         let mut left = memory.len();
         let messages = 1 + random.below(3);
         let mut cuts: Vec<Vec<usize>> = Vec::new();
@@ -58,11 +58,15 @@ impl Cut {
     }
 
     fn messages(&mut self, peer: u32) -> Vec<Message> {
-        let mut at = self.memory.as_mut_ptr();
+        let at = self.memory.as_mut_ptr();
+        self.messages_at(peer, at)
+    }
+
+    /// The same cuts of as much memory elsewhere.
+    pub fn messages_at(&self, peer: u32, mut at: *mut u8) -> Vec<Message> {
         let mut piece = |len: usize| {
             let p = Piece { ptr: at, len };
-            // SAFETY: the cuts add up to the length of the memory.
-            at = unsafe { at.add(len) };
+            at = at.wrapping_add(len);
             p
         };
         self.cuts
@@ -73,7 +77,7 @@ impl Cut {
 }
 
 /// What rank `from` sends rank `to` in a group: any rank can tell.
-fn content(seed: u64, from: u32, to: u32, largest: usize) -> Option<Vec<u8>> {
+pub(super) fn content(seed: u64, from: u32, to: u32, largest: usize) -> Option<Vec<u8>> {
     let mut random = Random::new(seed ^ (u64::from(from) << 20) ^ (u64::from(to) << 40));
     random.below(2);
     let len = match random.below(8) {
