@@ -344,21 +344,12 @@ static void documented(world *w, tally *t) {
     verdict(w, good, "generator, partition and rounding as documented", t);
 }
 
-/* Of the longer side, padding included. */
-static int tokens_of(const test_case *c) {
-    int n[2] = {0, 0}, side, seq;
-    for (side = 0; side < 2; side++)
-        for (seq = 0; seq < c->count; seq++)
-            n[side] += c->side[side][seq].padded;
-    return n[0] > n[1] ? n[0] : n[1];
-}
-
 static int body(world *w) {
     tally t = {0, 0};
     int i;
     documented(w, &t);
     for (i = 0; i < case_count; i++)
-        if ((only_tag == NULL || has_tag(&cases[i], only_tag)) && tokens_of(&cases[i]) <= most_tokens)
+        if ((only_tag == NULL || has_tag(&cases[i], only_tag)) && tokens_of(&cases[i], 0) <= most_tokens && tokens_of(&cases[i], 1) <= most_tokens)
             whole_case(w, &cases[i], &t);
     subsets(w, &t);
     interleaved(w, &t);

@@ -3,6 +3,7 @@ whatever libcuda.so.1 is found: the software GPU (LD_LIBRARY_PATH=target/softgpu
 
 import ctypes
 import functools
+import types
 import weakref
 from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_uint64, c_void_p, py_object
 
@@ -103,9 +104,9 @@ class Memory:
             call("cuMemcpyHtoD_v2", c_uint64(self.address + at), data.ctypes.data_as(c_void_p), c_size_t(data.nbytes))
 
     def read(self):
+        """Does not wait for any stream but the default one."""
         data = np.empty(self.size, np.uint8)
         with on(self.index):
-            call("cuCtxSynchronize")
             call("cuMemcpyDtoH_v2", data.ctypes.data_as(c_void_p), c_uint64(self.address), c_size_t(self.size))
         return data
 
@@ -117,7 +118,7 @@ def _free(index, address):
 
 
 class DeviceArray:
-    """The device's copy of a NumPy array, its strides included. `np.asarray` waits and copies back."""
+    """The device's copy of a NumPy array, its strides included. `np.asarray` copies back; what writes it must be done by then."""
 
     def __init__(self, array, index=0, shift=0):
         """shift: so many bytes lie in front."""
@@ -140,6 +141,10 @@ class InterfaceArray(DeviceArray):
     """Offers the CUDA array interface only."""
 
     named_stream = None
+
+    @property
+    def device(self):
+        return types.SimpleNamespace(id=self.index)
 
     @property
     def __cuda_array_interface__(self):
@@ -186,6 +191,6 @@ class OldDLPackArray(DLPackArray):
     versioned = False
 
 
-def zeros(size, index=0):
+def buffer(size, index=0):
     """Bytes on a device, aligned to 256, full of 255: NaN in every type."""
     return DLPackArray(np.full(size, 255, np.uint8), index)

@@ -1,0 +1,313 @@
+"""Tensors on CUDA devices, by the driver alone: the corpus with ranks as threads, streams, errors that name the argument. With LD_LIBRARY_PATH=target/softgpu
+on the software GPU, else on the machine's own."""
+
+import ctypes
+import json
+
+import ml_dtypes
+import numpy as np
+import pytest
+
+import context_parallel as cp
+import devices
+from context_parallel import Status
+from corpus import cases, check
+from devices import DeviceArray, DLPackArray, InterfaceArray, OldDLPackArray, Stream
+from ranks import collect, everywhere, run_case, strided
+from test_interface import qkv, raises, random
+
+pytestmark = pytest.mark.usefixtures("cuda")
+
+COMMS = ("p2p", "all_gather", "a2a", "a2a+p2p")
+CONFIG = dict(heads=4, kv_heads=2, head_dim=16, dtype="bfloat16", causal=True, device="cuda:0")
+SEQ = cp.Sequences.dense(2, 24)
+BF16 = np.dtype(ml_dtypes.bfloat16)
+# Settings of the layer, and one of run_case.
+OPTIONS = ({}, {"save": True}, {"wire_fp32": True}, {"deterministic": True}, {"workspace": True}, {"sm_margin": 1}, {"max_segments": 200})
+NAMES = [name for name, case in cases().items() if "fast" in case.tags and max(case.tokens("q"), case.tokens("k")) <= 210 and case.dim_qk >= case.dim_v]
+
+
+def spread(array):
+    """The same values with gaps of 16 bytes between rows, heads and batches."""
+    if array.ndim < 3 or array.dtype == np.float32:
+        return array
+    buffer = np.full([*(n + 1 for n in array.shape[:-1]), array.shape[-1] + 8], np.nan, array.dtype)
+    view = buffer[tuple(slice(n) for n in array.shape)]
+    view[...] = array
+    return view
+
+
+def run(groups, name, dtype, comm, kind, gaps, device_of, **options):
+    case = cases()[name]
+
+    def work(group):
+        index = device_of(group.rank)
+        stream = Stream(index)
+        view = lambda x: kind(spread(x) if gaps else x, index)
+        found = run_case(group, case, dtype, comm, view=view, preallocate=True, buffer=lambda size: devices.buffer(size, index), stream=stream,
+                         device=("cuda", index), **options)  # fmt: skip
+        stream.synchronize()
+        return found
+
+    check(case, dtype, collect(case, everywhere(groups, work), case.format))
+
+
+_groups = {}
+
+
+def groups_of(ranks, transport, device_of):
+    """Groups of this many threads; the same ones for as long as nothing fails."""
+    if (ranks, transport) not in _groups:
+        places = [("cuda", device_of(rank)) for rank in range(ranks)]
+        _groups[ranks, transport] = cp.Group.threads(ranks, transport, timeout=100, device=places)
+    return _groups[ranks, transport]
+
+
+def with_groups(ranks, transport, device_of, work):
+    groups = groups_of(ranks, transport, device_of)
+    del _groups[ranks, transport]
+    work(groups)
+    _groups[ranks, transport] = groups
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_corpus_local(name):
+    """All ranks on one device."""
+    index = NAMES.index(name)
+    dtype = ("bfloat16", "float16")[index % 2]
+    kinds = (DLPackArray, OldDLPackArray) if dtype == "bfloat16" else (InterfaceArray, DLPackArray)
+    ranks, comm, options = (2, 3, 1)[index % 3], COMMS[index % 4], OPTIONS[index % len(OPTIONS)]
+    with_groups(ranks, "local", lambda rank: 0, lambda groups: run(groups, name, dtype, comm, kinds[index // 2 % 2], index % 5 < 2, lambda rank: 0, **options))
+
+
+@pytest.mark.parametrize("comm", COMMS)
+@pytest.mark.parametrize("transport", ["local", "nccl", "staged"])
+def test_a_device_for_every_rank(two_devices, transport, comm):
+    if transport == "nccl":
+        ctypes.CDLL("libnccl.so.2")
+    dtype = ("bfloat16", "float16")[COMMS.index(comm) % 2]
+    own = lambda rank: rank
+    with_groups(2, transport, own, lambda groups: run(groups, "causal_33", dtype, comm, DLPackArray, False, own))
+
+
+# Streams
+
+
+def small(kind=DLPackArray, rows=24, index=0, **changes):
+    made = dict(zip("qkv", (x.astype(BF16) for x in qkv(rows))))
+    return [kind(x, index) for x in {**made, **changes}.values()]
+
+
+def outputs(kind=DLPackArray, rows=24, index=0):
+    return dict(out=kind(np.full((2, rows, 4, 16), np.nan, BF16), index), lse=kind(np.full((2, 4, rows), np.nan, np.float32), index))
+
+
+def gradients(rows=24):
+    return {name: DLPackArray(np.full((2, rows, heads, 16), np.nan, BF16)) for name, heads in (("dq", 4), ("dk", 2), ("dv", 2))}
+
+
+def on_cpu():
+    """The same on the CPU: out, lse, dq, dk, dv."""
+    layer = cp.Attention(**{**CONFIG, "device": "cpu"})
+    out, lse, context = layer.forward(*(x.astype(BF16) for x in qkv(24)), SEQ)
+    return out, lse, *layer.backward(context, random(2, 24, 4, 16, seed=9).astype(BF16))
+
+
+def near(got, wanted):
+    np.testing.assert_allclose(np.asarray(got, np.float32), np.asarray(wanted, np.float32), rtol=0.03, atol=0.03)
+
+
+def test_calls_are_enqueued_on_the_stream(monkeypatch):
+    seen, real = [], cp.attention.lib.cp_attention_forward
+    monkeypatch.setattr(cp.attention.lib, "cp_attention_forward", lambda handle, args, stream: seen.append(stream) or real(handle, args, stream))
+    layer, stream = cp.Attention(**CONFIG), Stream()
+    q, k, v = small()
+    results = outputs()
+    layer.forward(q, k, v, SEQ, **results, stream=stream)
+    layer.forward(q, k, v, SEQ, **results, stream=stream.ptr)
+    stream.synchronize()
+    near(results["out"], on_cpu()[0])
+
+    class Torch:
+        cuda_stream = stream.ptr
+
+    class CudaCore:
+        def __cuda_stream__(self):
+            return 0, stream.ptr
+
+    layer.forward(q, k, v, SEQ, **results, stream=Torch())
+    layer.forward(q, k, v, SEQ, **results, stream=CudaCore())
+    layer.forward(q, k, v, SEQ, **results)
+    assert seen == [stream.ptr] * 4 + [0]
+    # DLPack's producers are told where the call works; the default stream is their number 1.
+    assert q.streams == [stream.ptr] * 4 + [1] and set(results["out"].streams) == {stream.ptr, 1}
+
+
+def test_forward_and_backward_on_a_stream():
+    layer, stream = cp.Attention(**CONFIG, deterministic=True), Stream()
+    results, grads = outputs(), gradients()
+    _, _, context = layer.forward(*small(), SEQ, **results, stream=stream)
+    layer.backward(context, DLPackArray(random(2, 24, 4, 16, seed=9).astype(BF16)), **grads, stream=stream)
+    stream.synchronize()
+    for got, wanted in zip([*results.values(), *grads.values()], on_cpu()):
+        near(got, wanted)
+
+
+def test_the_stream_that_an_array_names():
+    layer, stream, other = cp.Attention(**{**CONFIG, "dtype": "float16"}), Stream(), Stream()
+    arrays = [InterfaceArray(x.astype(np.float16)) for x in qkv(24)]
+    results = dict(out=InterfaceArray(np.zeros((2, 24, 4, 16), np.float16)), lse=InterfaceArray(np.zeros((2, 4, 24), np.float32)))
+    for array in (*arrays, *results.values()):
+        array.named_stream = stream.ptr
+    layer.forward(*arrays, SEQ, **results)
+    stream.synchronize()
+    near(results["out"], on_cpu()[0])
+    raises(Status.INVALID_ARGUMENT, "q|its library works on stream", layer.forward, *arrays, SEQ, **results, stream=other)
+
+
+# Workspace
+
+
+def test_allocator_of_the_caller():
+    stream, taken, log = Stream(), {}, []
+
+    def alloc(size, on):
+        made = devices.Memory(size)
+        taken[made.address] = made
+        log.append(("alloc", size, on))
+        return made.address
+
+    def free(address, size, on):
+        log.append(("free", size, on))
+
+    layer = cp.Attention(**CONFIG, allocator=(alloc, free))
+    results = outputs()
+    layer.forward(*small(), SEQ, **results, stream=stream)
+    stream.synchronize()
+    near(results["out"], on_cpu()[0])
+    size = layer.report(SEQ)["forward_workspace"]
+    assert log == [("alloc", size, stream.ptr), ("free", size, stream.ptr)]
+
+    def broken(*_):
+        raise ZeroDivisionError("no memory today")
+
+    with pytest.raises(ZeroDivisionError, match="today"):
+        cp.Attention(**CONFIG, allocator=(broken, free)).forward(*small(), SEQ, **outputs())
+    raises(Status.OUT_OF_MEMORY, "allocator", cp.Attention(**CONFIG, allocator=(lambda *_: 0, free)).forward, *small(), SEQ, **outputs())
+    raises(Status.INVALID_ARGUMENT, "allocator|'mine'", cp.Attention, **CONFIG, allocator="mine")
+    raises(Status.INVALID_ARGUMENT, "allocator|CUDA", cp.Attention, **{**CONFIG, "device": None}, allocator=(alloc, free))
+
+
+def test_workspace_of_the_caller():
+    layer = cp.Attention(**CONFIG)
+    memory, results = devices.buffer(layer.workspace_size(48)), outputs()
+    layer.forward(*small(), SEQ, **results, workspace=memory)
+    near(results["out"], on_cpu()[0])
+    raises(Status.INVALID_ARGUMENT, "workspace|uint8", layer.forward, *small(), SEQ, **results, workspace=DLPackArray(np.zeros(64, np.float16)))
+    odd = DLPackArray(np.zeros(memory.shape, np.uint8), shift=32)
+    raises(Status.INVALID_ARGUMENT, "workspace|multiple of 64", layer.forward, *small(), SEQ, **results, workspace=odd)
+
+
+def test_saved_of_the_caller():
+    layer, groups = {}, cp.Group.threads(2, "local", timeout=60, device="cuda")
+
+    def work(group):
+        layer = cp.Attention(**CONFIG, save=True)
+        layer.set_group(group, "a2a")
+        raises(Status.INVALID_ARGUMENT, "saved|None|bytes", layer.forward, *small(rows=12), SEQ, **outputs(rows=12))
+        size = layer.report(SEQ)["saved"]
+        _, _, context = layer.forward(*small(rows=12), SEQ, **outputs(rows=12), saved=devices.buffer(size))
+        grads = gradients(rows=12)
+        layer.backward(context, DLPackArray(random(2, 12, 4, 16).astype(BF16)), **grads)
+        return size
+
+    assert min(everywhere(groups, work)) > 0
+
+
+# Wrong arguments
+
+
+def test_wrong_place(two_devices):
+    host = [x.astype(BF16) for x in qkv(24)]
+    layer = cp.Attention(**CONFIG)
+    raises(Status.UNSUPPORTED, "q.device_type|CUDA device 0", layer.forward, host[0], *small()[1:], SEQ, **outputs())
+    raises(Status.UNSUPPORTED, "k.device_type, device_id: got 2, 1", layer.forward, small()[0], small(index=1)[1], small()[2], SEQ, **outputs())
+    raises(Status.UNSUPPORTED, "out.device_type", layer.forward, *small(), SEQ, **{**outputs(), "out": np.zeros((2, 24, 4, 16), BF16)})
+    layer.forward(*small(), SEQ, **outputs())
+    other = cp.Attention(**{**CONFIG, "device": "cpu"})
+    raises(Status.UNSUPPORTED, "v.device_type|computes on the CPU", other.forward, *host[:2], small()[2], SEQ)
+    raises(Status.INVALID_ARGUMENT, "stream|NULL on the CPU", other.forward, *host, SEQ, stream=Stream())
+    raises(Status.INVALID_ARGUMENT, "stream|'fast'", layer.forward, *small(), SEQ, **outputs(), stream="fast")
+
+
+def test_groups_and_layers_in_different_places(two_devices):
+    groups = cp.Group.threads(2, timeout=20)
+    on_second = cp.Group.threads(1, device="cuda:1")[0]
+    raises(Status.INVALID_ARGUMENT, "group|computes on CUDA device 1|the layer on CUDA device 0", cp.Attention(**CONFIG).set_group, on_second)
+    everywhere(groups, lambda group: raises(Status.INVALID_ARGUMENT, "group|computes on the CPU|device 0", cp.Attention(**CONFIG).set_group, group))
+
+
+def test_wrong_devices():
+    raises(Status.INVALID_ARGUMENT, "device|'tpu'|'cuda:N'", cp.Attention, **{**CONFIG, "device": "tpu"})
+    raises(Status.INVALID_ARGUMENT, "device|'cuda:-1'", cp.Attention, **{**CONFIG, "device": "cuda:-1"})
+    raises(Status.INVALID_ARGUMENT, "99", cp.Attention, **{**CONFIG, "device": ("cuda", 99)})
+    raises(Status.INVALID_ARGUMENT, "99", cp.Group.threads, 1, device="cuda:99")
+    raises(Status.INVALID_ARGUMENT, "list of 1, need 2", cp.Group.threads, 2, device=["cuda:0"])
+    raises(Status.UNSUPPORTED, "transport_kind|SHM", cp.Group.threads, 1, transport="shm", device="cuda:0")
+    raises(Status.UNSUPPORTED, "transport_kind|CUDA", cp.Group.threads, 1, transport="nccl")
+    raises(Status.INVALID_ARGUMENT, "nccl_comm|'x'", cp.Group.from_nccl, "x", "cuda:0")
+    raises(Status.INVALID_ARGUMENT, "nccl_comm", cp.Group.threads, 1, nccl_comm=5)
+
+
+def shifted(array, by):
+    return DLPackArray(array, shift=by)
+
+
+class ReadOnly(DLPackArray):
+    flags = 1
+
+
+class Copied(DLPackArray):
+    flags = 2
+
+
+Q, OUT = qkv(24)[0].astype(BF16), np.zeros((2, 24, 4, 16), BF16)
+WRONG = {
+    "address": ("q.data|16", dict(q=lambda: shifted(Q, 8))),
+    "stride": ("q.stride[1]|16 bytes", dict(q=lambda: DLPackArray(np.lib.stride_tricks.as_strided(np.zeros(24 * 70 * 2, BF16), Q.shape, (24 * 132, 132, 32, 2))))),
+    "dtype": ("q.dtype", dict(q=lambda: DLPackArray(Q.astype(np.float32)))),
+    "bf16 by the interface": ("q|typestr|__dlpack__", dict(q=lambda: InterfaceArray(Q))),
+    "nothing offered": ("q|DeviceArray|__dlpack__", dict(q=lambda: DeviceArray(Q))),
+    "a copy": ("q|copy|in place", dict(q=lambda: Copied(Q))),
+    "read-only": ("out|read-only", dict(out=lambda: ReadOnly(OUT))),
+    "no output": ("out|the caller gives them", dict(out=lambda: None)),
+    "last axis": ("q.stride[3]|contiguous", dict(q=lambda: DLPackArray(np.zeros((2, 24, 4, 32), BF16)[..., ::2]))),
+}
+
+
+@pytest.mark.parametrize("what", WRONG)
+def test_wrong_arrays(what):
+    words, changes = WRONG[what]
+    layer = cp.Attention(**CONFIG)
+    arguments = {**dict(zip("qkv", small())), **outputs(), **{name: make() for name, make in changes.items()}}
+    raises(Status.INVALID_ARGUMENT, words, layer.forward, sequences=SEQ, **arguments)
+    results = outputs()
+    layer.forward(*small(), SEQ, **results)  # still usable
+    near(results["out"], on_cpu()[0])
+
+
+def test_what_cuda_does_not_offer():
+    raises(Status.UNSUPPORTED, "dtype|fp32", cp.Attention, **{**CONFIG, "dtype": "float32"})
+    good, why = cp.query_support(2, **{**CONFIG, "dtype": "float32"})
+    assert not good and "fp32" in why
+    assert cp.query_support(2, **CONFIG) == (True, "")
+
+
+def test_lengths_on_a_device():
+    on_device = InterfaceArray(np.array([0, 5, 24], np.int32))
+    tokens = cp.partition_tokens("zigzag", "thd", cp.Sequences.packed(on_device), 2, 0)
+    np.testing.assert_array_equal(tokens, cp.partition_tokens("zigzag", "thd", cp.Sequences.packed([0, 5, 24]), 2, 0))
+
+
+def test_build_info_names_the_devices():
+    assert json.loads(cp.build_info())
