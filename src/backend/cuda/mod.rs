@@ -25,3 +25,6 @@ pub use tables::{
     ALIGN, AttendWork, RowsWork, SliceLimits, TableBuilder, Tiling, backward_bound, forward_bound,
     runs_bound,
 };
+
+mod stub;
+pub use stub::*;
