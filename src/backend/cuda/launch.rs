@@ -2,7 +2,7 @@
 
 use super::image;
 use super::params;
-use super::shapes::{Block, SHAPES, Shape};
+use super::shapes::{SHAPES, Shape};
 use super::tables::{AttendWork, RowsWork};
 use crate::backend::{Backward, CopyRows, Delta, Forward, HeadMap, View};
 use crate::driver::{CUdeviceptr, CUstream, Device, Function, Launch, Module};
@@ -74,41 +74,35 @@ impl Kernels {
     pub fn prepare(&self, dtype: DType, shape: &Shape) -> Result<()> {
         self.forward(dtype, shape)?;
         self.backward(dtype, shape)?;
-        self.rows(&self.copy_rows, "cp_copy_rows")?;
-        self.rows(&self.fill_rows, "cp_fill_rows")?;
-        self.rows(&self.delta, "cp_delta").map(|_| ())
+        self.copy_rows()?;
+        self.fill_rows()?;
+        self.delta().map(|_| ())
     }
 
     fn forward(&self, dtype: DType, shape: &Shape) -> Result<&Kernel> {
         let name = || format!("cp_forward_{}_{}", type_name(dtype), shape.dim_qk);
-        self.get(&self.forward[row_of(dtype)][index_of(shape)], name, &shape.forward)
+        let block = &shape.forward_block;
+        let cell = &self.forward[row_of(dtype)][index_of(shape)];
+        get(cell, || self.load(name(), block.threads, block.shared))
     }
 
     fn backward(&self, dtype: DType, shape: &Shape) -> Result<&Kernel> {
-        let (block, suffix) = shape.backward_on(self.device.shared_bytes);
-        let name = || format!("cp_backward_{}_{}{suffix}", type_name(dtype), shape.dim_qk);
-        self.get(&self.backward[row_of(dtype)][index_of(shape)], name, &block)
+        let Shape { dim_qk, backward_suffix: suffix, backward_block: block, .. } = shape;
+        let name = || format!("cp_backward_{}_{dim_qk}{suffix}", type_name(dtype));
+        let cell = &self.backward[row_of(dtype)][index_of(shape)];
+        get(cell, || self.load(name(), block.threads, block.shared))
     }
 
-    fn rows<'a>(&'a self, cell: &'a OnceLock<Kernel>, name: &str) -> Result<&'a Kernel> {
-        if let Some(kernel) = cell.get() {
-            return Ok(kernel);
-        }
-        let kernel = self.load(name.into(), ROW_THREADS, 0)?;
-        Ok(cell.get_or_init(|| kernel))
+    fn copy_rows(&self) -> Result<&Kernel> {
+        get(&self.copy_rows, || self.load("cp_copy_rows".into(), ROW_THREADS, 0))
     }
 
-    fn get<'a>(
-        &'a self,
-        cell: &'a OnceLock<Kernel>,
-        name: impl Fn() -> String,
-        block: &Block,
-    ) -> Result<&'a Kernel> {
-        if let Some(kernel) = cell.get() {
-            return Ok(kernel);
-        }
-        let kernel = self.load(name(), block.threads, block.shared)?;
-        Ok(cell.get_or_init(|| kernel))
+    fn fill_rows(&self) -> Result<&Kernel> {
+        get(&self.fill_rows, || self.load("cp_fill_rows".into(), ROW_THREADS, 0))
+    }
+
+    fn delta(&self) -> Result<&Kernel> {
+        get(&self.delta, || self.load("cp_delta".into(), ROW_THREADS, 0))
     }
 
     /// Finds a kernel in the first image that has it and code for this device.
@@ -144,6 +138,15 @@ impl Kernels {
     }
 }
 
+/// What a cell holds, loaded if it is empty. Two threads may load at once; one of the results is kept.
+fn get(cell: &OnceLock<Kernel>, load: impl FnOnce() -> Result<Kernel>) -> Result<&Kernel> {
+    if let Some(kernel) = cell.get() {
+        return Ok(kernel);
+    }
+    let kernel = load()?;
+    Ok(cell.get_or_init(|| kernel))
+}
+
 fn type_name(dtype: DType) -> &'static str {
     if dtype == DType::Bf16 { "bf16" } else { "f16" }
 }
@@ -153,7 +156,7 @@ fn row_of(dtype: DType) -> usize {
 }
 
 fn index_of(shape: &Shape) -> usize {
-    SHAPES.iter().position(|s| s == shape).unwrap_or(0)
+    SHAPES.iter().position(|s| s.dim_qk == shape.dim_qk).unwrap_or(0)
 }
 
 /// A tensor as kernels can read it: its address and strides are multiples of 16 bytes; those of fp32 statistics (`dim` 1) of 4.
@@ -219,15 +222,14 @@ impl Cuda {
 
     /// The compiled shape for these tensors, its kernels loaded; or the reason why there is none. The first time it blocks, and cannot
     /// be called while a stream captures.
-    pub fn supports(&self, dtype: DType, dim_qk: usize, dim_v: usize) -> Result<&'static Shape> {
-        let shape = Shape::of(dtype, dim_qk, dim_v)?;
+    pub fn supports(&self, dtype: DType, dim_qk: u32, dim_v: u32) -> Result<&'static Shape> {
+        let shape = self.shape(dtype, dim_qk as usize, dim_v as usize)?;
         self.kernels.prepare(dtype, shape)?;
         Ok(shape)
     }
 
-    /// The block of the backward kernel that this device uses.
-    pub fn backward_block(&self, shape: &Shape) -> Block {
-        shape.backward_on(self.device.shared_bytes).0
+    fn shape(&self, dtype: DType, dim_qk: usize, dim_v: usize) -> Result<&'static Shape> {
+        Shape::of(dtype, dim_qk, dim_v, self.device.shared_bytes)
     }
 
     /// Enqueues a forward step. `step.slices` is not read: `work` is made of it.
@@ -243,7 +245,7 @@ impl Cuda {
         stream: CUstream,
     ) -> Result<()> {
         let (q, v) = (&step.q, &step.v);
-        let shape = Shape::of(q.dtype, q.dim, v.dim)?;
+        let shape = self.shape(q.dtype, q.dim, v.dim)?;
         let mut p = attention(work, tables, step.heads, step.scale, q, v);
         (p.q, p.k, p.v) = (view("q", q)?, view("k", &step.k)?, view("v", v)?);
         if let Some(state) = &step.state {
@@ -282,7 +284,7 @@ impl Cuda {
         stream: CUstream,
     ) -> Result<()> {
         let (q, v) = (&step.q, &step.v);
-        let shape = Shape::of(q.dtype, q.dim, v.dim)?;
+        let shape = self.shape(q.dtype, q.dim, v.dim)?;
         let mut p = attention(work, tables, step.heads, step.scale, q, v);
         (p.q, p.k, p.v) = (view("q", q)?, view("k", &step.k)?, view("v", v)?);
         p.d_out = view("d_out", &step.d_out)?;
@@ -351,14 +353,14 @@ impl Cuda {
             add: u32::from(step.add),
             value: 0,
         };
-        let kernel = self.kernels.rows(&self.kernels.copy_rows, "cp_copy_rows")?;
+        let kernel = self.kernels.copy_rows()?;
         let size = step.src.dtype.size().max(step.dst.dtype.size());
         let grid = self.row_blocks(work.row_count as usize, step.heads, step.src.dim, size);
         // SAFETY: the caller's promise; the kernel takes these parameters.
         unsafe { kernel.launch(grid, &p, stream) }
     }
 
-    /// Enqueues writing `value`, 0 or −∞, to all heads of rows of a tensor.
+    /// Enqueues writing 0, or −∞ to fp32, to all heads of rows of a tensor.
     ///
     /// # Safety
     /// As [`Cuda::forward`].
@@ -366,7 +368,7 @@ impl Cuda {
         &self,
         view: &View,
         work: &RowsWork,
-        value: f32,
+        neg_inf: bool,
         tables: CUdeviceptr,
         stream: CUstream,
     ) -> Result<()> {
@@ -378,10 +380,10 @@ impl Cuda {
             dst_type: params::type_code(view.dtype),
             heads: view.heads as u32,
             dim: view.dim as u32,
-            value: value.to_bits(),
+            value: if neg_inf { f32::NEG_INFINITY.to_bits() } else { 0 },
             ..params::Rows::default()
         };
-        let kernel = self.kernels.rows(&self.kernels.fill_rows, "cp_fill_rows")?;
+        let kernel = self.kernels.fill_rows()?;
         let grid =
             self.row_blocks(work.row_count as usize, view.heads, view.dim, view.dtype.size());
         // SAFETY: the caller's promise; the kernel takes these parameters.
@@ -403,7 +405,7 @@ impl Cuda {
             dim: out.dim as u32,
             dtype: params::type_code(out.dtype),
         };
-        let kernel = self.kernels.rows(&self.kernels.delta, "cp_delta")?;
+        let kernel = self.kernels.delta()?;
         let grid = self.row_blocks(out.rows, out.heads, out.dim, out.dtype.size());
         // SAFETY: the caller's promise; the kernel takes these parameters.
         unsafe { kernel.launch(grid, &p, stream) }

@@ -19,12 +19,9 @@ mod tables;
 mod tests;
 
 pub use launch::{Cuda, check_view};
-pub use shapes::{Block, SHAPES, Shape};
+pub use shapes::{Block, Shape};
 pub use staging::Staging;
 pub use tables::{
     ALIGN, AttendWork, RowsWork, SliceLimits, TableBuilder, Tiling, backward_bound, forward_bound,
     runs_bound,
 };
-
-mod stub;
-pub use stub::*;

@@ -8,8 +8,12 @@ use std::time::{Duration, Instant};
 
 /// Slots in flight before a call waits: as many calls as a host is ever usefully ahead of its device.
 const MOST_IN_FLIGHT: usize = 32;
+/// Slots that are made ahead.
+const RESERVED: usize = 4;
 /// The smallest slot.
 const LEAST_BYTES: usize = 16 << 10;
+/// How long a call waits for a slot.
+const TIMEOUT: Duration = Duration::from_secs(60);
 
 struct Slot {
     buffer: PinnedBuffer,
@@ -32,19 +36,23 @@ pub struct Staging {
     device: Arc<Device>,
     slots: Vec<Slot>,
     copies: u64,
+    timeout: Duration,
 }
 
 impl Staging {
     /// An empty ring.
-    pub fn new(device: &Arc<Device>) -> Staging {
-        Staging { device: device.clone(), slots: Vec::new(), copies: 0 }
+    pub fn new(device: Arc<Device>) -> Staging {
+        Staging { device, slots: Vec::new(), copies: 0, timeout: TIMEOUT }
     }
 
-    /// Allocates what uploads need, so that they allocate nothing: `slots` free slots of `bytes`, beyond those that are there but smaller.
-    pub fn reserve(&mut self, bytes: usize, slots: usize) -> Result<()> {
+    /// Allocates for uploads of `bytes`, so that they allocate nothing as long as no more than a few are in flight. 0: nothing.
+    pub fn reserve(&mut self, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
         let size = slot_size(bytes);
         let fits = |s: &&Slot| s.state != State::Captured && s.buffer.bytes() >= size;
-        for _ in self.slots.iter().filter(fits).count()..slots {
+        for _ in self.slots.iter().filter(fits).count()..RESERVED {
             self.add(size)?;
         }
         Ok(())
@@ -53,7 +61,7 @@ impl Staging {
     /// Enqueues a copy of `blob` to the device; the caller may change the blob at once. When captured in a graph the slot is the
     /// graph's, which reads it at every replay.
     ///
-    /// Allocates if no slot that is large enough is free, and waits, at most `timeout`, if there are very many in flight.
+    /// Allocates if no slot that is large enough is free; if very many are in flight, waits for the oldest.
     ///
     /// # Safety
     /// `to` is valid for the blob until the copy is done; `stream` is a stream of this device, which is current.
@@ -63,7 +71,6 @@ impl Staging {
         to: CUdeviceptr,
         stream: CUstream,
         captured: bool,
-        timeout: Duration,
     ) -> Result<()> {
         if blob.is_empty() {
             return Ok(());
@@ -71,7 +78,7 @@ impl Staging {
         let index = {
             // The driver forbids to allocate and to query events while a stream captures, unless the thread says that it knows.
             let _relaxed = captured.then(Relaxed::new).transpose()?;
-            self.free(blob.len(), timeout)?
+            self.free(blob.len())?
         };
         let slot = &mut self.slots[index];
         // SAFETY: the slot is large enough, nobody else reads or writes it, and the blob is another allocation.
@@ -92,7 +99,7 @@ impl Staging {
     }
 
     /// A free slot that is large enough.
-    fn free(&mut self, bytes: usize, timeout: Duration) -> Result<usize> {
+    fn free(&mut self, bytes: usize) -> Result<usize> {
         let size = slot_size(bytes);
         for slot in &mut self.slots {
             if matches!(slot.state, State::InFlight(_)) && slot.event.is_done()? {
@@ -112,7 +119,7 @@ impl Staging {
         }
         let in_flight = self.slots.iter().filter(|s| s.state != State::Captured).count();
         if in_flight >= MOST_IN_FLIGHT {
-            let index = self.wait_for_oldest(timeout)?;
+            let index = self.wait_for_oldest()?;
             if self.slots[index].buffer.bytes() >= size {
                 return Ok(index);
             }
@@ -122,7 +129,7 @@ impl Staging {
     }
 
     /// Waits for the copy that was enqueued first.
-    fn wait_for_oldest(&mut self, timeout: Duration) -> Result<usize> {
+    fn wait_for_oldest(&mut self) -> Result<usize> {
         let number = |s: &Slot| match s.state {
             State::InFlight(number) => number,
             _ => u64::MAX,
@@ -131,12 +138,12 @@ impl Staging {
         let index = oldest.map(|(index, _)| index).ok_or_else(|| Error::internal("no slot"))?;
         let start = Instant::now();
         while !self.slots[index].event.is_done()? {
-            if start.elapsed() > timeout {
+            if start.elapsed() > self.timeout {
                 return Err(Error::new(
                     Status::Timeout,
                     format!(
                         "work lists: {MOST_IN_FLIGHT} calls are enqueued and the stream has not begun the oldest of them within {} ms",
-                        timeout.as_millis()
+                        self.timeout.as_millis()
                     ),
                 ));
             }
