@@ -3,9 +3,12 @@
 #ifndef CP_TEST_GPU_H
 #define CP_TEST_GPU_H
 
-#include "case.h"
+#include "context_parallel.h"
 
 #include <dlfcn.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
 
 typedef struct gpu {
     int device;
@@ -34,11 +37,14 @@ typedef struct gpu_driver {
     int (*context_synchronize)(void);
 } gpu_driver;
 
+static inline void gpu_die(const char *what, int status) {
+    fprintf(stderr, "test: %s: CUDA error %d\n", what, status);
+    exit(2);
+}
+
 static inline void gpu_must(int status, const char *what) {
-    char text[32];
-    snprintf(text, sizeof text, "CUDA error %d", status);
     if (status != 0)
-        die(what, text);
+        gpu_die(what, status);
 }
 
 /* NULL on a machine without the driver. */
@@ -69,7 +75,7 @@ static inline const gpu_driver *gpu_find(void) {
     for (i = 0; i < sizeof names / sizeof *names; i++) {
         entry = dlsym(library, names[i]);
         if (entry == NULL)
-            die("libcuda.so.1 lacks", names[i]);
+            gpu_die(names[i], 500);
         memcpy((char *)&driver + i * sizeof entry, &entry, sizeof entry); /* C has no cast from one to the other */
     }
     gpu_must(driver.init(0), "cuInit");
@@ -80,7 +86,7 @@ static inline const gpu_driver *gpu_find(void) {
 static inline const gpu_driver *gpu_get(void) {
     const gpu_driver *d = gpu_find();
     if (d == NULL)
-        die("no libcuda.so.1; for the software GPU", "LD_LIBRARY_PATH=target/softgpu");
+        gpu_die("no libcuda.so.1 (for the software GPU: LD_LIBRARY_PATH=target/softgpu)", 100);
     return d;
 }
 
@@ -91,7 +97,7 @@ static inline void gpu_open(gpu *g, int rank) {
     void *context = NULL;
     gpu_must(d->device_count(&devices), "cuDeviceGetCount");
     if (devices == 0)
-        die("no CUDA device", "");
+        gpu_die("no CUDA device", 100);
     g->device = rank % devices;
     gpu_must(d->device_get(&device, g->device), "cuDeviceGet");
     gpu_must(d->retain(&context, device), "cuDevicePrimaryCtxRetain");
@@ -132,6 +138,12 @@ static inline void gpu_write(device_pointer p, const void *from, size_t bytes) {
 static inline void gpu_read(void *to, device_pointer p, size_t bytes) {
     if (bytes > 0)
         gpu_must(gpu_get()->to_host(to, p, bytes), "cuMemcpyDtoH");
+}
+
+static inline int gpu_count(void) {
+    int devices = 0;
+    gpu_must(gpu_get()->device_count(&devices), "cuDeviceGetCount");
+    return devices;
 }
 
 static inline void gpu_wait(void) {

@@ -3,6 +3,7 @@
 #ifndef CP_TEST_RANKS_H
 #define CP_TEST_RANKS_H
 
+#include "case.h"
 #include "gpu.h"
 
 #ifdef CP_WITH_MPI
