@@ -130,6 +130,7 @@ fn one(job: &Job, case: &Case, group: &Group) -> Result<Report> {
             shapes: locals.iter().map(|l| (l.tensor, shape(l))).collect(),
             workspace: None,
             saved: None,
+            stream: std::ptr::null_mut(),
         }
     };
     let mut report = Report::default();
