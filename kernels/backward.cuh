@@ -146,10 +146,12 @@ struct Backward {
     // The piece of work, in shared memory rather than in registers.
     struct Work {
         cp_tile tile;
-        uint32_t key_head, heads_begin, heads_end;  // query heads: empty if there is nothing to do
+        uint32_t number, key_head, heads_begin, heads_end;  // query heads: empty if there is nothing to do
     };
     DEVICE Work& work() const { return *(Work*)(shared + C::AT_WORK); }
     DEVICE void find_work(uint32_t number) const {
+        work().number = number;
+        if (number >= p.tile_count * p.kv_heads) return;
         work().tile = load_tile(p.tiles, number / p.kv_heads);
         work().key_head = number % p.kv_heads;
         // Query heads h with (q_first + h) / head_group = kv_first + key_head.
@@ -246,15 +248,13 @@ struct Backward {
     static constexpr int SM = C::BM / C::S_M / 16, SN = C::BN / C::S_N / 16;  // blocks of S per warp
     static constexpr int DN = SM * SN > 4 && SN % 2 == 0 ? SN / 2 : SN;              // columns of dP at a time: registers
 
-    // P and dS of a query tile, into shared memory. `prefetch` is called once the products of S are under way, where it costs least; P is computed
-    // and stored beside and behind the products of dP, which do not need it.
-    template <class F>
-    DEVICE void scores(const unsigned char* q, const unsigned char* d_out, bool full, const F& prefetch) const {
+    // P and dS of a query tile, into shared memory. P is computed and stored beside and behind the products of dP, which do not need it.
+    DEVICE void scores(const unsigned char* q, const unsigned char* d_out, bool full) const {
+        const uint32_t thread = opaque(this->thread), warp = thread / 32, lane = thread % 32;
         const uint32_t row = warp % C::S_M * (SM * 16), col = warp / C::S_M * (SN * 16);
         float s[SM][2 * SN][4];
         clear(s);
         multiply_nt<T, typename C::Q, typename C::K, SM, SN, C::DQK / 16>(s, q, shared + C::AT_K, row, col, lane);
-        prefetch();
 #pragma unroll
         for (int m = 0; m < SM; m++)
 #pragma unroll
@@ -311,6 +311,7 @@ struct Backward {
     // `beside` is called when the first products are under way.
     template <class F>
     DEVICE void add_dq(uint32_t stage, const F& beside) const {
+        const uint32_t thread = opaque(this->thread), warp = thread / 32, lane = thread % 32;
         const uint32_t row = warp % C::DQ_M * (QM * 16), block = warp / C::DQ_M * QN;
         const bool ordered = p.flags & CP_DETERMINISTIC;
 #pragma unroll
@@ -411,29 +412,25 @@ struct Backward {
             const unsigned char* d_out = shared + C::AT_DO + (C::DO_STAGES == 2 ? stage : 0) * C::DO::BYTES;
             cp_async_wait<0>();
             sync_block();  // this tile is there, and no one reads the one before any more
-            bool more, next_full = false;
-            scores(q, d_out, full, [&] {
-                more = advance(at);  // from here on `at` is the next query tile
-                if (more) next_full = is_full(at);
-                if (C::Q_STAGES == 2 && more) load_q(at, next_full, stage ^ 1);
-                if (C::DO_STAGES == 2 && more) load_d_out(at, next_full, stage ^ 1);
-                cp_async_commit();
-            });
+            scores(q, d_out, full);
             sync_block();  // P and dS are there; lse, delta and keys are read
-            Row row;
-            const bool has_row = more && thread < C::BM;
-            if (has_row) row = load_row(at);
             multiply_tn<T, typename C::S, typename C::DO, KM, VN, C::BM / 16>(dv, shared + C::AT_P, d_out, keys, dims * VN, lane);
-            if (C::DO_STAGES == 1 && C::Q_STAGES == 2) {
-                sync_block();
-                if (more) load_d_out(at, next_full, 0);
+            // Behind the first products, when s and dP are gone from the registers: the next tile.
+            const bool more = advance(at), has_row = more && thread < C::BM;
+            if (more) full = is_full(at);
+            if (C::DO_STAGES == 1 && C::Q_STAGES == 2) sync_block();
+            if (C::Q_STAGES == 2) {
+                if (more) load_q(at, full, stage ^ 1);
+                if (more) load_d_out(at, full, C::DO_STAGES == 2 ? stage ^ 1 : 0);
                 cp_async_commit();
             }
+            Row row;
+            if (has_row) row = load_row(at);
             multiply_tn<T, typename C::S, typename C::Q, KM, KN, C::BM / 16>(dk, shared + C::AT_DS, q, keys, dims * KN, lane);
             if (C::Q_STAGES == 1) {
                 sync_block();
-                if (C::DO_STAGES == 1 && more) load_d_out(at, next_full, 0);
-                if (more) load_q(at, next_full, 0);
+                if (more) load_d_out(at, full, 0);
+                if (more) load_q(at, full, 0);
                 cp_async_commit();
             }
             add_dq(stage, [&] {
@@ -441,7 +438,6 @@ struct Backward {
                 if (ordered && more && thread == 0) store_turn(at, stage ^ 1);
             });
             if (!more) break;
-            full = next_full;
         }
         add_gradient<KN>(p.dk, dk, p.scale, p.dim_qk);
         add_gradient<VN>(p.dv, dv, 1.0f, p.dim_v);
@@ -452,11 +448,13 @@ template <class T, class C>
 DEVICE void backward(const cp_attention_params& p) {
     SHARED_MEMORY(shared);
     const Backward<T, C> block{p, shared, threadIdx.x, threadIdx.x / 32, threadIdx.x % 32};
-    for (uint32_t number = blockIdx.x; number < p.tile_count * p.kv_heads; number += gridDim.x) {
-        if (threadIdx.x == 0) block.find_work(number);
-        sync_block();
+    if (threadIdx.x == 0) block.find_work(blockIdx.x);
+    sync_block();
+    while (block.work().number < p.tile_count * p.kv_heads) {
         if (block.work().heads_begin < block.work().heads_end) block.run();
         sync_block();  // before the tiles and the work become others
+        if (threadIdx.x == 0) block.find_work(block.work().number + gridDim.x);
+        sync_block();
     }
 }
 

@@ -246,6 +246,7 @@ DEVICE bool any_lane(bool x) {
     for (uint32_t mask = 16; mask; mask /= 2) y |= softgpu::shuffle_from(y, softgpu::current->lane ^ mask);
     return y != 0;
 }
+DEVICE uint32_t opaque(uint32_t x) { return x; }
 DEVICE void sync_warp() { softgpu::warp_barrier(); }
 DEVICE void sync_block() { softgpu::barrier(0, 0, true); }
 DEVICE void sync_some(int id, int threads) { softgpu::barrier((uint32_t)id, (uint32_t)threads, false); }
