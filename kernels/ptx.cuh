@@ -120,6 +120,15 @@ DEVICE void store_global(T* p, T x) {
 }
 // *p += x, atomically, in no order.
 DEVICE void add_global(float* p, float x) { asm volatile("red.global.add.f32 [%0], %1;" ::"l"(p), "f"(x) : "memory"); }
+// p[0] += x, p[1] += y, each atomically; p is a multiple of 8.
+DEVICE void add_global_2(float* p, float x, float y) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("red.global.add.v2.f32 [%0], {%1, %2};" ::"l"(p), "f"(x), "f"(y) : "memory");
+#else
+    add_global(p, x);
+    add_global(p + 1, y);
+#endif
+}
 DEVICE uint32_t load_acquire(const uint32_t* p) {
     uint32_t x;
     asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(x) : "l"(p) : "memory");

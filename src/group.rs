@@ -4,12 +4,15 @@
 //! collective call the members exchange a [`Header`]; a rank whose arguments are wrong posts its error in it, so that all members
 //! return instead of waiting, and nothing has moved.
 
+use crate::driver::{Device, Guard, Stream};
 use crate::error::{Error, Result, Status};
+use crate::exec::device::{DeviceLink, Tables, Target};
 use crate::exec::{Link, Stats};
 use crate::plan::account::{layout, saved_bytes, workspace_bytes};
 use crate::plan::{Options, Pass, Plan};
 use crate::problem::{Fnv, Problem};
-use crate::transport::Transport;
+use crate::transport::device::DeviceTransport;
+use crate::transport::{Shared, Transport};
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -32,9 +35,10 @@ pub struct Group {
 
 /// What all subsets of a parent group share.
 struct Parent {
-    /// `None` for a group of one, which never communicates.
-    transport: Option<Mutex<Box<dyn Transport>>>,
-    aborter: Option<Arc<dyn Fn() + Send + Sync>>,
+    /// Host transport: moves bytes on the CPU; on CUDA the ranks agree through it. `None` for a group of one, which never communicates.
+    transport: Option<Shared>,
+    device: Option<DeviceSide>,
+    aborters: Vec<Arc<dyn Fn() + Send + Sync>>,
     name: &'static str,
     rank: u32,
     timeout: Duration,
@@ -48,6 +52,32 @@ struct Parent {
     exposed_ns: AtomicU64,
 }
 
+/// What a group on CUDA has beside its host transport.
+struct DeviceSide {
+    device: Arc<Device>,
+    /// `None` for a group of one.
+    lane: Option<Mutex<CommLane>>,
+    /// Do ranks agree before every call? Only where the hosts meet anyway, or on request: it keeps the host waiting.
+    agrees: bool,
+}
+
+/// The one queue of a group's exchanges.
+struct CommLane {
+    transport: Box<dyn DeviceTransport>,
+    stream: Stream,
+    calls: u64,
+}
+
+/// How a group on CUDA is made.
+pub struct OnDevice {
+    /// This rank's device.
+    pub device: Arc<Device>,
+    /// Moves bytes between devices; `None` for a group of one.
+    pub transport: Option<Box<dyn DeviceTransport>>,
+    /// The ranks agree before every call even if the hosts do not meet otherwise.
+    pub agree: bool,
+}
+
 /// A plan with everything that a launch needs and that depends on nothing else.
 pub struct Prepared {
     /// The plan.
@@ -58,20 +88,30 @@ pub struct Prepared {
     pub workspace: usize,
     /// Bytes of the saved buffer.
     pub saved: usize,
+    /// Work lists of the kernels, on CUDA.
+    pub tables: Option<Tables>,
 }
 
 impl Prepared {
-    fn new(problem: &Arc<Problem>, rank: u32, pass: Pass, options: Options) -> Prepared {
+    fn new(
+        problem: &Arc<Problem>,
+        rank: u32,
+        pass: Pass,
+        options: Options,
+        target: Target,
+    ) -> Prepared {
         let plan = Plan::new(problem, rank, pass, options);
         let at = layout(&plan);
         let offsets = plan.slots.iter().map(|s| at.get(&s.slot).copied().unwrap_or(0)).collect();
-        let (workspace, saved) = (workspace_bytes(&plan), saved_bytes(&plan));
-        Prepared { plan, offsets, workspace, saved }
+        let (slots, saved) = (workspace_bytes(&plan), saved_bytes(&plan));
+        let tables = Tables::new(&plan, target, slots);
+        let workspace = tables.as_ref().map_or(slots, |t| t.workspace());
+        Prepared { plan, offsets, workspace, saved, tables }
     }
 }
 
-/// Fingerprint of the problem, rank, pass, options.
-type PlanKey = (u64, u32, Pass, Options);
+/// Fingerprint of the problem, rank, pass, options, where it runs.
+type PlanKey = (u64, u32, Pass, Options, Target);
 
 #[derive(Default)]
 struct PlanCache {
@@ -122,20 +162,56 @@ const HEADER_NUMBERS: usize = 40;
 impl Group {
     /// A group of one. It never communicates.
     pub fn solo() -> Group {
-        Group::with(None, Duration::from_secs(1))
+        Group::with(None, 0, 1, None, Duration::from_secs(1))
+    }
+
+    /// A group of one on a device.
+    pub fn solo_on(device: &Arc<Device>) -> Group {
+        let side = DeviceSide { device: device.clone(), lane: None, agrees: false };
+        Group::with(None, 0, 1, Some(side), Duration::from_secs(1))
+    }
+
+    /// The parent group of ranks with a device each. `host` is how they agree; without it they cannot, and trust each other.
+    pub fn on_device(
+        rank: u32,
+        size: u32,
+        host: Option<Shared>,
+        on: OnDevice,
+        timeout: Duration,
+    ) -> Result<Group> {
+        let agrees = on.agree || on.transport.as_ref().is_some_and(|t| t.meets());
+        let lane = match on.transport {
+            None => None,
+            Some(transport) => {
+                let stream = Stream::new(&on.device, true)?;
+                Some(Mutex::new(CommLane { transport, stream, calls: 0 }))
+            }
+        };
+        let side = DeviceSide { device: on.device, lane, agrees };
+        Ok(Group::with(host, rank, size, Some(side), timeout))
     }
 
     /// The parent group over a transport. Every later wait has `timeout`.
     pub fn new(transport: Box<dyn Transport>, timeout: Duration) -> Group {
-        Group::with(Some(transport), timeout)
+        let (rank, size) = (transport.rank(), transport.size());
+        Group::with(Some(Arc::new(Mutex::new(transport))), rank, size, None, timeout)
     }
 
-    fn with(transport: Option<Box<dyn Transport>>, timeout: Duration) -> Group {
-        let (size, rank) = transport.as_ref().map_or((1, 0), |t| (t.size(), t.rank()));
+    fn with(
+        transport: Option<Shared>,
+        rank: u32,
+        size: u32,
+        device: Option<DeviceSide>,
+        timeout: Duration,
+    ) -> Group {
+        let lane = device.as_ref().and_then(|d| d.lane.as_ref());
+        let host_name = transport.as_ref().map_or("none", |t| lock(t).name());
+        let aborters = transport.as_ref().map(|t| lock(t).aborter()).into_iter();
         let parent = Parent {
-            name: transport.as_ref().map_or("none", |t| t.name()),
-            aborter: transport.as_ref().map(|t| t.aborter()),
-            transport: transport.map(Mutex::new),
+            name: lane.map_or(host_name, |lane| lock(lane).transport.name()),
+            aborters: aborters.chain(lane.map(|lane| lock(lane).transport.aborter())).collect(),
+            transport,
+            device,
             rank,
             timeout,
             lost: Mutex::default(),
@@ -221,7 +297,22 @@ impl Group {
 
     /// Bytes that the transport holds for this rank.
     pub fn transport_bytes(&self) -> usize {
-        self.parent.transport.as_ref().map_or(0, |t| lock(t).memory_bytes())
+        let host = self.parent.transport.as_ref().map_or(0, |t| lock(t).memory_bytes());
+        host + self.lane().map_or(0, |lane| lane.transport.memory_bytes())
+    }
+
+    /// The device that the group computes on; `None` on the CPU.
+    pub fn device(&self) -> Option<&Arc<Device>> {
+        self.parent.device.as_ref().map(|d| &d.device)
+    }
+
+    /// Must messages be cut alike on both sides?
+    pub fn same_pieces(&self) -> bool {
+        self.size() > 1 && self.lane().is_some_and(|lane| lane.transport.same_pieces())
+    }
+
+    fn lane(&self) -> Option<MutexGuard<'_, CommLane>> {
+        self.parent.device.as_ref().and_then(|d| d.lane.as_ref()).map(lock)
     }
 
     /// Sums over all runs of the parent group and its subsets.
@@ -243,13 +334,16 @@ impl Group {
         lost.get_or_insert_with(|| {
             Error::new(Status::Aborted, format!("rank {}: the group was aborted", self.parent.rank))
         });
-        if let Some(abort) = &self.parent.aborter {
-            abort();
-        }
+        drop(lost);
+        self.parent.aborters.iter().for_each(|abort| abort());
     }
 
     /// Fails if the group is lost.
     pub fn usable(&self) -> Result<()> {
+        // What went wrong on a stream shows at the next call.
+        if let Some(e) = self.lane().and_then(|lane| lane.transport.failed()) {
+            lock(&self.parent.lost).get_or_insert(e);
+        }
         match &*lock(&self.parent.lost) {
             Some(e) => Err(Error::new(e.status, format!("the group is lost since: {}", e.text))),
             None => Ok(()),
@@ -262,6 +356,10 @@ impl Group {
         self.usable()?;
         let Some(transport) = &self.parent.transport else { return local };
         if self.size() == 1 {
+            return local;
+        }
+        let passes = matches!(header.call, Call::Forward | Call::Backward);
+        if passes && self.parent.device.as_ref().is_some_and(|d| !d.agrees) {
             return local;
         }
         let mut sorted: Vec<u32> = self.members.to_vec();
@@ -332,11 +430,17 @@ impl Group {
     }
 
     /// The plan for this rank, made or remembered.
-    pub fn prepare(&self, problem: &Arc<Problem>, pass: Pass, options: Options) -> Arc<Prepared> {
+    pub fn prepare(
+        &self,
+        problem: &Arc<Problem>,
+        pass: Pass,
+        options: Options,
+        target: Target,
+    ) -> Arc<Prepared> {
         let mut cache = lock(&self.parent.plans);
         cache.clock += 1;
         let now = cache.clock;
-        let key = (problem.fingerprint(), self.rank, pass, options);
+        let key = (problem.fingerprint(), self.rank, pass, options, target);
         if let Some((used, prepared)) = cache.plans.get_mut(&key)
             && *prepared.plan.problem == **problem
         {
@@ -347,7 +451,7 @@ impl Group {
             let oldest = cache.plans.iter().min_by_key(|(_, (used, _))| *used).map(|(key, _)| *key);
             oldest.and_then(|key| cache.plans.remove(&key));
         }
-        let prepared = Arc::new(Prepared::new(problem, self.rank, pass, options));
+        let prepared = Arc::new(Prepared::new(problem, self.rank, pass, options, target));
         cache.plans.insert(key, (now, prepared.clone()));
         prepared
     }
@@ -366,10 +470,35 @@ impl Group {
             }
             _ => f(None)?,
         };
+        self.count(stats);
+        Ok(())
+    }
+
+    /// The same on CUDA: `f` enqueues. The device is current meanwhile. After an error the group is lost.
+    pub fn enqueued(&self, f: impl FnOnce(Option<DeviceLink>) -> Result<Stats>) -> Result<()> {
+        let _current: Option<Guard> = self.device().map(|d| d.enter()).transpose()?;
+        let stats = match self.lane() {
+            Some(mut lane) if self.size() > 1 => {
+                lane.calls += 1;
+                let CommLane { transport, stream, calls } = &mut *lane;
+                let link = DeviceLink {
+                    transport: &mut **transport,
+                    members: &self.members,
+                    stream: stream.raw(),
+                    call: *calls,
+                };
+                self.watch(f(Some(link)))?
+            }
+            _ => f(None)?,
+        };
+        self.count(stats);
+        Ok(())
+    }
+
+    fn count(&self, stats: Stats) {
         self.parent.sent.fetch_add(stats.sent, Ordering::Relaxed);
         self.parent.received.fetch_add(stats.received, Ordering::Relaxed);
         self.parent.exposed_ns.fetch_add(stats.exposed_ns, Ordering::Relaxed);
-        Ok(())
     }
 
     /// After any error of a transport the ranks are out of step, also when they only called different ones.

@@ -367,7 +367,7 @@ unsafe fn pass_args(
         shapes.push((*tensor, shape));
     }
     debug_assert!(views.iter().all(|(t, v)| *t != Tensor::Lse || v.dtype == DType::F32));
-    Ok(Args { seqs, list, views, shapes, workspace, saved })
+    Ok(Args { seqs, list, views, shapes, workspace, saved, stream: std::ptr::null_mut() })
 }
 
 fn no_stream(stream: *mut c_void) -> Result<()> {

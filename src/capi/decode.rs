@@ -113,6 +113,8 @@ pub unsafe fn attention_config(ptr: *const cp_attention_config) -> Result<(Confi
         wire: if has(CP_ATTENTION_WIRE_F32) { Wire::F32 } else { Wire::Storage },
         max_rows: c.max_tokens_per_rank,
         save: has(CP_ATTENTION_SAVE),
+        deterministic: false,
+        max_segments: 0,
     };
     Ok((config, c.threads))
 }

@@ -53,6 +53,9 @@ impl Message {
     }
 }
 
+/// A host transport that a group and a device transport on top of it take turns with.
+pub type Shared = Arc<std::sync::Mutex<Box<dyn Transport>>>;
+
 /// One way of moving bytes.
 ///
 /// After an error of a kind that [`crate::error::Status::loses_group`], every later call fails with the same error. An error of `test` or `wait`, of

@@ -7,6 +7,7 @@ use context_parallel::attention::{Args, Attention, Comm, Config, Context, Stages
 use context_parallel::backend::cpu::{Cpu, Simd};
 use context_parallel::dtype::DType;
 use context_parallel::error::{Error, Result, Status};
+use context_parallel::exec::device::Target;
 use context_parallel::group::Group;
 use context_parallel::holding::holding;
 use context_parallel::mask::Mask;
@@ -40,6 +41,8 @@ pub fn config() -> Config {
         wire: Wire::Storage,
         max_rows: 0,
         save: false,
+        deterministic: false,
+        max_segments: 0,
     }
 }
 
@@ -97,6 +100,7 @@ impl Batch {
             shapes: self.shard.0.iter().map(shape).filter(|(t, _)| wanted(t)).collect(),
             workspace: self.workspace,
             saved: Some((self.saved.ptr(), self.saved_bytes)),
+            stream: std::ptr::null_mut(),
         }
     }
 
@@ -595,7 +599,7 @@ fn bound_covers(case: &Case, group: &Group, comm: Comm, save: bool) {
     for pass in [Pass::Forward, Pass::Backward] {
         for pack in [false, true] {
             let options = context_parallel::plan::Options { pack, saved: save, same_pieces: false };
-            let need = group.prepare(&problem, pass, options).workspace;
+            let need = group.prepare(&problem, pass, options, Target::Host).workspace;
             assert!(
                 need <= bound,
                 "case {} P {} rank {} {comm:?} save {save} pack {pack} {pass:?}: needs {need}, the bound is {bound}",

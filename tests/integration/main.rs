@@ -1,6 +1,8 @@
 //! The one Rust integration binary: what is right (`oracle`), and everything that is compared to it.
 
 mod cli;
+mod cuda;
+mod cuda_ranks;
 mod header;
 mod layers;
 mod memory;

@@ -200,6 +200,8 @@ fn measure(
             wire: Wire::Storage,
             max_rows: 0,
             save: false,
+            deterministic: false,
+            max_segments: 0,
         };
         let mut layer = Attention::new(config, Cpu::new(1, Simd::detect())?)?;
         layer.set_group(group, Ok(Comm::of(CommType::P2p)))?;
@@ -218,6 +220,7 @@ fn measure(
             shapes: shard.0.iter().map(|(t, l)| (*t, l.shape)).filter(|(t, _)| wanted(t)).collect(),
             workspace: None,
             saved: None,
+            stream: std::ptr::null_mut(),
         }
     };
     let mut costs = [Cost::default(); 2];

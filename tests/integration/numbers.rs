@@ -26,7 +26,7 @@ pub fn fast() -> bool {
 
 /// How the KV stages are chosen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-enum Stages {
+pub enum Stages {
     Named,
     One,
     Middle,
@@ -36,12 +36,12 @@ enum Stages {
 
 /// One run, with all that is needed to repeat it.
 #[derive(Clone)]
-struct Run {
-    case: &'static Case,
-    comm: CommType,
-    stages: Stages,
-    problem: Problem,
-    how: How,
+pub struct Run {
+    pub case: &'static Case,
+    pub comm: CommType,
+    pub stages: Stages,
+    pub problem: Problem,
+    pub how: How,
 }
 
 impl fmt::Display for Run {
@@ -72,7 +72,7 @@ impl fmt::Display for Run {
 
 impl Run {
     /// A case with everything at its default.
-    fn plain(case: &'static Case, ranks: u32, comm: CommType, dtype: DType) -> Run {
+    pub fn plain(case: &'static Case, ranks: u32, comm: CommType, dtype: DType) -> Run {
         let problem = case
             .problem(ranks, comm, None, dtype)
             .unwrap_or_else(|e| panic!("case {}: {e}", case.name));
@@ -80,7 +80,7 @@ impl Run {
     }
 
     /// Everything else drawn from `seed`.
-    fn drawn(case: &'static Case, ranks: u32, comm: CommType, dtype: DType, seed: u64) -> Run {
+    pub fn drawn(case: &'static Case, ranks: u32, comm: CommType, dtype: DType, seed: u64) -> Run {
         let mut run = Run::plain(case, ranks, comm, dtype);
         let mut n = 0;
         let mut draw = |below: usize| {
@@ -127,7 +127,11 @@ impl Run {
 
     /// Runs, and compares with the oracle: the largest error of each tensor as a share of what is allowed.
     fn check(&self) -> Result<[f64; 5], String> {
-        let got = self.run()?;
+        self.compare(self.run()?)
+    }
+
+    /// The largest error of each tensor as a share of what is allowed.
+    pub fn compare(&self, got: Results<f32>) -> Result<[f64; 5], String> {
         let reference = reference(self.case, self.problem.dtype);
         let mut worst = [0.0; 5];
         for (share, tensor) in worst.iter_mut().zip(Tensor::ALL) {
@@ -141,17 +145,22 @@ impl Run {
 
 /// Counts runs, keeps the worst of each tensor and the first failures.
 #[derive(Default)]
-struct Tally {
-    runs: usize,
+pub struct Tally {
+    pub runs: usize,
     worst: HashMap<(DType, Tensor), f64>,
     failures: Vec<String>,
     failed: usize,
 }
 
 impl Tally {
-    fn add(&mut self, run: &Run) {
+    pub fn add(&mut self, run: &Run) {
+        self.note(run, run.check());
+    }
+
+    /// Counts a run that was made elsewhere.
+    pub fn note(&mut self, run: &Run, result: Result<[f64; 5], String>) {
         self.runs += 1;
-        match run.check() {
+        match result {
             Ok(worst) => {
                 for (share, tensor) in worst.into_iter().zip(Tensor::ALL) {
                     let known = self.worst.entry((run.problem.dtype, tensor)).or_insert(0.0);
@@ -170,7 +179,7 @@ impl Tally {
     }
 
     /// Prints the totals, past the test runner's capture; panics if anything failed.
-    fn end(self, what: &str) {
+    pub fn end(self, what: &str) {
         let mut text = format!("{what}: {} runs", self.runs);
         for dtype in DType::ALL {
             let shares: Vec<String> = Tensor::ALL

@@ -132,7 +132,7 @@ impl Local {
     }
 
     /// Elements that belong to no row keep their bits.
-    fn gaps_untouched(&self) -> bool {
+    pub fn gaps_untouched(&self) -> bool {
         let v = &self.view;
         let used = v.heads * v.dim;
         let size = v.dtype.size();
@@ -217,7 +217,7 @@ impl Shard {
     }
 
     /// Bytes of some tensors, to see that they stay.
-    fn bits(&self, which: &[Tensor]) -> Vec<Vec<u64>> {
+    pub fn bits(&self, which: &[Tensor]) -> Vec<Vec<u64>> {
         which.iter().map(|t| self.get(*t).bytes.clone()).collect()
     }
 }

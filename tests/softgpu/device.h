@@ -267,6 +267,10 @@ DEVICE void add_global(float* p, float x) {
     float* q = (float*)softgpu::global(p, sizeof(float), softgpu::ATOMIC);
     *q += x;
 }
+DEVICE void add_global_2(float* p, float x, float y) {
+    float* q = (float*)softgpu::global(p, 2 * sizeof(float), softgpu::ATOMIC);
+    q[0] += x, q[1] += y;
+}
 DEVICE uint32_t load_acquire(const uint32_t* p) { return softgpu::poll(p); }
 DEVICE void add_release(uint32_t* p, uint32_t x) { *(uint32_t*)softgpu::global(p, sizeof(uint32_t), softgpu::ATOMIC) += x; }
 DEVICE void wait_for(const uint32_t* p, uint32_t x) { softgpu::wait_value(p, x); }

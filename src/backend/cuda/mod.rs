@@ -14,3 +14,6 @@ pub use tables::{
     AttendWork, RowsWork, SliceLimits, TableBuilder, Tiling, backward_bound, forward_bound,
     runs_bound,
 };
+
+mod stub;
+pub use stub::*;

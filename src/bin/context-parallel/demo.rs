@@ -2,6 +2,7 @@
 
 use crate::args::{Command, Failure, Given, failed, opt, usage};
 use crate::launch;
+use crate::place::Place;
 use crate::rank::{self, Job};
 use crate::report::Report;
 use crate::shape::{self, Case};
@@ -71,6 +72,7 @@ pub fn job(given: &Given, mut bytes: Vec<u8>) -> Result<Job, Failure> {
         iters: 1,
         gather: true,
         timeout: Duration::from_secs(given.number("timeout", 60, 1..=86_400)?),
+        place: Place::Cpu,
     })
 }
 

@@ -8,7 +8,6 @@ use crate::args::{Failure, Given, failed};
 use crate::rank::{self, Job};
 use crate::report::Report;
 use context_parallel::error::{Error, Status};
-use context_parallel::group::Group;
 use context_parallel::transport::bootstrap::{Kind, init_from_env};
 use context_parallel::transport::local::local_group;
 use std::io::{Read, Write};
@@ -132,8 +131,9 @@ pub fn threads(job: &Job, on_case: &mut OnCase) -> Result<(), Failure> {
                     let told = tell.send((rank, Event::Report(report)));
                     told.ok().and_then(|()| wait_go.recv().ok()).ok_or_else(nobody)
                 };
-                let group = Group::new(transport, job.timeout);
-                let ran = catch_unwind(AssertUnwindSafe(|| rank::run(job, &group, &mut each)));
+                let ran = catch_unwind(AssertUnwindSafe(|| {
+                    rank::run(job, &job.place.group(transport, job.timeout)?, &mut each)
+                }));
                 let event = match ran {
                     Ok(Ok(())) => Event::Done,
                     Ok(Err(e)) => Event::Failed(e.to_string()),
@@ -304,7 +304,8 @@ pub fn serve(job: impl FnOnce(Vec<u8>) -> Result<Job, Failure>) -> Result<(), Fa
         say(b'r', &report.encode()).and_then(|()| stdin.read_exact(&mut [0])).map_err(|_| nobody())
     };
     let ran = init_from_env(Kind::Shm, job.timeout)
-        .and_then(|transport| rank::run(&job, &Group::new(transport, job.timeout), &mut each));
+        .and_then(|transport| job.place.group(transport, job.timeout))
+        .and_then(|group| rank::run(&job, &group, &mut each));
     let told = match &ran {
         Ok(()) => say(b'd', &[]),
         Err(e) => say(b'f', e.to_string().as_bytes()),

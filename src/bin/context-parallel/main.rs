@@ -9,6 +9,7 @@ mod json;
 mod launch;
 mod oracle;
 mod perf;
+mod place;
 mod plan;
 mod probe;
 mod rank;

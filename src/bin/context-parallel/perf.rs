@@ -9,7 +9,7 @@ use crate::row::{COLUMNS, Row};
 use crate::shape::{self, Case};
 use crate::source::Source;
 use crate::text::{self, Columns, dim};
-use crate::{cost, launch, probe};
+use crate::{cost, launch, place, probe};
 use context_parallel::dtype::DType;
 use context_parallel::plan::{Options, Pass, Plan, account::account};
 use context_parallel::problem::Problem;
@@ -39,6 +39,18 @@ pub const COMMAND: Command = Command {
                     "SECONDS",
                     "how long a rank waits for another before it gives up (default 60)",
                 ),
+                opt(
+                    "device",
+                    "NAME",
+                    "cpu or cuda: ranks share the devices in turns (default cpu)",
+                ),
+                opt(
+                    "transport",
+                    "NAME",
+                    "on CUDA: auto, local (threads), nccl, staged (default auto)",
+                ),
+                opt("sm-margin", "N", "on CUDA: multiprocessors that kernels leave to others"),
+                opt("deterministic", "", "on CUDA: dQ is added in a fixed order"),
                 opt("no-check", "", "do not compare the results with one rank's"),
                 opt("json", "", "one JSON object at the end instead of the table"),
             ],
@@ -56,6 +68,10 @@ pub const COMMAND: Command = Command {
         ),
         ("perf --cp 4 --processes --seq 4k --iters 9", "one length, processes over shared memory"),
         ("perf --cp 2 --window 512,0 --seq 8k --json", "for a program"),
+        (
+            "perf --device cuda --cp 8 --dtype bf16 --seq 64k --heads 64 --kv-heads 8",
+            "eight virtual ranks on the devices of this machine",
+        ),
     ],
     notes: "Numbers may end in k, m or g: 8k = 8192. With --seq, --lens or --cu-seqlens one size is run.\n\
             Columns: GFLOP/s per rank counts what the mask allows; sent is the mean of a rank; exposed is the share of the time in which\n\
@@ -65,7 +81,11 @@ pub const COMMAND: Command = Command {
 /// What all ranks run.
 pub fn job(given: &Given) -> Result<Job, Failure> {
     probe::simd()?;
-    let config = shape::config(given, DType::F32)?;
+    let place = place::place(given)?;
+    // CUDA's kernels have no fp32.
+    let usual = if place == place::Place::Cpu { DType::F32 } else { DType::Bf16 };
+    let mut config = shape::config(given, usual)?;
+    config.deterministic = given.flag("deterministic");
     let default = probe::cores().clamp(2, 4) as u32;
     let ranks = given.small("cp", default, 2..=1024)?;
     let mut cases = Vec::new();
@@ -87,6 +107,7 @@ pub fn job(given: &Given) -> Result<Job, Failure> {
         iters: given.number("iters", 5, 1..=100_000)? as usize,
         gather: !given.flag("no-check"),
         timeout: Duration::from_secs(given.number("timeout", 60, 1..=86_400)?),
+        place,
     })
 }
 
@@ -244,6 +265,7 @@ fn preamble(job: &Job, processes: bool) -> Result<String, Failure> {
         String::new()
     };
     let line = |text: String| dim(&format!("# {text}")) + "\n";
+    let device = job.place.describe()?.map_or(String::new(), |d| line(format!("on CUDA: {d}; ranks may share a device, then one rank's time is that of the same work alone")));
     Ok([
         format!("context-parallel perf {} · {}, {cores} cores, {}", env!("CARGO_PKG_VERSION"), probe::cpu_name(), probe::simd_name()),
         format!(
@@ -258,6 +280,7 @@ fn preamble(job: &Job, processes: bool) -> Result<String, Failure> {
     ]
     .map(line)
     .concat()
+        + &device
         + "\n")
 }
 
@@ -272,6 +295,7 @@ fn finish(job: &Job, rows: &[Row], json: bool, processes: bool) -> Result<(), Fa
             .text("cpu", &probe::cpu_name())
             .raw("cores", probe::cores())
             .text("simd", probe::simd_name())
+            .maybe("device", job.place.describe()?.as_deref())
             .raw("ranks", job.ranks)
             .text("ranks_are", if processes { "processes" } else { "threads" })
             .raw("threads_per_rank", job.threads)

@@ -1,11 +1,11 @@
 //! What one rank does: its rows of Q, K, V and dO, forward, backward, and a report. The same for threads, processes, and one rank alone.
 
+use crate::place::{Mirror, Place};
 use crate::report::{RESULTS, Report};
 use crate::shape::Case;
 use crate::source::Source;
-use context_parallel::attention::{Args, Attention};
+use context_parallel::attention::Args;
 use context_parallel::backend::View;
-use context_parallel::backend::cpu::{Cpu, Simd};
 use context_parallel::dtype::DType;
 use context_parallel::error::Result;
 use context_parallel::group::Group;
@@ -30,6 +30,7 @@ pub struct Job {
     pub gather: bool,
     /// How long a rank waits for another.
     pub timeout: Duration,
+    pub place: Place,
 }
 
 /// Elements per row of a tensor: heads and their size.
@@ -110,8 +111,7 @@ pub fn run(job: &Job, group: &Group, each: &mut dyn FnMut(Report) -> Result<()>)
 }
 
 fn one(job: &Job, case: &Case, group: &Group) -> Result<Report> {
-    let cpu = Cpu::new(job.threads, Simd::from_env()?)?;
-    let mut layer = Attention::new(case.config.clone(), cpu)?;
+    let mut layer = job.place.layer(group, &case.config, job.threads)?;
     layer.set_group(group, Ok(case.comm))?;
     let problem = layer.problem(case.seqs.clone(), None)?;
     let (p, rank) = (&*problem, group.rank());
@@ -119,6 +119,17 @@ fn one(job: &Job, case: &Case, group: &Group) -> Result<Report> {
     let mut locals: Vec<Local> =
         inputs.iter().chain(&RESULTS).map(|t| Local::new(p, rank, *t)).collect();
     locals[..inputs.len()].iter_mut().for_each(|l| l.fill(p, rank, &job.source));
+    let mirror = match group.device() {
+        Some(device) => {
+            let tensors: Vec<&[u64]> = locals.iter().map(|l| l.storage.as_slice()).collect();
+            Some(Mirror::new(device, &tensors)?)
+        }
+        None => None,
+    };
+    let view = |(index, local): (usize, &Local)| {
+        let ptr = mirror.as_ref().map_or(local.view.ptr, |m| m.ptr(index));
+        (local.tensor, View { ptr, ..local.view })
+    };
     let args = || {
         let batch = if p.packed { 1 } else { p.seqs.len() };
         let shape =
@@ -126,10 +137,11 @@ fn one(job: &Job, case: &Case, group: &Group) -> Result<Report> {
         Args {
             seqs: case.seqs.clone(),
             list: None,
-            views: locals.iter().map(|l| (l.tensor, l.view)).collect(),
+            views: locals.iter().enumerate().map(view).collect(),
             shapes: locals.iter().map(|l| (l.tensor, shape(l))).collect(),
             workspace: None,
             saved: None,
+            stream: mirror.as_ref().map_or(std::ptr::null_mut(), |m| m.stream()),
         }
     };
     let mut report = Report::default();
@@ -144,6 +156,7 @@ fn one(job: &Job, case: &Case, group: &Group) -> Result<Report> {
                 // SAFETY: as above.
                 Some(context) => unsafe { layer.backward(Ok(*context), Ok(args()))? },
             }
+            mirror.as_ref().map_or(Ok(()), |m| m.finish())?;
             let (seconds, after) = (start.elapsed().as_secs_f64(), group.stats());
             debug_assert!(pass < 2);
             out.sent = after.sent - before.sent;
@@ -152,6 +165,11 @@ fn one(job: &Job, case: &Case, group: &Group) -> Result<Report> {
                 out.seconds.push(seconds);
                 out.exposed += (after.exposed_ns - before.exposed_ns) as f64 * 1e-9;
             }
+        }
+    }
+    if let Some(mirror) = &mirror {
+        for (index, local) in locals.iter_mut().enumerate() {
+            mirror.read(index, &mut local.storage)?;
         }
     }
     if job.gather {
@@ -174,5 +192,5 @@ pub fn alone(job: &Job, case: &Case, threads: usize) -> Result<Report> {
         ..*job
     };
     let comm = context_parallel::attention::Comm::of(context_parallel::problem::CommType::P2p);
-    one(&job, &Case { comm, ..case.clone() }, &Group::solo())
+    one(&job, &Case { comm, ..case.clone() }, &job.place.solo()?)
 }

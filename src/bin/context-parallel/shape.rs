@@ -112,6 +112,8 @@ pub fn config(given: &Given, dtype: DType) -> std::result::Result<Config, Failur
         wire: given.word("wire", Wire::Storage, "storage, fp32", wire)?,
         max_rows: 0,
         save: false,
+        deterministic: false,
+        max_segments: 0,
     })
 }
 

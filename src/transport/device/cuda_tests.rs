@@ -1,5 +1,5 @@
-//! `local` and `staged` on a device: ranks are threads that share device 0. On the software GPU copies, events and streams run in an order
-//! of its own, drawn from SOFTGPU_SEED, so a missing event shows as wrong bytes.
+//! `local` and `staged` on devices: ranks are threads, dealt out to the devices that there are. On the software GPU copies, events and streams
+//! run in an order of its own, drawn from SOFTGPU_SEED, so a missing event shows as wrong bytes.
 
 use super::{DeviceTransport, Step, local, staged};
 use crate::driver::{self, CUdeviceptr, Device, DeviceBuffer, PinnedBuffer, Stream};
@@ -49,11 +49,14 @@ fn on_all<R: Send>(
     timeout: Duration,
     f: impl Fn(&mut Rank) -> R + Sync,
 ) -> Vec<R> {
-    let device = Device::get(0).expect("a CUDA device, or the software GPU on LD_LIBRARY_PATH");
+    let hint = "a CUDA device, or the software GPU on LD_LIBRARY_PATH";
+    driver::open().expect(hint);
+    let count = driver::device_count().expect(hint);
     thread::scope(|scope| {
-        let (f, device) = (&f, &device);
+        let f = &f;
         let start = |(rank, mut control): (usize, Box<dyn crate::transport::Transport>)| {
             scope.spawn(move || {
+                let device = &Device::get(rank as u32 % count).unwrap();
                 let _current = device.enter().unwrap();
                 // A host transport that is dropped would be a rank that left: it lives until `f` is done.
                 let mut keep = None;

@@ -8,6 +8,7 @@
 //! [`super::Transport`]; the last resort.
 
 mod board;
+pub mod join;
 pub mod local;
 pub mod nccl;
 pub mod staged;

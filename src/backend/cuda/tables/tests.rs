@@ -467,9 +467,8 @@ fn time_of_300_documents_on_64_ranks() {
         for mask in [Mask::FULL, Mask::CAUSAL] {
             let work = slices(&q, &k, mask, |s| lengths[s as usize]);
             let mut builder = TableBuilder::new(FORWARD, BACKWARD);
-            let forward = |builder: &mut TableBuilder| {
-                builder.forward(&work, rows_of(&q), rows_of(&k), true)
-            };
+            let forward =
+                |builder: &mut TableBuilder| builder.forward(&work, rows_of(&q), rows_of(&k), true);
             forward(&mut builder);
             let start = std::time::Instant::now();
             let a = forward(&mut builder);

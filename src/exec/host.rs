@@ -1,28 +1,17 @@
-//! Runs one rank's plan: binds slots to memory, compute steps to the backend, exchanges to the transport. Nothing is decided here.
+//! A plan on the calling thread, to its end.
 //!
 //! Compute steps run one after another on the calling thread (and the backend's workers). Exchanges form one queue: each is started
 //! as soon as the one before it is complete, and progresses whenever the backend calls back and whenever a step waits for an event.
 
+use super::{Memory, Slots, Stats, bind, fill_messages};
 use crate::backend::cpu::Cpu;
-use crate::backend::{Backward, CopyRows, Delta, Forward, Output, State, View};
+use crate::backend::{CopyRows, View};
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
-use crate::plan::{Event, Kind, Message, Op, Plan, Rows, Slot, Tensor, Value};
-use crate::transport::{self, Piece, Transport};
+use crate::plan::{Event, Op, Plan, Rows, Value};
+use crate::transport::{self, Transport};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
-
-/// Memory that a plan's slots are bound to.
-pub struct Memory<'a> {
-    /// The caller's tensors.
-    pub caller: &'a [(Tensor, View)],
-    /// Offsets of all other slots, from [`crate::plan::account::layout`], in the order of `plan.slots`.
-    pub offsets: &'a [usize],
-    /// At least the plan's workspace bytes, aligned to [`crate::plan::account::ALIGN`].
-    pub workspace: *mut u8,
-    /// At least the plan's saved bytes, aligned likewise; may be null when there are none.
-    pub saved: *mut u8,
-}
 
 /// The way to the other ranks. `None` for a plan without exchanges.
 pub struct Link<'a> {
@@ -32,17 +21,6 @@ pub struct Link<'a> {
     pub members: &'a [u32],
     /// How long an exchange may take from when it is waited for.
     pub timeout: Duration,
-}
-
-/// What a run moved and how long it waited.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Stats {
-    /// Bytes handed to the transport.
-    pub sent: u64,
-    /// Bytes received.
-    pub received: u64,
-    /// Nanoseconds in which the compute lane stood still for an event: exposed communication.
-    pub exposed_ns: u64,
 }
 
 /// Vectors that a run fills anew; kept between runs so that they are not allocated again.
@@ -67,32 +45,7 @@ pub unsafe fn run(
     scratch: &mut Scratch,
 ) -> Result<Stats> {
     let mut views = std::mem::take(&mut scratch.views);
-    views.clear();
-    for (info, offset) in plan.slots.iter().zip(memory.offsets) {
-        views.push(match info.slot.kind {
-            Kind::Caller => {
-                match memory.caller.iter().find(|(tensor, _)| *tensor == info.slot.tensor) {
-                    Some((_, view)) => *view,
-                    None => {
-                        return Err(Error::internal(format!(
-                            "the plan needs {:?}, which was not bound",
-                            info.slot
-                        )));
-                    }
-                }
-            }
-            _ => {
-                let base = if info.saved { memory.saved } else { memory.workspace };
-                View::dense(
-                    base.wrapping_add(*offset),
-                    info.dtype,
-                    info.rows as usize,
-                    info.heads as usize,
-                    info.dim as usize,
-                )
-            }
-        });
-    }
+    bind(plan, memory, &mut views)?;
     scratch.signaled.clear();
     scratch.signaled.resize(plan.events as usize, false);
     scratch.queue.clear();
@@ -122,7 +75,7 @@ unsafe fn steps(plan: &Plan, slots: &Slots, cpu: &mut Cpu, comm: &mut Comm) -> R
             comm.wait(*event)?;
         }
         // SAFETY: the caller's promise; the plan's events order this step after everything it reads.
-        unsafe { compute(plan, &step.op, slots, cpu, comm)? };
+        unsafe { compute(&step.op, slots, cpu, comm)? };
         if let Some(event) = step.signal {
             comm.scratch.signaled[event as usize] = true;
         }
@@ -133,65 +86,22 @@ unsafe fn steps(plan: &Plan, slots: &Slots, cpu: &mut Cpu, comm: &mut Comm) -> R
 
 /// # Safety
 /// As [`run`].
-unsafe fn compute(
-    plan: &Plan,
-    op: &Op,
-    slots: &Slots,
-    cpu: &mut Cpu,
-    comm: &mut Comm,
-) -> Result<()> {
-    let values = |k: &Slot| slots.view(Slot { tensor: Tensor::V, ..*k });
-    let acc = |tensor| slots.view(Slot::of(Kind::Acc, tensor));
-    let (heads, scale) = (plan.head_map(), plan.problem.scale);
+unsafe fn compute(op: &Op, slots: &Slots, cpu: &mut Cpu, comm: &mut Comm) -> Result<()> {
     match op {
         Op::Exchange { .. } => unreachable!("exchanges are queued"),
         Op::Attend { q, k, slices, first, last } => {
-            let whole = *first && last.is_some();
-            let state = (!whole).then(|| State {
-                out: acc(Tensor::Out),
-                max: acc(Tensor::Max),
-                sum: acc(Tensor::Sum),
-            });
-            let last = last.map(|(out, lse)| Output { out: slots.view(out), lse: slots.view(lse) });
-            let work = Forward {
-                q: slots.view(*q),
-                k: slots.view(*k),
-                v: values(k),
-                slices,
-                heads,
-                scale,
-                state,
-                first: *first,
-                last,
-            };
+            let work = slots.forward((*q, *k), slices, *first, *last);
             // SAFETY: the caller's promise.
             unsafe { cpu.forward(&work, &mut || comm.progress()) }
         }
         Op::AttendBackward { q, d_out, lse, delta, k, dk, slices } => {
-            let work = Backward {
-                q: slots.view(*q),
-                k: slots.view(*k),
-                v: values(k),
-                d_out: slots.view(*d_out),
-                lse: slots.view(*lse),
-                delta: slots.view(*delta),
-                slices,
-                heads,
-                scale,
-                dq: acc(Tensor::DQ),
-                dk: slots.view(*dk),
-                dv: slots.view(Slot { tensor: Tensor::DV, ..*dk }),
-            };
+            let work = slots.backward([*q, *d_out, *lse, *delta, *k, *dk], slices);
             // SAFETY: the caller's promise.
             unsafe { cpu.backward(&work, &mut || comm.progress()) }
         }
         Op::Delta => {
-            let delta = slots.view(Slot::of(Kind::Sum, Tensor::Delta));
-            let caller = |tensor| slots.view(Slot::caller(tensor));
             // SAFETY: the caller's promise.
-            unsafe {
-                cpu.delta(&Delta { out: caller(Tensor::Out), d_out: caller(Tensor::DOut), delta })
-            };
+            unsafe { cpu.delta(&slots.delta()) };
             Ok(())
         }
         Op::Copy { src, src_head, dst, dst_head, heads, runs, add } => {
@@ -228,38 +138,6 @@ unsafe fn fill(view: View, rows: &[Rows], value: Value) {
                         unsafe { at.cast::<f32>().add(i).write(f32::NEG_INFINITY) };
                     }
                 }
-            }
-        }
-    }
-}
-
-/// Views of a plan's slots.
-struct Slots<'a> {
-    plan: &'a Plan,
-    /// In the order of `plan.slots`, which is sorted.
-    views: &'a [View],
-}
-
-impl Slots<'_> {
-    fn view(&self, slot: Slot) -> View {
-        let index = self.plan.slots.binary_search_by_key(&slot, |s| s.slot);
-        self.views[index.unwrap_or_else(|_| panic!("plan has no slot {slot:?}"))]
-    }
-
-    /// The bytes of a message's rows, appended as pieces.
-    fn pieces(&self, m: &Message, out: &mut Vec<Piece>) {
-        let view = self.view(m.slot);
-        let row_bytes = view.heads * view.dim * view.dtype.size();
-        for r in &m.rows {
-            if r.step == 1 {
-                out.push(Piece {
-                    ptr: view.at(r.first as usize, 0),
-                    len: r.count as usize * row_bytes,
-                });
-            } else {
-                out.extend(
-                    r.iter().map(|row| Piece { ptr: view.at(row as usize, 0), len: row_bytes }),
-                );
             }
         }
     }
@@ -387,31 +265,4 @@ impl Drop for Comm<'_, '_> {
             self.give_up(&Error::internal("a rank ended in a panic in the middle of a call"));
         }
     }
-}
-
-/// Resolves the messages of an exchange to bytes, reusing what the vectors hold. Messages to one peer become one stream.
-fn fill_messages(
-    slots: &Slots,
-    from: &[Message],
-    members: &[u32],
-    to: &mut Vec<transport::Message>,
-) {
-    let mut used = 0;
-    for m in from {
-        let peer = members[m.peer as usize];
-        let at = match to[..used].iter().position(|t| t.peer == peer) {
-            Some(at) => at,
-            None => {
-                if used == to.len() {
-                    to.push(transport::Message { peer, pieces: Vec::new() });
-                }
-                to[used].peer = peer;
-                to[used].pieces.clear();
-                used += 1;
-                used - 1
-            }
-        };
-        slots.pieces(m, &mut to[at].pieces);
-    }
-    to.truncate(used);
 }

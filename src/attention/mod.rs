@@ -1,10 +1,15 @@
 //! An attention layer: a configuration, the groups it has been attached to, and the two passes.
 
+mod engine;
+
 use crate::backend::View;
 use crate::backend::cpu::Cpu;
+use crate::backend::cuda::{Cuda, check_view};
+use crate::driver::CUstream;
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
-use crate::exec::{self, Memory, Scratch};
+use crate::exec::device::Target;
+use crate::exec::{self, Memory};
 use crate::group::{Call, Group, Header, Prepared};
 use crate::holding::holding;
 use crate::mask::Mask;
@@ -12,6 +17,8 @@ use crate::partition::{Partition, Side};
 use crate::plan::account::{ALIGN, Account, account};
 use crate::plan::{Kind, Options, Pass, Plan, Slot, Tensor, fewest_stages};
 use crate::problem::{CommType, Fnv, Problem, Sequence, Wire};
+pub use engine::{AllocFn, Allocator, FreeFn};
+use engine::{Engine, Lease};
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
@@ -45,7 +52,14 @@ pub struct Config {
     pub max_rows: u32,
     /// Forward leaves head-split tensors for backward (u > 1); otherwise backward exchanges them again.
     pub save: bool,
+    /// On CUDA: dQ is added in a fixed order, so that equal inputs give equal bits. The CPU always does.
+    pub deterministic: bool,
+    /// On CUDA: most pieces (slices of the mask) of a stage, which bounds the work lists in the workspace; 0 = [`DEFAULT_SEGMENTS`].
+    pub max_segments: u32,
 }
+
+/// Pieces of a stage that a workspace bound allows for when nothing is said: 300 documents that are all cut in two.
+pub const DEFAULT_SEGMENTS: u32 = 1024;
 
 impl Config {
     /// The problem of a call on a group of `ranks`; the error names what does not fit.
@@ -171,7 +185,7 @@ pub struct Context {
 /// A layer. One thread at a time.
 pub struct Attention {
     config: Config,
-    cpu: Cpu,
+    engine: Engine,
     /// Group and communication by id: backward finds the ones that its forward used, whatever is current now.
     known: HashMap<u64, Attached>,
     /// The group of one that the layer has without another.
@@ -180,8 +194,6 @@ pub struct Attention {
     /// Where the last forward ran: a rank whose context is unreadable is most likely waited for there.
     forwarded: Option<u64>,
     fitted: Fitted,
-    scratch: Scratch,
-    workspace: Buffer,
 }
 
 #[derive(Clone)]
@@ -204,21 +216,36 @@ pub struct Args {
     pub workspace: Option<(*mut u8, usize)>,
     /// Caller's saved buffer.
     pub saved: Option<(*mut u8, usize)>,
+    /// On CUDA the stream that the call is work on; null is the legacy default stream. Null on the CPU.
+    pub stream: CUstream,
 }
 
 impl Attention {
     /// A layer without a group: it computes alone until [`Attention::set_group`].
     pub fn new(config: Config, cpu: Cpu) -> Result<Attention> {
+        Attention::with(config, Engine::on_host(cpu), Group::solo())
+    }
+
+    /// The same on a device. Calls without a workspace get one from the allocator, or share one that the layer keeps.
+    pub fn on_device(
+        config: Config,
+        cuda: Cuda,
+        allocator: Option<Allocator>,
+    ) -> Result<Attention> {
+        cuda.supports(config.dtype, config.dim_qk, config.dim_v)?;
+        let solo = Group::solo_on(cuda.device());
+        Attention::with(config, Engine::on_device(cuda, allocator)?, solo)
+    }
+
+    fn with(config: Config, engine: Engine, solo: Group) -> Result<Attention> {
         let mut a = Attention {
             config,
-            cpu,
+            engine,
             known: HashMap::new(),
-            solo: Group::solo(),
+            solo,
             current: 0,
             forwarded: None,
             fitted: Fitted::default(),
-            scratch: Scratch::default(),
-            workspace: Buffer::default(),
         };
         a.clear_group();
         a.problem_for(
@@ -246,7 +273,7 @@ impl Attention {
 
     /// Bytes of scratch memory that the kernels hold.
     pub fn kernel_bytes(&mut self) -> usize {
-        self.cpu.scratch_bytes()
+        self.engine.kernel_bytes()
     }
 
     /// Turns context parallelism off: the layer computes alone.
@@ -258,6 +285,7 @@ impl Attention {
     /// A `comm` that could not be read comes as an error: it is posted to the other ranks, who would wait otherwise.
     pub fn set_group(&mut self, group: &Group, comm: Result<Comm>) -> Result<()> {
         group.usable()?;
+        self.engine.fits(group)?;
         let fits = comm.and_then(|comm| self.config.supports(comm, group.size()).map(|()| comm));
         let new = !self.known.values().any(|a| a.group.same_parent(group) && a.group.is_parent());
         let comm = if group.is_parent() && new {
@@ -309,7 +337,7 @@ impl Attention {
 
     /// This rank's plan.
     pub fn plan(&self, problem: &Arc<Problem>, pass: Pass) -> Plan {
-        Plan::new(problem, self.group().rank(), pass, self.options(false))
+        Plan::new(problem, self.group().rank(), pass, self.options(self.group(), false))
     }
 
     /// What a pass costs this rank.
@@ -318,7 +346,7 @@ impl Attention {
     }
 
     /// Workspace that suffices for every call in which no rank holds more than `rows` rows: that of a full mask over `rows` rows on
-    /// every rank. Under a memory cap that is the cap, and what gathering strided K and V adds to it.
+    /// every rank, on CUDA with `max_segments` pieces in every stage. Under a memory cap that is the cap, and what gathering K and V adds to it.
     pub fn workspace_bound(&self, rows: u32) -> Result<usize> {
         let at = &self.known[&self.current];
         let total = u64::from(rows) * u64::from(at.group.size());
@@ -336,17 +364,36 @@ impl Attention {
         let cap = cap.filter(|_| p.teams() > 1 && !p.relay);
         let stages = if cap.is_some() { 1 } else { p.stages };
         let full = Arc::new(Problem { mask: Mask::FULL, stages, ..(*p).clone() });
+        let target = self.target();
         let most = |options| {
-            let bytes = |pass| at.group.prepare(&full, pass, options).workspace;
+            let bytes = |pass| at.group.prepare(&full, pass, options, target).workspace;
             bytes(Pass::Forward).max(bytes(Pass::Backward))
         };
-        let bound = most(self.options(true));
+        let bound = most(self.options(&at.group, true));
         let gathering = bound.saturating_sub(most(Options::default()));
+        // A stage of many pieces has longer work lists than the full mask's; backward cuts its own keys' work in two.
+        let segments = match self.config.max_segments {
+            0 => DEFAULT_SEGMENTS,
+            n => n,
+        };
+        let tables = target.most_tables(
+            full.stages as usize + 2,
+            segments as usize,
+            // Two pieces of a sequence on every rank, as zigzag deals them, on either side.
+            4 * full.ranks as usize,
+            rows as usize,
+            total as usize,
+        );
+        let (gathering, bound) = (gathering + tables, bound + tables);
         Ok(cap.map_or(bound, |cap| bound.min(cap.saturating_add(gathering))))
     }
 
-    fn options(&self, pack: bool) -> Options {
-        Options { pack, saved: self.config.save, same_pieces: false }
+    fn options(&self, group: &Group, pack: bool) -> Options {
+        Options { pack, saved: self.config.save, same_pieces: group.same_pieces() }
+    }
+
+    fn target(&self) -> Target {
+        self.engine.target(&self.config)
     }
 
     /// Forward. Fills O, LSE and the saved buffer; the context goes to backward. Collective, blocking.
@@ -416,14 +463,15 @@ impl Attention {
             self.check(&problem, &at.group, &args)?;
             let dense = |tensor| args.views.iter().any(|(x, v)| *x == tensor && v.is_dense());
             let pack = !(dense(Tensor::K) && dense(Tensor::V));
-            let prepared = at.group.prepare(&problem, pass, self.options(pack));
+            let options = self.options(&at.group, pack);
+            let prepared = at.group.prepare(&problem, pass, options, self.target());
             let given = |slot: &Slot| args.views.iter().any(|(x, _)| *x == slot.tensor);
             let mut asked = prepared.plan.slots.iter().map(|info| &info.slot);
             if let Some(slot) = asked.find(|s| s.kind == Kind::Caller && !given(s)) {
                 let text = format!("{}: not given (rank {rank})", name(slot.tensor));
                 return Err(Error::argument(text));
             }
-            let workspace = self.memory(&prepared, &args, rank)?;
+            let workspace = self.memory(&prepared, &args, &at.group)?;
             Ok((hash, prepared, workspace, args))
         };
         // A panic here is a bug, but the others must not wait for this rank because of it.
@@ -437,12 +485,22 @@ impl Attention {
         let header = Header { call, hash: h.finish() };
         let (hash, prepared, workspace, args) = at.group.agree(header, ready)?;
         let saved = args.saved.map_or(std::ptr::null_mut(), |(ptr, _)| ptr);
-        let memory = Memory { caller: &args.views, offsets: &prepared.offsets, workspace, saved };
-        let (cpu, scratch) = (&mut self.cpu, &mut self.scratch);
-        at.group.linked(|link| {
-            // SAFETY: shapes and sizes were checked against the plan; validity of the memory is the caller's promise.
-            unsafe { exec::run(&prepared.plan, &memory, cpu, link, scratch) }
-        })?;
+        let memory = Memory {
+            caller: &args.views,
+            offsets: &prepared.offsets,
+            workspace: workspace.ptr(),
+            saved,
+        };
+        match &mut self.engine {
+            Engine::Host { cpu, scratch, .. } => at.group.linked(|link| {
+                // SAFETY: shapes and sizes were checked against the plan; validity of the memory is the caller's promise.
+                unsafe { exec::run(&prepared.plan, &memory, cpu, link, scratch) }
+            })?,
+            Engine::Device(device) => at.group.enqueued(|link| {
+                // SAFETY: as above; the workspace stays until the stream is through with it.
+                unsafe { device.enqueue(&prepared, &memory, link, args.stream, &workspace) }
+            })?,
+        }
         Ok(hash)
     }
 
@@ -461,6 +519,11 @@ impl Attention {
                     group.parent_rank()
                 ),
             ));
+        }
+        if let Engine::Device(_) = self.engine {
+            for (tensor, view) in &t.views {
+                check_view(name(*tensor), view)?;
+            }
         }
         for (tensor, shape) in &t.shapes {
             let local = i64::from(rows[usize::from(tensor.key_side())]);
@@ -483,7 +546,8 @@ impl Attention {
     }
 
     /// Workspace and saved buffer for a plan.
-    fn memory(&mut self, prepared: &Prepared, t: &Args, rank: u32) -> Result<*mut u8> {
+    fn memory(&mut self, prepared: &Prepared, t: &Args, group: &Group) -> Result<Lease> {
+        let rank = group.parent_rank();
         let short = |name: &str, got: usize, need: usize| {
             Err(Error::new(
                 Status::OutOfMemory,
@@ -508,19 +572,20 @@ impl Attention {
                     "workspace: got address {ptr:p}, must be a multiple of {ALIGN} (rank {rank})"
                 )))
             }
-            Some((ptr, _)) => Ok(ptr),
-            None => self.workspace.at_least(prepared.workspace),
+            Some((ptr, _)) => Ok(Lease::of_caller(ptr)),
+            None => self.engine.workspace(prepared.workspace, t.stream),
         }
     }
 
     /// Bytes of the layer's own workspace so far.
     pub fn workspace_held(&self) -> usize {
-        self.workspace.bytes
+        self.engine.workspace_held()
     }
 
     /// Bytes that forward leaves for backward.
     pub fn saved_bytes(&self, problem: &Arc<Problem>) -> usize {
-        self.group().prepare(problem, Pass::Forward, self.options(false)).saved
+        let options = self.options(self.group(), false);
+        self.group().prepare(problem, Pass::Forward, options, self.target()).saved
     }
 }
 
@@ -539,56 +604,5 @@ pub fn name(tensor: Tensor) -> &'static str {
         Tensor::Delta => "delta",
         Tensor::Max => "max",
         Tensor::Sum => "sum",
-    }
-}
-
-/// An aligned allocation that only grows.
-struct Buffer {
-    ptr: *mut u8,
-    bytes: usize,
-}
-
-// SAFETY: the buffer is owned; nothing else points into it between calls.
-unsafe impl Send for Buffer {}
-
-impl Default for Buffer {
-    fn default() -> Buffer {
-        Buffer { ptr: std::ptr::null_mut(), bytes: 0 }
-    }
-}
-
-impl Buffer {
-    fn layout(bytes: usize) -> std::alloc::Layout {
-        std::alloc::Layout::from_size_align(bytes, ALIGN).expect("sizes of plans fit")
-    }
-
-    fn at_least(&mut self, bytes: usize) -> Result<*mut u8> {
-        if bytes > self.bytes {
-            self.free();
-            // SAFETY: the size is not 0, being greater than another.
-            let ptr = unsafe { std::alloc::alloc(Buffer::layout(bytes)) };
-            if ptr.is_null() {
-                return Err(Error::new(
-                    Status::OutOfMemory,
-                    format!("workspace: {bytes} bytes could not be allocated"),
-                ));
-            }
-            (self.ptr, self.bytes) = (ptr, bytes);
-        }
-        Ok(self.ptr)
-    }
-
-    fn free(&mut self) {
-        if self.bytes > 0 {
-            // SAFETY: allocated with this layout.
-            unsafe { std::alloc::dealloc(self.ptr, Buffer::layout(self.bytes)) };
-            (self.ptr, self.bytes) = (std::ptr::null_mut(), 0);
-        }
-    }
-}
-
-impl Drop for Buffer {
-    fn drop(&mut self) {
-        self.free();
     }
 }

@@ -1,0 +1,7 @@
+// cp_backward_f16_*_small, for GPUs with 99 KB of shared memory per block.
+#include "backward.cuh"
+#include "shapes.h"
+
+#define KERNEL(dqk, ...) CP_BACKWARD_KERNEL(cp_backward_f16_##dqk##_small, f16_t, 99, dqk, __VA_ARGS__)
+CP_BACKWARD_SHAPES_SMALL(KERNEL)
+#undef KERNEL

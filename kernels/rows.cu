@@ -1,0 +1,168 @@
+// Kernels on rows of tensors: copy and convert, add, fill, and the row sums of O∘dO. All are bound by memory.
+#include "rows.cuh"
+
+// The run that row `index` of all rows belongs to: the last that starts at or before it. Neighbouring rows mostly share one.
+struct run_search {
+    const cp_run* runs;
+    uint32_t count;
+    cp_run run;
+
+    DEVICE run_search(uint64_t table, uint32_t count) : runs((const cp_run*)table), count(count), run{} {}
+    DEVICE uint32_t find(uint32_t index) {
+        if (index - run.before < run.rows) return index - run.before;
+        uint32_t low = 0, high = count;  // runs[low].before <= index < runs[high].before
+        while (high - low > 1) {
+            uint32_t middle = low + (high - low) / 2;
+            if (load_constant(&runs[middle].before) <= index) {
+                low = middle;
+            } else {
+                high = middle;
+            }
+        }
+        run.src = load_constant(&runs[low].src);
+        run.src_step = load_constant(&runs[low].src_step);
+        run.dst = load_constant(&runs[low].dst);
+        run.dst_step = load_constant(&runs[low].dst_step);
+        run.rows = load_constant(&runs[low].rows);
+        run.before = load_constant(&runs[low].before);
+        return index - run.before;
+    }
+};
+
+// Equal types: bits are moved, whatever they mean. W: the word, 2, 4 or 16 bytes.
+template <class W>
+DEVICE void move_rows(const cp_rows_params& p, uint32_t units, uint32_t element) {
+    uint32_t lanes = row_lanes(units);
+    run_search search(p.runs, p.run_count);
+    for (row_pairs pair(p.row_count, p.heads, lanes); pair.valid(); pair.next()) {
+        uint32_t i = search.find(pair.row);
+        uint32_t from = search.run.src + i * search.run.src_step, to = search.run.dst + i * search.run.dst_step;
+        const W* src = (const W*)(p.src.ptr + element_offset(p.src, from, p.src_head + pair.head) * (int64_t)element);
+        W* dst = (W*)(p.dst.ptr + element_offset(p.dst, to, p.dst_head + pair.head) * (int64_t)element);
+        for (uint32_t u = pair.lane; u < units; u += lanes) store_global(dst + u, load_global(src + u));
+    }
+}
+
+template <class S, class D, int N, bool ADD>
+DEVICE void convert_rows(const cp_rows_params& p) {
+    uint32_t units = p.dim / N, lanes = row_lanes(units);
+    run_search search(p.runs, p.run_count);
+    for (row_pairs pair(p.row_count, p.heads, lanes); pair.valid(); pair.next()) {
+        uint32_t i = search.find(pair.row);
+        uint32_t from = search.run.src + i * search.run.src_step, to = search.run.dst + i * search.run.dst_step;
+        const S* src = (const S*)p.src.ptr + element_offset(p.src, from, p.src_head + pair.head);
+        D* dst = (D*)p.dst.ptr + element_offset(p.dst, to, p.dst_head + pair.head);
+        for (uint32_t u = pair.lane; u < units; u += lanes) {
+            float x[N];
+            elements<S, N>::load(src + u * N, x);
+            if (ADD) {
+                float y[N];
+                elements<D, N>::load(dst + u * N, y);
+                for (int e = 0; e < N; e++) x[e] += y[e];
+            }
+            elements<D, N>::store(dst + u * N, x);
+        }
+    }
+}
+
+// Four or eight elements at a time where both sides allow it.
+template <class S, class D, bool ADD>
+DEVICE void convert_rows(const cp_rows_params& p) {
+    constexpr int N = sizeof(S) == 2 && sizeof(D) == 2 ? 8 : 4;
+    bool vectors = p.dim % N == 0 && rows_aligned(p.src, sizeof(S), N * sizeof(S)) && rows_aligned(p.dst, sizeof(D), N * sizeof(D));
+    if (vectors) {
+        convert_rows<S, D, N, ADD>(p);
+    } else {
+        convert_rows<S, D, 1, ADD>(p);
+    }
+}
+
+// Units of a pair: dim / 4, dim / 8 if no side is fp32, dim if not aligned.
+extern "C" __global__ void __launch_bounds__(256, 4) cp_copy_rows(cp_rows_params p) {
+    if (p.add) {
+        switch (p.src_type) {
+            case CP_F32: return convert_rows<float, float, true>(p);
+            case CP_BF16: return convert_rows<bf16_t, float, true>(p);
+            case CP_F16: return convert_rows<f16_t, float, true>(p);
+        }
+        return;
+    }
+    if (p.src_type == p.dst_type) {
+        uint32_t element = p.src_type == CP_F32 ? 4 : 2, bytes = p.dim * element;
+        if (bytes % 16 == 0 && rows_aligned(p.src, element, 16) && rows_aligned(p.dst, element, 16)) return move_rows<uint4>(p, bytes / 16, element);
+        if (element == 4) return move_rows<uint32_t>(p, p.dim, element);
+        return move_rows<bf16_t>(p, p.dim, element);
+    }
+    switch (p.src_type * 3 + p.dst_type) {
+        case CP_F32 * 3 + CP_BF16: return convert_rows<float, bf16_t, false>(p);
+        case CP_F32 * 3 + CP_F16: return convert_rows<float, f16_t, false>(p);
+        case CP_BF16 * 3 + CP_F32: return convert_rows<bf16_t, float, false>(p);
+        case CP_BF16 * 3 + CP_F16: return convert_rows<bf16_t, f16_t, false>(p);
+        case CP_F16 * 3 + CP_F32: return convert_rows<f16_t, float, false>(p);
+        case CP_F16 * 3 + CP_BF16: return convert_rows<f16_t, bf16_t, false>(p);
+    }
+}
+
+template <class D, int N>
+DEVICE void fill_rows(const cp_rows_params& p, float value) {
+    uint32_t units = p.dim / N, lanes = row_lanes(units);
+    float x[N];
+    for (int e = 0; e < N; e++) x[e] = value;
+    run_search search(p.runs, p.run_count);
+    for (row_pairs pair(p.row_count, p.heads, lanes); pair.valid(); pair.next()) {
+        uint32_t i = search.find(pair.row);
+        D* dst = (D*)p.dst.ptr + element_offset(p.dst, search.run.dst + i * search.run.dst_step, p.dst_head + pair.head);
+        for (uint32_t u = pair.lane; u < units; u += lanes) elements<D, N>::store(dst + u * N, x);
+    }
+}
+
+template <class D>
+DEVICE void fill_rows(const cp_rows_params& p) {
+    constexpr int N = 16 / sizeof(D);
+    float value = __builtin_bit_cast(float, p.value);
+    if (p.dim % N == 0 && rows_aligned(p.dst, sizeof(D), 16)) {
+        fill_rows<D, N>(p, value);
+    } else {
+        fill_rows<D, 1>(p, value);
+    }
+}
+
+// Units of a pair: 16 bytes, or elements if not aligned. `src` of the runs is not read.
+extern "C" __global__ void __launch_bounds__(256, 4) cp_fill_rows(cp_rows_params p) {
+    switch (p.dst_type) {
+        case CP_F32: return fill_rows<float>(p);
+        case CP_BF16: return fill_rows<bf16_t>(p);
+        case CP_F16: return fill_rows<f16_t>(p);
+    }
+}
+
+// Whole warps go through the loop together, for the sums over lanes: until the pair of lane 0, the least of the warp, is past the end.
+// The order of the sums is fixed: the same bits in every run.
+template <class T>
+DEVICE void sum_rows(const cp_delta_params& p) {
+    uint32_t units = p.dim / 8, lanes = row_lanes(units);
+    for (row_pairs pair(p.row_count, p.heads, lanes); shuffle(pair.valid(), 0); pair.next()) {
+        float sum = 0.0f;
+        if (pair.valid()) {
+            const T* out = (const T*)p.out.ptr + element_offset(p.out, pair.row, pair.head);
+            const T* d_out = (const T*)p.d_out.ptr + element_offset(p.d_out, pair.row, pair.head);
+            for (uint32_t u = pair.lane; u < units; u += lanes) {
+                float x[8], y[8];
+                elements<T, 8>::load(out + u * 8, x);
+                elements<T, 8>::load(d_out + u * 8, y);
+                for (int e = 0; e < 8; e++) sum += x[e] * y[e];
+            }
+        }
+        for (uint32_t other = lanes / 2; other > 0; other /= 2) sum += shuffle_xor(sum, (int)other);
+        if (pair.valid() && pair.lane == 0) store_global((float*)p.delta.ptr + element_offset(p.delta, pair.row, pair.head), sum);
+    }
+}
+
+// Units of a pair: dim / 8. Rows of out and d_out are aligned to 16 bytes; those of delta to 4.
+extern "C" __global__ void __launch_bounds__(256, 4) cp_delta(cp_delta_params p) {
+    if (p.type == CP_BF16) {
+        sum_rows<bf16_t>(p);
+    } else {
+        sum_rows<f16_t>(p);
+    }
+}

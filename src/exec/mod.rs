@@ -1,0 +1,186 @@
+//! Runs one rank's plan: binds slots to memory, compute steps to the backend, exchanges to the transport. Nothing is decided here.
+//!
+//! `host` runs a plan to its end on the calling thread; `device` enqueues it on CUDA streams and returns.
+
+pub mod device;
+mod host;
+
+use crate::backend::{Backward, Delta, Forward, Output, State, View};
+use crate::error::{Error, Result};
+use crate::mask::Slice;
+use crate::plan::{Kind, Message, Plan, Slot, Tensor};
+use crate::transport::{self, Piece};
+pub use host::{Link, Scratch, run};
+
+/// Memory that a plan's slots are bound to.
+pub struct Memory<'a> {
+    /// The caller's tensors.
+    pub caller: &'a [(Tensor, View)],
+    /// Offsets of all other slots, from [`crate::plan::account::layout`], in the order of `plan.slots`.
+    pub offsets: &'a [usize],
+    /// At least the plan's workspace bytes, aligned to [`crate::plan::account::ALIGN`].
+    pub workspace: *mut u8,
+    /// At least the plan's saved bytes, aligned likewise; may be null when there are none.
+    pub saved: *mut u8,
+}
+
+/// What a run moved and how long it waited.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Stats {
+    /// Bytes handed to the transport.
+    pub sent: u64,
+    /// Bytes received.
+    pub received: u64,
+    /// Nanoseconds in which the compute lane stood still for an event: exposed communication.
+    pub exposed_ns: u64,
+}
+
+/// Binds every slot of a plan to memory, in the order of `plan.slots`.
+fn bind(plan: &Plan, memory: &Memory, views: &mut Vec<View>) -> Result<()> {
+    views.clear();
+    for (info, offset) in plan.slots.iter().zip(memory.offsets) {
+        views.push(match info.slot.kind {
+            Kind::Caller => {
+                match memory.caller.iter().find(|(tensor, _)| *tensor == info.slot.tensor) {
+                    Some((_, view)) => *view,
+                    None => {
+                        return Err(Error::internal(format!(
+                            "the plan needs {:?}, which was not bound",
+                            info.slot
+                        )));
+                    }
+                }
+            }
+            _ => {
+                let base = if info.saved { memory.saved } else { memory.workspace };
+                View::dense(
+                    base.wrapping_add(*offset),
+                    info.dtype,
+                    info.rows as usize,
+                    info.heads as usize,
+                    info.dim as usize,
+                )
+            }
+        });
+    }
+    Ok(())
+}
+
+/// Views of a plan's slots.
+struct Slots<'a> {
+    plan: &'a Plan,
+    /// In the order of `plan.slots`, which is sorted.
+    views: &'a [View],
+}
+
+impl Slots<'_> {
+    fn view(&self, slot: Slot) -> View {
+        let index = self.plan.slots.binary_search_by_key(&slot, |s| s.slot);
+        self.views[index.unwrap_or_else(|_| panic!("plan has no slot {slot:?}"))]
+    }
+
+    /// A forward attend step.
+    fn forward<'b>(
+        &self,
+        (q, k): (Slot, Slot),
+        slices: &'b [Slice],
+        first: bool,
+        last: Option<(Slot, Slot)>,
+    ) -> Forward<'b> {
+        let acc = |tensor| self.view(Slot::of(Kind::Acc, tensor));
+        let whole = first && last.is_some();
+        let state = (!whole).then(|| State {
+            out: acc(Tensor::Out),
+            max: acc(Tensor::Max),
+            sum: acc(Tensor::Sum),
+        });
+        Forward {
+            q: self.view(q),
+            k: self.view(k),
+            v: self.view(Slot { tensor: Tensor::V, ..k }),
+            slices,
+            heads: self.plan.head_map(),
+            scale: self.plan.problem.scale,
+            state,
+            first,
+            last: last.map(|(out, lse)| Output { out: self.view(out), lse: self.view(lse) }),
+        }
+    }
+
+    /// A backward attend step.
+    fn backward<'b>(
+        &self,
+        [q, d_out, lse, delta, k, dk]: [Slot; 6],
+        slices: &'b [Slice],
+    ) -> Backward<'b> {
+        Backward {
+            q: self.view(q),
+            k: self.view(k),
+            v: self.view(Slot { tensor: Tensor::V, ..k }),
+            d_out: self.view(d_out),
+            lse: self.view(lse),
+            delta: self.view(delta),
+            slices,
+            heads: self.plan.head_map(),
+            scale: self.plan.problem.scale,
+            dq: self.view(Slot::of(Kind::Acc, Tensor::DQ)),
+            dk: self.view(dk),
+            dv: self.view(Slot { tensor: Tensor::DV, ..dk }),
+        }
+    }
+
+    /// Backward's row sums over the caller's tensors.
+    fn delta(&self) -> Delta {
+        let caller = |tensor| self.view(Slot::caller(tensor));
+        Delta {
+            out: caller(Tensor::Out),
+            d_out: caller(Tensor::DOut),
+            delta: self.view(Slot::of(Kind::Sum, Tensor::Delta)),
+        }
+    }
+
+    /// The bytes of a message's rows, appended as pieces.
+    fn pieces(&self, m: &Message, out: &mut Vec<Piece>) {
+        let view = self.view(m.slot);
+        let row_bytes = view.heads * view.dim * view.dtype.size();
+        for r in &m.rows {
+            if r.step == 1 {
+                out.push(Piece {
+                    ptr: view.at(r.first as usize, 0),
+                    len: r.count as usize * row_bytes,
+                });
+            } else {
+                out.extend(
+                    r.iter().map(|row| Piece { ptr: view.at(row as usize, 0), len: row_bytes }),
+                );
+            }
+        }
+    }
+}
+
+/// Resolves the messages of an exchange to bytes, reusing what the vectors hold. Messages to one peer become one stream.
+fn fill_messages(
+    slots: &Slots,
+    from: &[Message],
+    members: &[u32],
+    to: &mut Vec<transport::Message>,
+) {
+    let mut used = 0;
+    for m in from {
+        let peer = members[m.peer as usize];
+        let at = match to[..used].iter().position(|t| t.peer == peer) {
+            Some(at) => at,
+            None => {
+                if used == to.len() {
+                    to.push(transport::Message { peer, pieces: Vec::new() });
+                }
+                to[used].peer = peer;
+                to[used].pieces.clear();
+                used += 1;
+                used - 1
+            }
+        };
+        slots.pieces(m, &mut to[at].pieces);
+    }
+    to.truncate(used);
+}

@@ -1,0 +1,373 @@
+// The backward kernels on the software GPU against float64. ./kernel_backward [part of a name]
+#include "kernel_test.h"
+
+#include "../../kernels/backward_bf16_big.cu"
+#include "../../kernels/backward_bf16_small.cu"
+#include "../../kernels/backward_f16_big.cu"
+#include "../../kernels/backward_f16_small.cu"
+
+using namespace kernel_test;
+
+// One launch: its own keys, and what the queries see of them.
+struct Step {
+    uint32_t k_rows;
+    std::vector<cp_slice> slices;
+};
+
+struct Case {
+    std::string name;
+    uint32_t q_rows;
+    std::vector<Step> steps;
+    uint32_t dim_qk = 64, dim_v = 64;
+    uint32_t heads = 1, kv_heads = 1, q_first = 0, group = 1, kv_first = 0;
+    Layout layout = DENSE;
+    uint32_t rows_per_batch = 0;
+    float scale = 0;      // 0: 1/sqrt(dim_qk)
+    bool cut = false;     // tiles and parts of odd sizes
+    bool bitmaps = true;  // else every row is used
+    uint32_t blocks = 0;  // of the grid; 0: one per piece of work
+};
+
+using Kernel = void (*)(cp_attention_params);
+struct Shape {
+    uint32_t dqk, dv, q_rows, k_rows, threads, shared;
+    Kernel bf16, f16;
+};
+#define BIG(dqk, dv, q_rows, k_rows, warps, s_m, keys, dq_m, q_stages, do_stages)                                       \
+    {dqk, dv, q_rows, k_rows, warps * 32, CP_BACKWARD_SHARED(dqk, dv, q_rows, k_rows, q_stages, do_stages), cp_backward_bf16_##dqk, \
+     cp_backward_f16_##dqk},
+#define SMALL(dqk, dv, q_rows, k_rows, warps, s_m, keys, dq_m, q_stages, do_stages)                                     \
+    {dqk, dv, q_rows, k_rows, warps * 32, CP_BACKWARD_SHARED(dqk, dv, q_rows, k_rows, q_stages, do_stages), cp_backward_bf16_##dqk##_small, \
+     cp_backward_f16_##dqk##_small},
+static const Shape SHAPES[2][5] = {{CP_BACKWARD_SHAPES(BIG)}, {CP_BACKWARD_SHAPES_SMALL(SMALL)}};
+
+// What the kernels read, and what they shall find.
+template <class T>
+struct Problem {
+    const Case& c;
+    float scale;
+    Tensor<T> q, d_out;
+    std::vector<Tensor<T>> k, v;
+    Tensor<float> lse, delta;
+    // Per (row, head, element), dense: float64, plain arithmetic in the storage type, and the terms made positive.
+    struct Expected {
+        std::vector<double> oracle, terms;
+        std::vector<float> plain;
+        explicit Expected(size_t n) : oracle(n), terms(n), plain(n) {}
+    };
+    Expected dq{0};
+    std::vector<Expected> dk, dv;
+
+    explicit Problem(const Case& c_) : c(c_) {
+        Random random(std::hash<std::string>()(c.name));
+        scale = c.scale != 0 ? c.scale : 1.0f / sqrtf((float)c.dim_qk);
+        std::vector<bool> q_used(c.q_rows);
+        for (const Step& s : c.steps) {
+            const std::vector<bool> used = used_queries(s.slices, c.q_rows);
+            for (uint32_t r = 0; r < c.q_rows; r++) q_used[r] = q_used[r] || used[r] || !c.bitmaps;
+        }
+        q = Tensor<T>("q", c.q_rows, c.heads, c.dim_qk, c.layout, c.rows_per_batch);
+        q.fill(random, &q_used);
+        d_out = Tensor<T>("d_out", c.q_rows, c.heads, c.dim_v, c.layout, c.rows_per_batch);
+        d_out.fill(random, &q_used);
+        lse = Tensor<float>("lse", c.q_rows, c.heads, 1, c.layout, c.rows_per_batch);
+        delta = Tensor<float>("delta", c.q_rows, c.heads, 1);
+        dq = Expected((size_t)c.q_rows * c.heads * c.dim_qk);
+        for (const Step& s : c.steps) {
+            const std::vector<bool> used = used_keys(s.slices, s.k_rows);
+            k.emplace_back("k", s.k_rows, c.kv_heads, c.dim_qk, c.layout, c.rows_per_batch);
+            v.emplace_back("v", s.k_rows, c.kv_heads, c.dim_v, c.layout, c.rows_per_batch);
+            k.back().fill(random, c.bitmaps ? &used : nullptr);
+            v.back().fill(random, c.bitmaps ? &used : nullptr);
+            dk.emplace_back((size_t)s.k_rows * c.kv_heads * c.dim_qk);
+            dv.emplace_back((size_t)s.k_rows * c.kv_heads * c.dim_v);
+        }
+        for (uint32_t h = 0; h < c.heads; h++)
+            for (uint32_t r = 0; r < c.q_rows; r++) row(r, h, q_used[r]);
+        for (size_t i = 0; i < c.steps.size(); i++)
+            for (float& x : dk[i].plain) x *= scale;
+        for (float& x : dq.plain) x *= scale;
+    }
+
+    // LSE and delta of a row, and what it adds to all gradients.
+    void row(uint32_t r, uint32_t h, bool used) {
+        const uint32_t kv = (c.q_first + h) / c.group - c.kv_first;
+        struct Pair {
+            size_t step;
+            uint32_t key;
+            double s, dp;
+            float s32, dp32;
+        };
+        std::vector<Pair> pairs;
+        double most = -INFINITY, sum = 0;
+        for (size_t i = 0; i < c.steps.size(); i++)
+            for (uint32_t j = 0; j < c.steps[i].k_rows; j++)
+                if (sees(c.steps[i].slices, r, j)) {
+                    Pair x{i, j, 0, 0, 0, 0};
+                    for (uint32_t d = 0; d < c.dim_qk; d++) {
+                        const float product = q.get(r, h, d) * k[i].get(j, kv, d);
+                        x.s += (double)q.get(r, h, d) * k[i].get(j, kv, d), x.s32 += product;
+                    }
+                    for (uint32_t d = 0; d < c.dim_v; d++) {
+                        const float product = d_out.get(r, h, d) * v[i].get(j, kv, d);
+                        x.dp += (double)d_out.get(r, h, d) * v[i].get(j, kv, d), x.dp32 += product;
+                    }
+                    x.s *= scale, x.s32 *= scale;
+                    most = std::max(most, x.s);
+                    pairs.push_back(x);
+                }
+        if (pairs.empty()) {
+            if (used) lse.at(r, h) = -INFINITY, delta.at(r, h) = 0;
+            return;
+        }
+        for (const Pair& x : pairs) sum += exp(x.s - most);
+        const double exact_lse = most + log(sum);
+        lse.at(r, h) = (float)exact_lse;
+        double exact_delta = 0, delta_terms = 0;
+        float rounded_delta = 0;
+        for (uint32_t d = 0; d < c.dim_v; d++) {
+            double o = 0;
+            for (const Pair& x : pairs) o += exp(x.s - exact_lse) * v[x.step].get(x.key, kv, d);
+            exact_delta += o * d_out.get(r, h, d);
+            delta_terms += fabs(o * d_out.get(r, h, d));
+            rounded_delta += widened(rounded<T>((float)o)) * d_out.get(r, h, d);
+        }
+        delta.at(r, h) = rounded_delta;
+        for (const Pair& x : pairs) {
+            const double p = exp(x.s - exact_lse), ds = p * (x.dp - exact_delta), ds_terms = p * (fabs(x.dp) + delta_terms) * fabs(scale);
+            const float p32 = expf(x.s32 - lse.at(r, h)), p_rounded = widened(rounded<T>(p32));
+            const float ds32 = widened(rounded<T>(p32 * (x.dp32 - rounded_delta)));
+            auto add = [](Expected& e, size_t at, double oracle, double terms, float plain) {
+                e.oracle[at] += oracle, e.terms[at] += terms, e.plain[at] += plain;
+            };
+            for (uint32_t d = 0; d < c.dim_qk; d++) {
+                const float key = k[x.step].get(x.key, kv, d), query = q.get(r, h, d);
+                add(dq, ((size_t)h * c.q_rows + r) * c.dim_qk + d, ds * key * scale, ds_terms * fabs(key), ds32 * key);
+                add(dk[x.step], ((size_t)kv * c.steps[x.step].k_rows + x.key) * c.dim_qk + d, ds * query * scale, ds_terms * fabs(query), ds32 * query);
+            }
+            for (uint32_t d = 0; d < c.dim_v; d++) {
+                const float g = d_out.get(r, h, d);
+                add(dv[x.step], ((size_t)kv * c.steps[x.step].k_rows + x.key) * c.dim_v + d, p * g, p * fabs(g), p_rounded * g);
+            }
+        }
+    }
+};
+
+// Gradients before and after: what is in the buffers at first is kept where nothing is added, bit by bit.
+struct Gradient {
+    Tensor<float> now;
+    std::vector<float> before;
+    Gradient(const char* name, uint32_t rows, uint32_t heads, uint32_t dim, const Case& c, Random& random)
+        : now(name, rows, heads, dim, c.layout == GAPS ? GAPS : DENSE) {
+        if (c.layout == SBHD || c.layout == BHSD) now = Tensor<float>(name, rows, heads, dim, c.layout, c.rows_per_batch);
+        for (uint32_t h = 0; h < heads; h++)
+            for (uint32_t r = 0; r < rows; r++)
+                for (uint32_t d = 0; d < dim; d++) before.push_back(now.at(r, h, d) = random.value() / 64);
+    }
+    template <class T, class E>
+    std::string wrong(const E& expected, double& worst) {
+        if (!now.gaps_untouched()) return "something between the elements was written";
+        Contract contract(3, epsilon<T>());
+        size_t i = 0;
+        for (uint32_t h = 0; h < now.heads; h++) {
+            for (uint32_t r = 0; r < now.rows; r++) {
+                for (uint32_t d = 0; d < now.dim; d++, i++) {
+                    const float got = now.get(r, h, d);
+                    if (expected.terms[i] == 0 && got != before[i])
+                        return "row " + std::to_string(r) + " gets nothing, but was changed by " + std::to_string(got - before[i]);
+                    contract.element(widened(rounded<T>(got - before[i])), widened(rounded<T>(expected.plain[i])), expected.oracle[i], expected.terms[i]);
+                }
+                contract.end_row();
+            }
+            contract.end_head();
+        }
+        if (!(contract.worst <= worst)) worst = contract.worst;
+        return contract.worst <= 1 ? "" : "error is " + std::to_string(contract.worst) + " times what is allowed";
+    }
+    uint64_t hash() {
+        uint64_t x = 0;
+        for (uint32_t r = 0; r < now.rows; r++)
+            for (uint32_t h = 0; h < now.heads; h++)
+                for (uint32_t d = 0; d < now.dim; d++) x = (x ^ __float_as_uint(now.at(r, h, d))) * 0x100000001b3ull, x ^= x >> 29;
+        return x;
+    }
+};
+
+// Runs all steps of a problem; `hash` becomes one of all result bits.
+template <class T>
+std::string run(const Problem<T>& problem, bool small, bool deterministic, softgpu::Options options, uint64_t& hash) {
+    const Case& c = problem.c;
+    const Shape* shape = SHAPES[small];
+    while (c.dim_qk > shape->dqk || c.dim_v > shape->dv) shape++;
+    Random random(std::hash<std::string>()(c.name) + small);
+    Gradient dq("dq", c.q_rows, c.heads, c.dim_qk, c, random);
+    std::vector<Gradient> dk, dv;
+    for (size_t i = 0; i < c.steps.size(); i++) {
+        const Step& step = c.steps[i];
+        dk.emplace_back("dk", step.k_rows, c.kv_heads, c.dim_qk, c, random);
+        dv.emplace_back("dv", step.k_rows, c.kv_heads, c.dim_v, c, random);
+        Lists lists = make_lists(random, step.slices, step.k_rows, shape->k_rows, true, c.cut, shape->q_rows);
+        std::reverse(lists.tiles.begin(), lists.tiles.end());  // any order
+        // A tile's adds to a query tile come after those of the tiles before it.
+        std::vector<uint32_t> turns, adds((c.q_rows + shape->q_rows - 1) / shape->q_rows);
+        for (const cp_tile& tile : lists.tiles)
+            for (uint32_t n = tile.part; n < tile.part + tile.parts; n++) {
+                cp_part& part = lists.parts[n];
+                part.turn = (uint32_t)turns.size();
+                for (uint32_t t = part.begin / shape->q_rows; t * shape->q_rows < part.end; t++) turns.push_back(adds[t]++);
+            }
+        Table<cp_tile> tiles("tiles", lists.tiles);
+        Table<cp_part> parts("parts", lists.parts);
+        Table<cp_slice> table("slices", lists.slices);
+        Table<uint32_t> q_bits("q_used", bitmap(used_queries(step.slices, c.q_rows))), k_bits("k_used", bitmap(used_keys(step.slices, step.k_rows)));
+        Table<uint32_t> turn_table("turns", turns), counters("counters", std::vector<uint32_t>(adds.size() * c.heads));
+        cp_attention_params p{};
+        p.q = problem.q.view, p.k = problem.k[i].view, p.v = problem.v[i].view, p.d_out = problem.d_out.view;
+        p.lse = problem.lse.view, p.delta = problem.delta.view;
+        p.dq = dq.now.view, p.dk = dk[i].now.view, p.dv = dv[i].now.view;
+        p.tiles = tiles.address(), p.parts = parts.address(), p.slices = table.address();
+        if (c.bitmaps) p.q_used = q_bits.address(), p.k_used = k_bits.address();
+        if (deterministic) p.turns = turn_table.address(), p.counters = counters.address(), p.flags = CP_DETERMINISTIC;
+        p.tile_count = (uint32_t)lists.tiles.size(), p.heads = c.heads, p.kv_heads = c.kv_heads;
+        p.q_first = c.q_first, p.head_group = c.group, p.kv_first = c.kv_first;
+        p.dim_qk = c.dim_qk, p.dim_v = c.dim_v;
+        p.scale = problem.scale, p.scale_log2 = problem.scale * 1.44269504f;
+        const uint32_t blocks = c.blocks && !deterministic ? c.blocks : p.tile_count * c.kv_heads;
+        softgpu::launch(std::is_same<T, bf16_t>::value ? shape->bf16 : shape->f16, blocks, shape->threads, shape->shared, options, p);
+        if (deterministic)
+            for (uint32_t t = 0; t < adds.size(); t++)
+                for (uint32_t h = 0; h < c.heads; h++)
+                    if (((uint32_t*)counters.bytes.get())[t * c.heads + h] != adds[t]) return "not every turn was taken";
+    }
+    double worst = 0;
+    std::string wrong = dq.template wrong<T>(problem.dq, worst);
+    if (!wrong.empty()) return "dq: " + wrong;
+    hash = dq.hash();
+    for (size_t i = 0; i < c.steps.size(); i++) {
+        wrong = dk[i].template wrong<T>(problem.dk[i], worst);
+        if (!wrong.empty()) return "dk: " + wrong;
+        wrong = dv[i].template wrong<T>(problem.dv[i], worst);
+        if (!wrong.empty()) return "dv: " + wrong;
+        hash = hash * 31 + dk[i].hash() * 17 + dv[i].hash();
+    }
+    if (getenv("VERBOSE")) printf("%-40s %.3f of the allowed error\n", c.name.c_str(), worst);
+    return "";
+}
+
+template <class T>
+std::string run(const Case& c, bool small) {
+    const Problem<T> problem(c);
+    uint64_t hash;
+    return run<T>(problem, small, false, softgpu::Options(), hash);
+}
+
+// The same bits whatever the order of blocks and warps.
+template <class T>
+std::string deterministic(const Case& c, bool small) {
+    const Problem<T> problem(c);
+    uint64_t first = 0;
+    for (int i = 0; i < 3; i++) {
+        softgpu::Options options;
+        options.seed = 1000 + i;
+        options.schedule = i == 0 ? softgpu::GREEDY : i == 1 ? softgpu::RANDOM : softgpu::REVERSED;
+        options.resident = 1 + 2 * i;
+        uint64_t hash;
+        const std::string wrong = run<T>(problem, small, true, options, hash);
+        if (!wrong.empty()) return wrong;
+        if (i == 0) first = hash;
+        if (hash != first) return "other bits in another order";
+    }
+    return "";
+}
+
+static std::vector<Case> cases() {
+    std::vector<Case> list;
+    auto add = [&](Case c) -> Case& {
+        list.push_back(c);
+        return list.back();
+    };
+    const int64_t FAR = 1ll << 40;
+    for (auto dims : {std::pair<uint32_t, uint32_t>{8, 8}, {40, 40}, {64, 64}, {72, 72}, {96, 96}, {128, 128}, {192, 128}, {256, 256}, {128, 64}, {200, 136}}) {
+        const std::string d = "dims_" + std::to_string(dims.first) + "_" + std::to_string(dims.second);
+        Case& c = add({d + "_full", 150, {{170, {full(0, 150, 0, 170)}}}});
+        c.dim_qk = dims.first, c.dim_v = dims.second;
+        Case& e = add({d + "_causal", 200, {{200, {causal(0, 200, 0, 200)}}}});
+        e.dim_qk = dims.first, e.dim_v = dims.second, e.heads = 2, e.kv_heads = 1, e.group = 2;
+    }
+    for (uint32_t n : {1u, 17u, 64u, 129u, 257u}) {
+        const std::string s = "length_" + std::to_string(n);
+        add({s + "_full", n, {{n, {full(0, n, 0, n)}}}}).bitmaps = false;
+        add({s + "_causal", n, {{n, {causal(0, n, 0, n)}}}});
+        add({s + "_window", n, {{n, {band(0, n, 0, n, -20, 3)}}}}).cut = true;
+        add({s + "_cross", n, {{300, {full(0, n, 0, 300)}}}});
+        add({s + "_cut", n, {{n, {causal(0, n, 0, n)}}}}).cut = true;
+    }
+    add({"bottom_right", 100, {{260, {band(0, 100, 0, 260, -FAR, 160)}}}});
+    add({"first_rows_blind", 200, {{90, {band(0, 200, 0, 90, -FAR, -110)}}}});
+    add({"window_far", 300, {{300, {band(0, 300, 0, 300, -130, -70)}}}});
+    {  // documents of 1 … 21 rows with padding between, in one tile and over its edge
+        std::vector<cp_slice> documents, crossed;
+        uint32_t at = 3;
+        for (uint32_t n : {14u, 1u, 21u, 9u, 14u, 14u, 7u, 2u, 19u, 14u, 5u, 12u}) {
+            documents.push_back(causal(at, n, at, n));
+            crossed.push_back(full(at, n, 200 - at - n, n));
+            at += n + (n % 3 == 0 ? 4 : 0);
+        }
+        add({"documents", at + 6, {{at + 6, documents}}});
+        add({"documents_gaps", at + 6, {{at + 6, documents}}}).layout = GAPS;
+        add({"documents_cut", at + 6, {{at + 6, documents}}}).cut = true;
+        add({"documents_crossed", at + 6, {{200, crossed}}}).dim_v = 40;
+        Case& c = add({"documents_steps", at + 6, {{at + 6, documents}, {200, crossed}}});
+        c.dim_qk = c.dim_v = 128;
+    }
+    {  // zigzag: two segments of queries, both see the first keys; a query row twice in a tile: two parts
+        Case& c = add({"two_segments", 140, {{140, {causal(0, 70, 0, 70), full(70, 70, 0, 70), causal(70, 70, 70, 70)}}}});
+        c.dim_qk = c.dim_v = 128;
+        add({"two_segments_cut", 140, {{140, {causal(0, 70, 0, 70), full(70, 70, 0, 70), causal(70, 70, 70, 70)}}}}).cut = true;
+        add({"same_keys_twice", 140, {{300, {band(0, 140, 0, 300, -FAR, -90), band(0, 140, 0, 300, 100, FAR)}}}});
+        Case& e = add({"two_parts", 140, {{100, {full(0, 140, 0, 20), full(0, 140, 30, 60), full(100, 40, 95, 3)}}}});
+        e.dim_qk = e.dim_v = 96;
+    }
+    {
+        Case& c = add({"heads_6_of_12", 100, {{100, {causal(0, 100, 0, 100)}}}});
+        c.heads = 6, c.kv_heads = 3, c.group = 3, c.q_first = 4, c.kv_first = 1, c.blocks = 2;
+        Case& e = add({"heads_grid", 300, {{300, {causal(0, 300, 0, 300)}}}});
+        e.heads = 3, e.kv_heads = 3, e.blocks = 4;
+    }
+    for (Layout layout : {SBHD, BHSD}) {
+        const std::string s = layout == SBHD ? "sbhd" : "bhsd";
+        Case& c = add({s + "_long", 300, {{300, {causal(0, 150, 0, 150), causal(150, 150, 150, 150)}}}});
+        c.layout = layout, c.rows_per_batch = 150, c.heads = 2, c.kv_heads = 2, c.dim_qk = c.dim_v = 96;
+        Case& e = add({s + "_short", 63, {{63, {}}}});
+        for (uint32_t b = 0; b < 9; b++) e.steps[0].slices.push_back(causal(7 * b, 7, 7 * b, 7));
+        e.layout = layout, e.rows_per_batch = 7;
+        Case& g = add({s + "_single", 20, {{20, {}}}});
+        for (uint32_t b = 0; b < 20; b++) g.steps[0].slices.push_back(full(b, 1, b, 1));
+        g.layout = layout, g.rows_per_batch = 1;
+    }
+    for (auto dims : {std::pair<uint32_t, uint32_t>{64, 64}, {40, 40}, {96, 96}, {128, 128}, {192, 128}, {256, 256}}) {  // one rank of a ring
+        Case& c = add({"steps_" + std::to_string(dims.first), 160,
+                       {{160, {causal(0, 80, 0, 80), full(80, 80, 0, 80), causal(80, 80, 80, 80)}}, {80, {full(80, 80, 0, 80)}}, {90, {band(60, 100, 0, 90, -30, -3)}}}});
+        c.dim_qk = dims.first, c.dim_v = dims.second, c.heads = 2, c.kv_heads = 1, c.group = 2;
+        c.layout = dims.first == 96 ? GAPS : DENSE, c.cut = dims.first == 64;
+    }
+    add({"blind", 100, {{50, {full(60, 30, 0, 50)}}, {50, {full(10, 70, 0, 50)}}}});
+    add({"nothing", 40, {{10, {}}}});
+    add({"scale_negative", 100, {{100, {causal(0, 100, 0, 100)}}}}).scale = -0.3f;
+    add({"scale_large", 100, {{100, {causal(0, 100, 0, 100)}}}}).scale = 4.0f;
+    return list;
+}
+
+int main(int argc, char** argv) {
+    Tally tally(argc, argv);
+    const std::vector<std::string> ordered = {"length_257_cut", "documents_cut", "two_parts", "heads_6_of_12", "heads_grid", "steps_64", "steps_128"};
+    for (const Case& c : cases())
+        for (bool small : {false, true}) {
+            const std::string suffix = c.name + (small ? "_small" : "");
+            tally.run("bf16_" + suffix, [&] { return run<bf16_t>(c, small); });
+            tally.run("f16_" + suffix, [&] { return run<f16_t>(c, small); });
+            if (std::find(ordered.begin(), ordered.end(), c.name) != ordered.end())
+                tally.run("deterministic_" + suffix, [&] { return deterministic<bf16_t>(c, small); });
+        }
+    return tally.report("backward kernels");
+}

@@ -1,0 +1,194 @@
+// The row kernels on the software GPU. Copies and fills must be exact; delta is compared with float64. ./kernel_rows [part of a name]
+#include "kernel_test.h"
+
+#include "../../kernels/rows.cu"
+
+using namespace kernel_test;
+
+// A tensor of any type, in registered memory between guards; strides in elements, as a caller may have them.
+struct Rows {
+    uint32_t type, rows, heads, dim;
+    cp_view view{};
+    std::vector<unsigned char> memory;
+    size_t begin;
+    std::unique_ptr<softgpu::Registered> registered;
+
+    uint32_t bytes() const { return type == CP_F32 ? 4 : 2; }
+    // `shift`: elements from a multiple of 16 bytes to the first. `gap`: between heads, and between rows.
+    Rows(Random& random, const char* name, uint32_t type_, uint32_t rows_, uint32_t heads_, uint32_t dim_, uint32_t shift, uint32_t gap, uint32_t per_batch,
+         bool heads_outside)
+        : type(type_), rows(rows_), heads(heads_), dim(dim_) {
+        const uint32_t batches = per_batch ? (rows + per_batch - 1) / per_batch : 1, n = per_batch ? per_batch : rows;
+        view.rows = rows, view.rows_per_batch = per_batch;
+        view.stride_head = heads_outside ? (int64_t)n * (dim + gap) : dim + gap;
+        view.stride_row = heads_outside ? dim + gap : heads * (dim + gap) + gap;
+        view.stride_batch = (int64_t)n * heads * (dim + gap) + (heads_outside ? 0 : n * gap);
+        memory.resize(((size_t)batches * view.stride_batch + 64) * bytes() + 256);
+        for (unsigned char& x : memory) x = (unsigned char)random.next();
+        begin = (256 - (uintptr_t)memory.data() % 256) % 256 + shift * bytes();
+        view.ptr = (uint64_t)(uintptr_t)memory.data() + begin;
+        registered.reset(new softgpu::Registered(memory.data(), memory.size(), name));
+    }
+    size_t place(uint32_t r, uint32_t h, uint32_t d) const {
+        const uint32_t n = view.rows_per_batch;
+        return begin + ((n ? r / n * view.stride_batch + r % n * view.stride_row : r * view.stride_row) + h * view.stride_head + d) * bytes();
+    }
+    float get(size_t at) const {
+        if (type == CP_F32) {
+            float x;
+            memcpy(&x, &memory[at], 4);
+            return x;
+        }
+        uint16_t bits;
+        memcpy(&bits, &memory[at], 2);
+        return type == CP_BF16 ? widened(bf16_t{bits}) : widened(f16_t{bits});
+    }
+    static void put(std::vector<unsigned char>& to, size_t at, uint32_t type, float x) {
+        uint16_t bits = type == CP_BF16 ? rounded<bf16_t>(x).bits : rounded<f16_t>(x).bits;
+        memcpy(&to[at], type == CP_F32 ? (void*)&x : (void*)&bits, type == CP_F32 ? 4 : 2);
+    }
+    void randomise(Random& random) {
+        for (uint32_t r = 0; r < rows; r++)
+            for (uint32_t h = 0; h < heads; h++)
+                for (uint32_t d = 0; d < dim; d++) put(memory, place(r, h, d), type, random.value());
+    }
+};
+
+// Runs that write no row twice: some rows of dst, in disjoint stretches with steps, from rows of src.
+static std::vector<cp_run> make_runs(Random& random, uint32_t src_rows, uint32_t dst_rows, uint32_t& total) {
+    std::vector<cp_run> runs;
+    total = 0;
+    for (uint32_t at = random.below(3); at < dst_rows;) {
+        cp_run run{};
+        run.dst = at, run.dst_step = 1 + random.below(3), run.src_step = random.below(3);
+        run.rows = random.below(8) == 0 ? 0 : 1 + random.below(std::min(40u, (dst_rows - at + run.dst_step - 1) / run.dst_step));
+        while (run.rows > 1 && (run.rows - 1) * run.src_step >= src_rows) run.rows--;
+        run.src = random.below(src_rows - (run.rows ? (run.rows - 1) * run.src_step : 0));
+        run.before = total;
+        total += run.rows;
+        at += run.rows * run.dst_step + random.below(4);
+        runs.push_back(run);
+    }
+    return runs;
+}
+
+static const char* const NAMES[] = {"f32", "bf16", "f16"};
+
+static std::string same(const std::vector<unsigned char>& got, const std::vector<unsigned char>& expected) {
+    for (size_t i = 0; i < got.size(); i++)
+        if (got[i] != expected[i]) return "byte " + std::to_string(i) + " of " + std::to_string(got.size()) + " is wrong";
+    return "";
+}
+
+struct Form {
+    const char* name;
+    uint32_t heads, dim, shift, gap;
+    bool batches, heads_outside;
+};
+static const Form FORMS[] = {
+    {"dense_128", 3, 128, 0, 0, false, false}, {"dense_8", 2, 8, 0, 0, false, false},      {"gaps_96", 2, 96, 0, 8, false, false},
+    {"shifted_64", 2, 64, 1, 0, false, false}, {"odd_7", 3, 7, 0, 0, false, false},         {"odd_gap_40", 2, 40, 0, 3, true, false},
+    {"batches_64", 4, 64, 0, 0, true, false},  {"heads_outside_256", 3, 256, 0, 0, true, true}, {"lse", 5, 1, 1, 0, false, false},
+    {"lse_outside", 5, 1, 0, 0, true, true},   {"half_vector_12", 1, 12, 0, 0, false, false}, {"long_520", 1, 520, 0, 0, false, false},
+};
+
+static std::string copy(const Form& f, uint32_t from, uint32_t to, bool add) {
+    Random random(std::hash<std::string>()(f.name) + from * 3 + to);
+    for (uint32_t blocks : {1u, 3u, 40u}) {
+        const uint32_t src_rows = 1 + random.below(90), dst_rows = 1 + random.below(200), heads = 1 + random.below(f.heads);
+        Rows src(random, "src", from, src_rows, f.heads, f.dim, f.shift, f.gap, f.batches ? 11 : 0, f.heads_outside);
+        Rows dst(random, "dst", to, dst_rows, f.heads + 1, f.dim, 0, f.gap, f.batches ? 7 : 0, !f.heads_outside);
+        if (from != to || add) src.randomise(random);  // equal types: any bits
+        if (add) dst.randomise(random);
+        cp_rows_params p{};
+        const std::vector<cp_run> runs = make_runs(random, src_rows, dst_rows, p.row_count);
+        Table<cp_run> table("runs", runs);
+        p.src = src.view, p.dst = dst.view, p.runs = table.address(), p.run_count = (uint32_t)runs.size();
+        p.src_type = from, p.dst_type = to, p.heads = heads, p.dim = f.dim, p.add = add;
+        p.src_head = random.below(f.heads - heads + 1), p.dst_head = random.below(f.heads + 1 - heads + 1);
+        std::vector<unsigned char> expected = dst.memory;
+        for (const cp_run& run : runs)
+            for (uint32_t i = 0; i < run.rows; i++)
+                for (uint32_t h = 0; h < heads; h++)
+                    for (uint32_t d = 0; d < f.dim; d++) {
+                        const size_t a = src.place(run.src + i * run.src_step, p.src_head + h, d), b = dst.place(run.dst + i * run.dst_step, p.dst_head + h, d);
+                        if (from == to && !add) {
+                            memcpy(&expected[b], &src.memory[a], src.bytes());
+                        } else {
+                            Rows::put(expected, b, to, add ? dst.get(b) + src.get(a) : src.get(a));
+                        }
+                    }
+        softgpu::launch(cp_copy_rows, blocks, 256, 0, p);
+        const std::string wrong = same(dst.memory, expected);
+        if (!wrong.empty()) return wrong;
+    }
+    return "";
+}
+
+static std::string fill(const Form& f, uint32_t type) {
+    Random random(std::hash<std::string>()(f.name) + type);
+    for (float value : {-INFINITY, 0.0f, 1.5f}) {
+        const uint32_t rows = 1 + random.below(200), heads = 1 + random.below(f.heads);
+        Rows dst(random, "dst", type, rows, f.heads, f.dim, f.shift, f.gap, f.batches ? 13 : 0, f.heads_outside);
+        cp_rows_params p{};
+        const std::vector<cp_run> runs = make_runs(random, 1000, rows, p.row_count);
+        Table<cp_run> table("runs", runs);
+        p.dst = dst.view, p.runs = table.address(), p.run_count = (uint32_t)runs.size();
+        p.dst_type = type, p.heads = heads, p.dim = f.dim, p.value = __float_as_uint(value);
+        p.dst_head = random.below(f.heads - heads + 1);
+        std::vector<unsigned char> expected = dst.memory;
+        for (const cp_run& run : runs)
+            for (uint32_t i = 0; i < run.rows; i++)
+                for (uint32_t h = 0; h < heads; h++)
+                    for (uint32_t d = 0; d < f.dim; d++) Rows::put(expected, dst.place(run.dst + i * run.dst_step, p.dst_head + h, d), type, value);
+        softgpu::launch(cp_fill_rows, 1 + random.below(20), 256, 0, p);
+        const std::string wrong = same(dst.memory, expected);
+        if (!wrong.empty()) return wrong;
+    }
+    return "";
+}
+
+template <class T>
+static std::string sums(uint32_t dim, uint32_t heads, uint32_t rows, Layout layout, uint32_t per_batch) {
+    Random random(dim * 1000 + heads);
+    Tensor<T> out("out", rows, heads, dim, layout, per_batch), d_out("d_out", rows, heads, dim, layout, per_batch);
+    out.fill(random), d_out.fill(random);
+    for (uint32_t d = 0; d < dim; d++) out.at(rows / 2, 0, d) = rounded<T>(NAN);  // stays in its row
+    Rows delta(random, "delta", CP_F32, rows, heads, 1, 1, 1, 0, true);
+    std::vector<unsigned char> expected = delta.memory;
+    cp_delta_params p{};
+    p.out = out.view, p.d_out = d_out.view, p.delta = delta.view;
+    p.row_count = rows, p.heads = heads, p.dim = dim, p.type = std::is_same<T, bf16_t>::value ? CP_BF16 : CP_F16;
+    softgpu::launch(cp_delta, 1 + random.below(5), 256, 0, p);
+    for (uint32_t r = 0; r < rows; r++)
+        for (uint32_t h = 0; h < heads; h++) {
+            double sum = 0, terms = 0;
+            for (uint32_t d = 0; d < dim; d++) sum += (double)out.get(r, h, d) * d_out.get(r, h, d), terms += fabs(out.get(r, h, d) * d_out.get(r, h, d));
+            const float got = delta.get(delta.place(r, h, 0));
+            if (r == rows / 2 && h == 0 ? got == got : !(fabs(got - sum) <= 1e-6 * terms))
+                return "row " + std::to_string(r) + ", head " + std::to_string(h) + ": " + std::to_string(got) + " instead of " + std::to_string(sum);
+            Rows::put(expected, delta.place(r, h, 0), CP_F32, got);
+        }
+    return same(delta.memory, expected);
+}
+
+int main(int argc, char** argv) {
+    Tally tally(argc, argv);
+    for (const Form& f : FORMS)
+        for (uint32_t to = 0; to < 3; to++) {
+            for (uint32_t from = 0; from < 3; from++) {
+                const std::string name = std::string(f.name) + "_" + NAMES[from] + "_" + NAMES[to];
+                tally.run("copy_" + name, [&] { return copy(f, from, to, false); });
+                if (to == CP_F32) tally.run("add_" + name, [&] { return copy(f, from, to, true); });
+            }
+            tally.run(std::string("fill_") + f.name + "_" + NAMES[to], [&] { return fill(f, to); });
+        }
+    for (uint32_t dim : {8u, 40u, 64u, 96u, 128u, 136u, 192u, 256u, 512u}) {
+        const std::string d = std::to_string(dim);
+        tally.run("delta_bf16_" + d, [&] { return sums<bf16_t>(dim, 3, 77, DENSE, 0); });
+        tally.run("delta_f16_" + d, [&] { return sums<f16_t>(dim, 2, 45, GAPS, 0); });
+        tally.run("delta_sbhd_" + d, [&] { return sums<bf16_t>(dim, 2, 60, SBHD, 15); });
+        tally.run("delta_one_" + d, [&] { return sums<f16_t>(dim, 1, 1, DENSE, 0); });
+    }
+    return tally.report("row kernels");
+}
