@@ -67,6 +67,7 @@ void read_faults() {
         faults.count = true;
         return;
     }
+    if (!strncmp(s, "nccl_", 5)) return;  // libnccl.so.2's
     const char* colon = strchr(s, ':');
     for (int i = 0; colon && i < FAULT_KINDS; i++)
         if (!strncmp(s, FAULTS[i], (size_t)(colon - s)) && FAULTS[i][colon - s] == 0) faults.kind = i;

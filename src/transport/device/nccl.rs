@@ -255,20 +255,24 @@ impl Nccl {
             copy_to_host(mirror.ptr(), memory.address(), bytes, stream.raw())?;
             done.record(stream.raw())?;
         }
-        let deadline = Instant::now() + self.timeout + Duration::from_secs(2);
-        while !done.is_done()? {
-            if let Some(why) = self.failed() {
-                return Err(why);
-            }
-            if Instant::now() > deadline {
+        let late = Instant::now() + self.timeout + Duration::from_secs(2);
+        while !done.is_done()? && self.failed().is_none() {
+            if Instant::now() > late {
                 let text =
                     format!("rank {}: warm-up with ranks {peers:?} is not through", self.rank);
-                return Err(self.watched.fail(Error::new(Status::Timeout, text)));
+                self.watched.fail(Error::new(Status::Timeout, text));
             }
             thread::sleep(Duration::from_micros(50));
         }
-        // An abort lets the stream go on without having moved anything.
         if let Some(why) = self.failed() {
+            // The abort frees the stream, and then the memory; if it does not, the memory stays.
+            let late = Instant::now() + FAREWELL;
+            while matches!(done.is_done(), Ok(false)) && Instant::now() < late {
+                thread::sleep(Duration::from_micros(50));
+            }
+            if done.is_done() != Ok(true) {
+                std::mem::forget((memory, mirror));
+            }
             return Err(why);
         }
         for (i, &peer) in peers.iter().enumerate() {
