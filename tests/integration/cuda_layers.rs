@@ -28,7 +28,7 @@ fn device() -> Arc<Device> {
 
 fn layer(config: Config, allocator: Option<Allocator>) -> Attention {
     let config = Config { deterministic: true, ..config };
-    Attention::on_device(config, Cuda::new(&device()).unwrap(), allocator).unwrap()
+    Attention::on_device(config, Cuda::new(device()).unwrap(), allocator).unwrap()
 }
 
 fn group(host: Box<dyn Transport>, way: Way) -> Result<Group> {

@@ -82,7 +82,7 @@ fn rank(
     };
     let _current = device.enter().map_err(text)?;
     let mut run = || -> Result<()> {
-        let mut cuda = Cuda::new(&device)?;
+        let mut cuda = Cuda::new(device.clone())?;
         cuda.set_margin(on.margin);
         let (stream, comm) = (Stream::new(&device, false)?, Stream::new(&device, true)?);
         let buffers = upload(&device, &shard, stream.raw())?;
@@ -99,7 +99,7 @@ fn rank(
         let shape = cuda.supports(problem.dtype, problem.dim_qk, problem.dim_v)?;
         let target = Target::Device { shape, deterministic: on.deterministic };
         let members: Vec<u32> = (0..problem.ranks).collect();
-        let mut scratch = Scratch::new(Staging::new(&device));
+        let mut scratch = Scratch::new(Staging::new(device.clone()));
         let mut saved = None;
         let mut fences = Vec::new();
         for (call, pass) in [Pass::Forward, Pass::Backward].into_iter().enumerate() {
