@@ -66,7 +66,8 @@ const fn shape(
     let shared = k * (dim_qk + dim_v) * 2
         + q * (q_stages * dim_qk + d_out_stages * dim_v) * 2
         + q * k * 4
-        + q * 28;
+        + q * 28
+        + 64;
     let backward_block = block(q, k, warps, shared);
     Shape { dim_qk, dim_v, forward_block, backward_block, backward_suffix }
 }

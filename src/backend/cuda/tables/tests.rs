@@ -338,7 +338,7 @@ fn zigzag_and_striped_ranks() {
 #[test]
 fn random_segments() {
     let mut random = Random(7);
-    for _ in 0..400 {
+    for _ in 0..200 {
         let r = &mut random;
         let side = |r: &mut Random| {
             let (mut segments, mut offset) = (Vec::new(), r.below(3) * r.below(90));
