@@ -52,7 +52,12 @@ struct Batch {
 }
 
 impl Batch {
-    fn new(layer: &Attention, seqs: &[Sequence], inputs: &Inputs, stream: &Arc<Stream>) -> Result<Batch> {
+    fn new(
+        layer: &Attention,
+        seqs: &[Sequence],
+        inputs: &Inputs,
+        stream: &Arc<Stream>,
+    ) -> Result<Batch> {
         let problem = layer.problem(seqs.to_vec(), None)?;
         let shard = Shard::deal(&problem, layer.group().rank(), inputs, Layout::Dense);
         let device = device();
@@ -253,7 +258,14 @@ fn a_graph_replays_a_training_step() {
     let mut other = Batch::new(&layer, &seqs, &inputs, &stream).unwrap();
     for _ in 0..3 {
         other.both(&mut layer).unwrap();
-        for (_, buffer) in batch.shard.0.iter().zip(&batch.buffers).skip(3).filter(|((t, _), _)| *t != Tensor::DOut) {
+        for (_, buffer) in batch
+            .shard
+            .0
+            .iter()
+            .zip(&batch.buffers)
+            .skip(3)
+            .filter(|((t, _), _)| *t != Tensor::DOut)
+        {
             // SAFETY: an own buffer and stream.
             unsafe { driver::clear(buffer.address(), buffer.bytes(), stream.raw()).unwrap() };
         }
@@ -335,8 +347,7 @@ fn groups_switch_between_forward_and_backward() {
 /// As good as one rank: no element is further off than rounding explains.
 fn near(what: &str, ranks: u32, seqs: &[Sequence], inputs: &Inputs, shards: &[Shard]) {
     let comm = Comm::of(CommType::P2p);
-    let problem =
-        config().problem(comm, ranks, seqs.to_vec(), &config().partition).unwrap();
+    let problem = config().problem(comm, ranks, seqs.to_vec(), &config().partition).unwrap();
     let (got, one) = (collect(&problem, shards), plainly(seqs, inputs));
     for t in Named::ALL {
         let norm = |f: &dyn Fn(f32, f32) -> f32| -> f64 {
