@@ -8,11 +8,15 @@ using namespace softgpu::driver;
 namespace softgpu {
 namespace driver {
 
+// How this thread's forbidden calls are seen: as a capture's modes.
+static thread_local int thread_mode = 0;
+
 Result forbidden_in_capture(const char* call) {
     Result result = SUCCESS;
     for (const CapturePtr& c : driver.captures) {
         // Global mode: no thread may; thread-local mode: not the thread that captures; relaxed mode: all may.
-        if (c->mode == 2 || (c->mode == 1 && c->thread != std::this_thread::get_id())) continue;
+        const bool own = c->thread == std::this_thread::get_id();
+        if (c->mode == 2 || thread_mode == 2 || (!own && (c->mode == 1 || thread_mode == 1))) continue;
         c->invalid = true;
         result = CAPTURE_UNSUPPORTED;
     }
@@ -134,6 +138,11 @@ CUDA cuStreamEndCapture(void* stream, void** graph) {
         driver.graphs.insert(g);
         *graph = g;
     }
+    return SUCCESS;
+}
+CUDA cuThreadExchangeStreamCaptureMode(int* mode) {
+    if (!mode || *mode < 0 || *mode > 2) return complain(INVALID_VALUE, "cuThreadExchangeStreamCaptureMode: wrong mode");
+    std::swap(*mode, thread_mode);
     return SUCCESS;
 }
 CUDA cuStreamIsCapturing(void* stream, int* status) {

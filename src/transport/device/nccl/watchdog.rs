@@ -14,7 +14,7 @@ use cudarc::driver::sys;
 use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicPtr, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -44,6 +44,29 @@ struct Queue {
     /// Events to use again.
     free: Vec<(Event, Event)>,
     stop: bool,
+}
+
+impl Queue {
+    /// Two events to record. None are made as long as exchanges finish about as fast as they come.
+    fn events(&mut self, device: &Arc<Device>) -> Result<(Event, Event)> {
+        if self.free.is_empty() {
+            let _relaxed = Relaxed::new();
+            // An error here is one that the watchdog will find, too.
+            while let Some(Ok(true)) = self.pending.front_mut().map(Exchange::advance) {
+                self.retire();
+            }
+        }
+        match self.free.pop() {
+            Some(events) => Ok(events),
+            None => Ok((Event::new(device)?, Event::new(device)?)),
+        }
+    }
+
+    /// The oldest exchange is done.
+    fn retire(&mut self) {
+        let events = self.pending.pop_front().and_then(|e| e.events);
+        self.free.extend(events);
+    }
 }
 
 struct Exchange {
@@ -173,11 +196,7 @@ impl Watched {
         captured: bool,
     ) -> Result<()> {
         let mut queue = lock(&self.queue);
-        let events = match queue.free.pop() {
-            _ if captured => None,
-            Some(events) => Some(events),
-            None => Some((Event::new(&self.device)?, Event::new(&self.device)?)),
-        };
+        let events = if captured { None } else { Some(queue.events(&self.device)?) };
         if let Some((begin, _)) = &events {
             // SAFETY: the caller's promise.
             unsafe { begin.record(stream)? };
@@ -213,7 +232,7 @@ impl Watched {
 
     fn watch(&self) {
         let _current = self.device.enter();
-        relax_capture();
+        let _relaxed = Relaxed::new();
         let nap = (self.timeout / 20).clamp(Duration::from_millis(1), Duration::from_millis(100));
         loop {
             let queue = lock(&self.queue);
@@ -260,8 +279,7 @@ impl Watched {
             if !done {
                 return self.late(oldest).map_or(Ok(()), Err);
             }
-            let events = queue.pending.pop_front().and_then(|e| e.events);
-            queue.free.extend(events);
+            queue.retire();
         }
         Ok(())
     }
@@ -332,16 +350,34 @@ fn where_(rank: u32, exchange: &Exchange) -> String {
     format!("rank {rank}, {place}, exchange with {peers}")
 }
 
-/// A question about an event would end another thread's capture, unless this thread says that it knows what it does.
-fn relax_capture() {
-    // SAFETY: the driver is open: there is a device.
-    let library = unsafe { sys::culib() };
-    // SAFETY: only asks whether the symbol is there.
-    let symbol = unsafe { library.get::<*const c_void>(b"cuThreadExchangeStreamCaptureMode") };
-    if symbol.is_ok() {
+/// While it lives, this thread may ask about events although another thread captures a graph: such a question would end that capture unless
+/// the thread says that it knows what it does.
+struct Relaxed(Option<sys::CUstreamCaptureMode>);
+
+impl Relaxed {
+    fn new() -> Relaxed {
+        static THERE: OnceLock<bool> = OnceLock::new();
+        let there = *THERE.get_or_init(|| {
+            // SAFETY: the driver is open: there is a device.
+            let library = unsafe { sys::culib() };
+            // SAFETY: only asks whether the symbol is there.
+            unsafe { library.get::<*const c_void>(b"cuThreadExchangeStreamCaptureMode") }.is_ok()
+        });
         let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: swaps one number with this thread's.
-        unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) };
+        // SAFETY: the symbol is there; swaps one number with this thread's.
+        Relaxed(there.then(|| unsafe {
+            sys::cuThreadExchangeStreamCaptureMode(&mut mode);
+            mode
+        }))
+    }
+}
+
+impl Drop for Relaxed {
+    fn drop(&mut self) {
+        if let Some(mode) = &mut self.0 {
+            // SAFETY: as above; back to what it was.
+            unsafe { sys::cuThreadExchangeStreamCaptureMode(mode) };
+        }
     }
 }
 
