@@ -143,7 +143,8 @@ struct Forward {
 
         // The loop is turned so that every piece of code is there once: S of one pass becomes P in the next.
         float scores[M][N][4];
-        for (bool first = true, more = true; more; first = false) {
+        bool pending = false;  // there are scores
+        for (bool more = true; more;) {
             if (key >= part.end) {  // to the next part
                 more = index < end;
                 if (more) {
@@ -159,7 +160,7 @@ struct Forward {
                 k.load(k_tile, p.k, key, part.end, p.k_used, p.dim_qk, thread);
                 cp_async_commit();
             }
-            if (!first) {
+            if (pending) {
                 softmax.add(scores, out, scale_log2);
                 multiply_values(scores, v_tile);
             }
@@ -171,8 +172,13 @@ struct Forward {
                 multiply_keys(scores, q_tile, k_tile);
                 cp_async_wait<0>();
                 sync_block();
-                if (key < part.full_begin || key + BN > part.full_end) {
-                    hide(scores, ranges, key, lane);
+                pending = true;
+                if (key < part.full_begin || key + BN > part.full_end) {  // hidden from some row of the tile; of this warp?
+                    const KeyRange range = ranges[lane % WM];
+                    pending = any_lane(range.lo < key + BN && range.hi > key);
+                    if (any_lane(range.lo > key || range.hi < key + BN)) {
+                        hide(scores, ranges, key, lane);
+                    }
                 }
                 key += BN;
             }

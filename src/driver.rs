@@ -9,7 +9,7 @@ use std::ffi::{CStr, CString, c_int, c_uint, c_void};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Every symbol that this library calls.
-const SYMBOLS: [&str; 47] = [
+const SYMBOLS: [&str; 48] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuGetErrorName",
@@ -40,6 +40,7 @@ const SYMBOLS: [&str; 47] = [
     "cuStreamIsCapturing",
     "cuStreamBeginCapture_v2",
     "cuStreamEndCapture",
+    "cuThreadExchangeStreamCaptureMode",
     "cuGraphInstantiateWithFlags",
     "cuGraphLaunch",
     "cuGraphExecDestroy",
@@ -375,6 +376,35 @@ pub unsafe fn is_capturing(stream: CUstream) -> Result<bool> {
     // SAFETY: the caller's promise; writes one number.
     check("cuStreamIsCapturing", unsafe { sys::cuStreamIsCapturing(stream, &mut status) })?;
     Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+}
+
+/// While this lives, this thread may allocate and query events although a stream captures; what it does so is no part of the graph.
+pub struct Relaxed {
+    before: sys::CUstreamCaptureMode,
+    thread: std::marker::PhantomData<*const ()>,
+}
+
+impl Relaxed {
+    /// Begins.
+    pub fn new() -> Result<Relaxed> {
+        let before = exchange_mode(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)?;
+        Ok(Relaxed { before, thread: std::marker::PhantomData })
+    }
+}
+
+impl Drop for Relaxed {
+    fn drop(&mut self) {
+        // Cannot fail: it did not the first time.
+        let _ = exchange_mode(self.before);
+    }
+}
+
+fn exchange_mode(mut mode: sys::CUstreamCaptureMode) -> Result<sys::CUstreamCaptureMode> {
+    // SAFETY: reads and writes one number.
+    check("cuThreadExchangeStreamCaptureMode", unsafe {
+        sys::cuThreadExchangeStreamCaptureMode(&mut mode)
+    })?;
+    Ok(mode)
 }
 
 /// Owned device memory.

@@ -5,7 +5,7 @@ usage: baseline.py [--json FILE] [--seconds N]      stops beginning new cases af
 
 bf16, batch 1. FLOPs: forward 4·H·S²·D, half if causal; backward 2.5 times that. Each figure is the median of single runs between CUDA events,
 after a warm-up; inputs are random and change from run to run, so that none is still in the cache. A kernel that refuses a case is recorded with its
-reason.
+reason. Exit status 77: there is no PyTorch or no GPU for it.
 """
 
 import argparse
@@ -88,10 +88,12 @@ def main():
     options = parser.parse_args()
     try:
         import torch
+        why_not = None if torch.cuda.is_available() else "torch sees no GPU"
     except ImportError as why:
-        sys.exit(f"baseline: {why}")
-    if not torch.cuda.is_available():
-        sys.exit("baseline: torch sees no GPU")
+        why_not = str(why)
+    if why_not:
+        print(why_not)
+        sys.exit(77)
     start = time.monotonic()
     found = kernels(torch)
     report = {"device": torch.cuda.get_device_name(0), "torch": torch.__version__, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version(), "rows": []}

@@ -164,7 +164,7 @@ static std::vector<Case> cases() {
         Case& e = add({d + "_causal", 200, {{200, {causal(0, 200, 0, 200)}}}});
         e.dim_qk = dims.first, e.dim_v = dims.second, e.heads = 2, e.kv_heads = 1, e.group = 2;
     }
-    for (uint32_t n : {1u, 17u, 64u, 129u, 257u}) {
+    for (uint32_t n : {1u, 17u, 63u, 64u, 129u, 257u}) {
         const std::string s = "length_" + std::to_string(n);
         add({s + "_full", n, {{n, {full(0, n, 0, n)}}}}).bitmaps = false;
         add({s + "_causal", n, {{n, {causal(0, n, 0, n)}}}});
@@ -189,6 +189,11 @@ static std::vector<Case> cases() {
         add({"documents_crossed", at + 6, {{200, crossed}}}).dim_v = 40;
         Case& c = add({"documents_steps", at + 6, {{at + 6, documents}, {200, crossed}}});
         c.finish_apart = true, c.dim_qk = c.dim_v = 128;
+    }
+    for (uint32_t gap : {31u, 32u, 63u, 64u}) {  // one row of the keys that no one may read
+        add({"gap_at_" + std::to_string(gap), 100, {{140, {full(0, 50, 0, gap), full(50, 50, gap + 1, 139 - gap)}}}}).dim_v = 40;
+        Case& c = add({"gap_wide_at_" + std::to_string(gap), 100, {{140, {full(0, 50, 0, gap), full(50, 50, gap + 1, 139 - gap)}}}});
+        c.dim_qk = c.dim_v = 128;
     }
     {  // zigzag: two segments of queries, both see the first keys: two parts in a tile
         Case& c = add({"two_parts", 140, {{140, {causal(0, 70, 0, 70), full(70, 70, 0, 70), causal(70, 70, 70, 70)}}}});
