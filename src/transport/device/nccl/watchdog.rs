@@ -7,14 +7,13 @@
 //! are watched for NCCL's own errors only.
 
 use super::api::{Api, Comm, IN_PROGRESS, SUCCESS};
-use crate::driver::{CUstream, Device, Event};
+use crate::driver::{CUstream, Device, Event, Relaxed};
 use crate::error::{Error, Result, Status};
 use crate::transport::device::Step;
-use cudarc::driver::sys;
 use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicPtr, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, OnceLock, PoisonError, TryLockError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 
@@ -50,7 +49,8 @@ impl Queue {
     /// Two events to record. None are made as long as exchanges finish about as fast as they come.
     fn events(&mut self, device: &Arc<Device>) -> Result<(Event, Event)> {
         if self.free.is_empty() {
-            let _relaxed = Relaxed::new();
+            // Another thread may be capturing, and a question about an event would end that.
+            let _relaxed = Relaxed::new()?;
             // An error here is one that the watchdog will find, too.
             while let Some(Ok(true)) = self.pending.front_mut().map(Exchange::advance) {
                 self.retire();
@@ -232,6 +232,7 @@ impl Watched {
 
     fn watch(&self) {
         let _current = self.device.enter();
+        // As in `events`.
         let _relaxed = Relaxed::new();
         let nap = (self.timeout / 20).clamp(Duration::from_millis(1), Duration::from_millis(100));
         loop {
@@ -348,37 +349,6 @@ fn where_(rank: u32, exchange: &Exchange) -> String {
         None => "nobody".into(),
     };
     format!("rank {rank}, {place}, exchange with {peers}")
-}
-
-/// While it lives, this thread may ask about events although another thread captures a graph: such a question would end that capture unless
-/// the thread says that it knows what it does.
-struct Relaxed(Option<sys::CUstreamCaptureMode>);
-
-impl Relaxed {
-    fn new() -> Relaxed {
-        static THERE: OnceLock<bool> = OnceLock::new();
-        let there = *THERE.get_or_init(|| {
-            // SAFETY: the driver is open: there is a device.
-            let library = unsafe { sys::culib() };
-            // SAFETY: only asks whether the symbol is there.
-            unsafe { library.get::<*const c_void>(b"cuThreadExchangeStreamCaptureMode") }.is_ok()
-        });
-        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: the symbol is there; swaps one number with this thread's.
-        Relaxed(there.then(|| unsafe {
-            sys::cuThreadExchangeStreamCaptureMode(&mut mode);
-            mode
-        }))
-    }
-}
-
-impl Drop for Relaxed {
-    fn drop(&mut self) {
-        if let Some(mode) = &mut self.0 {
-            // SAFETY: as above; back to what it was.
-            unsafe { sys::cuThreadExchangeStreamCaptureMode(mode) };
-        }
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
