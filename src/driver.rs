@@ -55,6 +55,17 @@ pub fn open() -> Result<()> {
     OPENED.get_or_init(try_open).clone()
 }
 
+/// Version of the driver's CUDA if its library is there. Starts nothing: a process that has only asked may still fork.
+pub fn installed() -> Option<i32> {
+    // SAFETY: only opens a library of a fixed name.
+    if !unsafe { sys::is_culib_present() } {
+        return None;
+    }
+    // SAFETY: the library is there; only asks whether the symbol is.
+    unsafe { sys::culib().get::<*const c_void>(b"cuDriverGetVersion") }.ok()?;
+    version().ok()
+}
+
 fn try_open() -> Result<()> {
     // SAFETY: only opens a library of a fixed name.
     if !unsafe { sys::is_culib_present() } {
@@ -97,7 +108,7 @@ pub fn check(call: &str, code: sys::CUresult) -> Result<()> {
     Err(Error::new(status, format!("{call}: {name} ({meaning})")))
 }
 
-/// Version of the driver's CUDA, e.g. 13000; the driver must be open.
+/// Version of the driver's CUDA, e.g. 13000; the driver's library must be there.
 pub fn version() -> Result<i32> {
     let mut version = 0;
     // SAFETY: writes one number.
