@@ -3,7 +3,7 @@ on the software GPU, else on the machine's own."""
 
 import ctypes
 import functools
-import json
+import sys
 
 import ml_dtypes
 import numpy as np
@@ -14,8 +14,10 @@ import devices
 from context_parallel import Status
 from corpus import cases, check
 from devices import DeviceArray, DLPackArray, InterfaceArray, OldDLPackArray, Stream
-from ranks import collect, everywhere, run_case, strided
+from launched import CUDA_CASES
+from ranks import collect, everywhere, run_case
 from test_interface import qkv, raises, random
+from test_processes import SCRIPT, check_results, done, launch, mpirun
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
@@ -86,6 +88,15 @@ def test_a_device_for_every_rank(two_devices, transport, comm):
     dtype = ("bfloat16", "float16")[COMMS.index(comm) % 2]
     own = lambda rank: rank
     with_groups(2, transport, own, lambda groups: run(groups, "causal_33", dtype, comm, DLPackArray, False, own))
+
+
+@pytest.mark.parametrize("transport", ["auto", "staged"])
+@pytest.mark.parametrize("mpi", ["openmpi", "mpich"])
+def test_processes(two_devices, mpi, transport, tmp_path):
+    """auto is NCCL."""
+    printed = launch([mpirun(mpi), "-n", 2, sys.executable, SCRIPT, tmp_path, transport])
+    assert done(printed) == [("0", "2"), ("1", "2")]
+    check_results(tmp_path, 2, CUDA_CASES)
 
 
 # Streams
@@ -209,7 +220,7 @@ def test_workspace_of_the_caller():
 
 
 def test_saved_of_the_caller():
-    layer, groups = {}, cp.Group.threads(2, "local", timeout=60, device="cuda")
+    groups = cp.Group.threads(2, "local", timeout=60, device="cuda")
 
     def work(group):
         layer = cp.Attention(**CONFIG, save=True)
@@ -313,5 +324,63 @@ def test_lengths_on_a_device():
     np.testing.assert_array_equal(tokens, cp.partition_tokens("zigzag", "thd", cp.Sequences.packed([0, 5, 24]), 2, 0))
 
 
-def test_build_info_names_the_devices():
-    assert json.loads(cp.build_info())
+# What is asked of torch, by a stand-in for it
+
+
+@pytest.fixture
+def torch_like(monkeypatch):
+    import fake_torch
+
+    fake_torch.cuda.taken.clear()
+    fake_torch.cuda.given_back.clear()
+    monkeypatch.setitem(sys.modules, "torch", fake_torch)
+    return fake_torch
+
+
+def test_torch_tensors(torch_like):
+    """Outputs by torch.empty, workspace from its caching allocator, on its current stream."""
+    stream = Stream()
+    q, k, v, d_out = (torch_like.Tensor(x) for x in (*(x.astype(BF16) for x in qkv(24)), random(2, 24, 4, 16, seed=9).astype(BF16)))
+    layer = cp.Attention(**{**CONFIG, "dtype": torch_like.bfloat16, "device": "cuda"})
+    with torch_like.cuda.stream(torch_like.cuda.ExternalStream(stream.ptr, 0)):
+        out, lse, context = layer.forward(q, k, v, SEQ)
+        gradients = layer.backward(context, d_out)
+    stream.synchronize()
+    assert out.dtype is torch_like.bfloat16 and lse.dtype is torch_like.float32 and isinstance(gradients[0], torch_like.Tensor)
+    assert [on for _, _, on in torch_like.cuda.taken.values()] == [stream.ptr] * 2 and torch_like.cuda.given_back == list(torch_like.cuda.taken)
+    assert not any(t.recorded for t in (q, k, v, out, lse, d_out, *gradients))
+    for got, wanted in zip((out, lse, *gradients), on_cpu()):
+        near(got, wanted)
+
+
+def test_torch_tensors_on_another_stream(torch_like):
+    """stream=s: outputs belong to it, and torch is told that the inputs are in use there."""
+    stream = Stream()
+    q, k, v = (torch_like.Tensor(x.astype(BF16)) for x in qkv(24))
+    layer = cp.Attention(**CONFIG, allocator="own")
+    out, lse, _ = layer.forward(q, k, v, SEQ, stream=torch_like.cuda.ExternalStream(stream.ptr, 0))
+    stream.synchronize()
+    assert out.made_on == lse.made_on == stream.ptr and not torch_like.cuda.taken
+    assert [t.recorded for t in (q, k, v)] == [[stream.ptr]] * 3 and out.recorded == []
+    near(out, on_cpu()[0])
+
+
+def test_torch_saves_on_the_device(torch_like):
+    def work(group):
+        layer, stream = cp.Attention(**CONFIG, save=True), Stream()
+        layer.set_group(group, "a2a")
+        q, k, v = (torch_like.Tensor(x.astype(BF16)) for x in qkv(12))
+        with torch_like.cuda.stream(torch_like.cuda.ExternalStream(stream.ptr, 0)):
+            out, _, context = layer.forward(q, k, v, SEQ)
+            assert isinstance(context.saved, torch_like.Tensor) and context.saved.shape[0] == layer.report(SEQ)["saved"] + 64
+            dq, _, _ = layer.backward(context, q)
+        stream.synchronize()
+        return np.asarray(out, np.float32), np.asarray(dq, np.float32)
+
+    for out, dq in everywhere(cp.Group.threads(2, "local", timeout=60, device="cuda"), work):
+        assert np.isfinite(out).all() and np.isfinite(dq).all()
+
+
+def test_torch_lengths(torch_like):
+    sequences = cp.Sequences.packed(torch_like.Tensor(np.array([0, 5, 24], np.int32)))
+    assert len(cp.partition_tokens("zigzag", "thd", sequences, 1, 0)) == 24
