@@ -34,8 +34,7 @@ def near(torch, got, wanted):
     torch.testing.assert_close(got.float(), wanted.float(), rtol=0.03, atol=0.03)
 
 
-@pytest.mark.parametrize("comm", ["p2p", "all_gather", "a2a", "a2a+p2p"])
-@pytest.mark.parametrize("name", ["causal_101_sbhd", "pad_left", "thd_padded_between", "gqa_8_2"])
+@pytest.mark.parametrize("name, comm", [("causal_101_sbhd", "p2p"), ("pad_left", "all_gather"), ("thd_padded_between", "a2a"), ("gqa_8_2", "a2a+p2p")])
 def test_corpus(cuda_torch, name, comm):
     torch, case = cuda_torch, cases()[name]
     groups = cp.Group.threads(2, "local", timeout=60, device="cuda:0")
