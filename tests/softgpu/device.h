@@ -243,6 +243,7 @@ DEVICE float shuffle_xor(float x, int mask) {
 }
 DEVICE uint32_t shuffle(uint32_t x, int lane) { return softgpu::shuffle_from(x, (uint32_t)lane); }
 DEVICE bool any_lane(bool x) { return softgpu::vote(x) != 0; }
+DEVICE uint32_t opaque(uint32_t x) { return x; }
 DEVICE void sync_warp() { softgpu::warp_barrier(); }
 DEVICE void sync_block() { softgpu::barrier(0, 0, true); }
 DEVICE void sync_some(int id, int threads) { softgpu::barrier((uint32_t)id, (uint32_t)threads, false); }
