@@ -124,10 +124,24 @@ pub fn find() -> Result<&'static Api> {
     find_at("")
 }
 
+/// Version and file of the library that [`find`] returns or would, without settling for it.
+pub fn look() -> Result<(i32, String)> {
+    let of = |api: &Api| (api.version(), api.path().to_string());
+    if let Some(api) = OPENED.get() {
+        return Ok(of(api));
+    }
+    match std::env::var_os(VARIABLE).filter(|v| !v.is_empty()) {
+        Some(name) => Api::open(&name, RTLD_NOW | RTLD_LOCAL).map_err(Error::unsupported),
+        None => search(),
+    }
+    .map(|api| of(&api))
+}
+
+static OPENED: OnceLock<Api> = OnceLock::new();
+
 /// The same, with a path from the caller's configuration that comes before all others (empty: none). A library that was named and cannot be
 /// opened is an error; no other is taken in its place.
 pub fn find_at(path: &str) -> Result<&'static Api> {
-    static OPENED: OnceLock<Api> = OnceLock::new();
     static OPENING: Mutex<()> = Mutex::new(());
     let _one = OPENING.lock().unwrap_or_else(PoisonError::into_inner);
     if OPENED.get().is_none() {
