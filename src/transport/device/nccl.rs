@@ -269,9 +269,10 @@ impl Nccl {
         Ok(code == SUCCESS)
     }
 
-    /// Waits until a non-blocking communicator has enqueued the group.
+    /// Waits until a non-blocking communicator has enqueued the group, which NCCL does in a thread that it makes for each. At first without
+    /// sleeping, because every exchange waits here; a pair's first message takes longer.
     fn enqueue(&self) -> Result<()> {
-        let mut nap = Duration::from_micros(5);
+        let start = Instant::now();
         loop {
             let enqueued = self.watched.with(|api, comm| match state_of(api, comm) {
                 IN_PROGRESS => Ok(false),
@@ -284,8 +285,10 @@ impl Nccl {
             if let Some(late) = self.watched.stuck() {
                 return Err(late);
             }
-            thread::sleep(nap);
-            nap = (2 * nap).min(Duration::from_millis(1));
+            match start.elapsed() {
+                waited if waited < Duration::from_micros(200) => thread::yield_now(),
+                _ => thread::sleep(Duration::from_micros(100)),
+            }
         }
     }
 }
