@@ -122,9 +122,9 @@ struct Fiber : Lane {
     uint32_t awaited_value = 0;
 };
 
-enum Op { NONE, MMA_BF16, MMA_F16, LDMATRIX, LDMATRIX_TRANS, SHUFFLE, SYNC_WARP, SYNC_BLOCK, SYNC_SOME };
+enum Op { NONE, MMA_BF16, MMA_F16, LDMATRIX, LDMATRIX_TRANS, SHUFFLE, VOTE, SYNC_WARP, SYNC_BLOCK, SYNC_SOME };
 const char* const OP_NAMES[] = {"nothing",           "mma_m16n8k16<bf16_t>", "mma_m16n8k16<f16_t>", "ldmatrix_x4",
-                                "ldmatrix_x4_trans", "shuffle",              "sync_warp",           "sync_block", "sync_some"};
+                                "ldmatrix_x4_trans", "shuffle",              "any_lane",            "sync_warp",           "sync_block", "sync_some"};
 }  // namespace
 
 struct Block;
@@ -532,6 +532,19 @@ uint32_t shuffle_from(uint32_t x, uint32_t source) {
     w.sources[lane] = source;
     if (meet(SHUFFLE)) {
         for (int i = 0; i < 32; i++) w.shuffled[i] = w.values[w.sources[i]];
+        leave();
+    }
+    return w.shuffled[lane];
+}
+
+uint32_t vote(bool x) {
+    Warp& w = *current->warp;
+    const uint32_t lane = current->lane;
+    w.values[lane] = x;
+    if (meet(VOTE)) {
+        uint32_t bits = 0;
+        for (int i = 0; i < 32; i++) bits |= w.values[i] << i;
+        for (int i = 0; i < 32; i++) w.shuffled[i] = bits;
         leave();
     }
     return w.shuffled[lane];
