@@ -5,6 +5,7 @@ use context_parallel::capi::about::cp_last_error;
 use context_parallel::capi::attention::*;
 use context_parallel::capi::group::*;
 use context_parallel::driver::{self, CUstream, Device, DeviceBuffer, Stream};
+use cudarc::driver::sys;
 use half::bf16;
 use libc::c_void;
 use std::ffi::{CStr, c_int};
@@ -393,69 +394,23 @@ fn communicator_of_the_callers() {
     }
 }
 
-/// The graph functions of the driver that the library itself has no use for.
-mod graph {
-    use super::*;
-    type Code = c_int;
+/// Begins a capture, for this thread.
+fn begin(stream: CUstream) {
+    let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+    // SAFETY: an own stream.
+    driver::check("begin", unsafe { sys::cuStreamBeginCapture_v2(stream, mode) }).unwrap();
+}
 
-    fn symbol(name: &CStr) -> *mut c_void {
-        // SAFETY: a library of a fixed name.
-        unsafe {
-            libc::dlsym(libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_NOW), name.as_ptr())
-        }
+/// Ends it; the graph can be launched.
+fn end(stream: CUstream) -> sys::CUgraphExec {
+    let (mut graph, mut made) = (null_mut(), null_mut());
+    // SAFETY: an own stream; the graph is the one that was captured.
+    unsafe {
+        driver::check("end", sys::cuStreamEndCapture(stream, &mut graph)).unwrap();
+        driver::check("make", sys::cuGraphInstantiateWithFlags(&mut made, graph, 0)).unwrap();
+        driver::check("destroy", sys::cuGraphDestroy(graph)).unwrap();
     }
-
-    pub fn begin(stream: CUstream) {
-        type Begin = unsafe extern "C" fn(CUstream, c_int) -> Code;
-        // SAFETY: the function's type; mode 1: thread-local.
-        let code = unsafe {
-            std::mem::transmute::<*mut c_void, Begin>(symbol(c"cuStreamBeginCapture_v2"))(stream, 1)
-        };
-        assert_eq!(code, 0, "cuStreamBeginCapture");
-    }
-
-    pub fn end(stream: CUstream) -> *mut c_void {
-        type End = unsafe extern "C" fn(CUstream, *mut *mut c_void) -> Code;
-        let mut graph = null_mut();
-        // SAFETY: the function's type.
-        let code = unsafe {
-            std::mem::transmute::<*mut c_void, End>(symbol(c"cuStreamEndCapture"))(
-                stream, &mut graph,
-            )
-        };
-        assert_eq!(code, 0, "cuStreamEndCapture");
-        graph
-    }
-
-    pub fn instantiate(graph: *mut c_void) -> *mut c_void {
-        type Make = unsafe extern "C" fn(*mut *mut c_void, *mut c_void, u64) -> Code;
-        let mut made = null_mut();
-        // SAFETY: the function's type.
-        let code = unsafe {
-            std::mem::transmute::<*mut c_void, Make>(symbol(c"cuGraphInstantiateWithFlags"))(
-                &mut made, graph, 0,
-            )
-        };
-        assert_eq!(code, 0, "cuGraphInstantiateWithFlags");
-        made
-    }
-
-    pub fn launch(graph: *mut c_void, stream: CUstream) {
-        type Launch = unsafe extern "C" fn(*mut c_void, CUstream) -> Code;
-        // SAFETY: the function's type.
-        let code = unsafe {
-            std::mem::transmute::<*mut c_void, Launch>(symbol(c"cuGraphLaunch"))(graph, stream)
-        };
-        assert_eq!(code, 0, "cuGraphLaunch");
-    }
-
-    pub fn destroy(graph: *mut c_void, made: *mut c_void) {
-        type Destroy = unsafe extern "C" fn(*mut c_void) -> Code;
-        for (name, what) in [(c"cuGraphExecDestroy", made), (c"cuGraphDestroy", graph)] {
-            // SAFETY: the functions' type; used by nobody any more.
-            unsafe { std::mem::transmute::<*mut c_void, Destroy>(symbol(name))(what) };
-        }
-    }
+    made
 }
 
 /// A captured forward replays on what the inputs hold then. Where hosts meet it is refused, and nothing is lost by that.
@@ -488,7 +443,7 @@ fn captured_in_a_graph() {
             r.fill(&first, rank, size, stream);
             good(forward(layer, &r, &mut context, Some(&workspace), stream));
             close(&r.get(4, stream), &wanted[0][0][local.clone()], "before the capture");
-            graph::begin(stream);
+            begin(stream);
             if captured {
                 // The layer's own workspace may move before the graph is launched.
                 bad(forward(layer, &r, &mut context, None, stream), CP_ERR_NOT_CAPTURABLE, "NULL");
@@ -498,17 +453,18 @@ fn captured_in_a_graph() {
                 assert!(status == CP_ERR_NOT_CAPTURABLE || status == CP_ERR_MISMATCH, "{}", text());
                 assert!(text().contains("cannot be captured"), "{}", text());
             }
-            let made = graph::end(stream);
+            let graph = end(stream);
             if captured {
-                let run = graph::instantiate(made);
                 for (all, wanted) in [(&second, &wanted[1]), (&first, &wanted[0])] {
                     r.fill(all, rank, size, stream);
                     r.put(4, &vec![bf16::NAN; local.len()], stream);
-                    graph::launch(run, stream);
+                    // SAFETY: an own graph and stream.
+                    driver::check("launch", unsafe { sys::cuGraphLaunch(graph, stream) }).unwrap();
                     close(&r.get(4, stream), &wanted[0][local.clone()], "replayed");
                 }
-                graph::destroy(made, run);
             }
+            // SAFETY: an own graph, not running any more.
+            driver::check("destroy", unsafe { sys::cuGraphExecDestroy(graph) }).unwrap();
             r.fill(&second, rank, size, stream);
             good(forward(layer, &r, &mut context, Some(&workspace), stream));
             close(&r.get(4, stream), &wanted[1][0][local], "after the capture");
