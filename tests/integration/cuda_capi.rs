@@ -325,11 +325,15 @@ fn one_rank_without_its_device() {
     });
 }
 
+type GetUniqueId = unsafe extern "C" fn(*mut cp_unique_id) -> c_int;
+type InitRank = unsafe extern "C" fn(*mut *mut c_void, c_int, cp_unique_id, c_int) -> c_int;
+type Destroy = unsafe extern "C" fn(*mut c_void) -> c_int;
+
 /// The functions of NCCL that a caller with a communicator of its own has called.
 struct Nccl {
-    get_unique_id: unsafe extern "C" fn(*mut cp_unique_id) -> c_int,
-    init_rank: unsafe extern "C" fn(*mut *mut c_void, c_int, cp_unique_id, c_int) -> c_int,
-    destroy: unsafe extern "C" fn(*mut c_void) -> c_int,
+    get_unique_id: GetUniqueId,
+    init_rank: InitRank,
+    destroy: Destroy,
 }
 
 impl Nccl {
@@ -340,9 +344,13 @@ impl Nccl {
             assert!(!library.is_null(), "libnccl.so.2");
             let symbol = |name: &CStr| libc::dlsym(library, name.as_ptr());
             Nccl {
-                get_unique_id: std::mem::transmute::<*mut c_void, _>(symbol(c"ncclGetUniqueId")),
-                init_rank: std::mem::transmute::<*mut c_void, _>(symbol(c"ncclCommInitRank")),
-                destroy: std::mem::transmute::<*mut c_void, _>(symbol(c"ncclCommDestroy")),
+                get_unique_id: std::mem::transmute::<*mut c_void, GetUniqueId>(symbol(
+                    c"ncclGetUniqueId",
+                )),
+                init_rank: std::mem::transmute::<*mut c_void, InitRank>(symbol(
+                    c"ncclCommInitRank",
+                )),
+                destroy: std::mem::transmute::<*mut c_void, Destroy>(symbol(c"ncclCommDestroy")),
             }
         }
     }
