@@ -179,13 +179,11 @@ struct Forward {
                 multiply_keys(scores, q_tile, k_tile);
                 cp_async_wait<0>();
                 sync_block();
-                pending = true;
-                if (key < part.full_begin || key + BN > part.full_end) {  // hidden from some row of the tile; of this warp?
-                    const KeyRange range = ranges[lane % WM];
-                    pending = any_lane(range.lo < key + BN && range.hi > key);
-                    if (any_lane(range.lo > key || range.hi < key + BN)) {
-                        hide(scores, ranges, key, lane);
-                    }
+                // What this warp's rows see of the tile: nothing, or something, or all. Finer than the part's own full_begin, full_end.
+                const KeyRange range = ranges[lane % WM];
+                pending = any_lane(range.lo < key + BN && range.hi > key);
+                if (any_lane(range.lo > key || range.hi < key + BN)) {
+                    hide(scores, ranges, key, lane);
                 }
                 key += BN;
             }
