@@ -165,11 +165,18 @@
 // cp_attention_config.flags: decode with a KV cache. Refused: this library trains and prefills.
 #define CP_ATTENTION_KV_CACHE 64
 
+// cp_attention_config.flags: on CUDA dQ is summed in a fixed order, so that equal inputs give equal bits, at some cost in speed. The CPU always does.
+#define CP_ATTENTION_DETERMINISTIC 128
+
 // cp_comm_config.flags: the classical neighbour ring instead of direct exchange, for comparison.
 #define CP_COMM_RELAY 1
 
 // cp_comm_config.flags: move queries and outputs instead of keys. Refused: keys move here.
 #define CP_COMM_MOVE_QUERIES 2
+
+// cp_group_config.flags: on CUDA the ranks agree before every forward and backward also where their hosts would not meet otherwise (NCCL): a
+// rank that calls something else, or whose arguments are wrong, is then named at once on all. It makes hosts wait for each other: for debugging.
+#define CP_GROUP_AGREE 1
 
 // From what is given: `id`, `allgather` or `transport`, whichever is not NULL; with none, a group of one.
 #define CP_BOOTSTRAP_AUTO 0
@@ -177,14 +184,21 @@
 // From the environment of torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT) or mpirun (OMPI_*, PMI_*); `rank` and `size` are ignored.
 #define CP_BOOTSTRAP_ENV 1
 
-// `local` if all ranks are threads of one process, `shm` if they are processes.
+// `local` if all ranks are threads of one process; if they are processes, on the CPU `shm`, on CUDA NCCL if every rank finds its library, else staged.
 #define CP_TRANSPORT_AUTO 0
 
-// Ranks are threads of one process.
+// Ranks are threads of one process; on CUDA each with a device of its own, or several on one. Forward and backward block until the peers' hosts
+// have come to every exchange, and cannot be captured in a CUDA graph.
 #define CP_TRANSPORT_LOCAL 1
 
-// Ranks are processes of one host, over shared memory without a name.
+// Ranks are processes of one host, over shared memory without a name. CPU only.
 #define CP_TRANSPORT_SHM 2
+
+// CUDA: NCCL, a device per rank. Hosts do not wait for each other or for devices; calls can be captured in a CUDA graph.
+#define CP_TRANSPORT_NCCL 3
+
+// CUDA: through page-locked host memory and a transport of the CPU's, the last resort. Slow: hosts wait for their devices; nothing is capturable.
+#define CP_TRANSPORT_STAGED 4
 
 // Forward.
 #define CP_PASS_FORWARD 0
@@ -292,11 +306,11 @@ typedef struct cp_transport_ops {
 typedef struct cp_group_config {
     // sizeof(cp_group_config).
     uint32_t struct_size;
-    // Must be 0.
+    // CP_GROUP_*.
     uint32_t flags;
     // This rank, 0 … size-1.
     uint32_t rank;
-    // Number of ranks.
+    // Number of ranks. With `nccl_comm` both may be 0: they are the communicator's.
     uint32_t size;
     // CP_BOOTSTRAP_*.
     cp_bootstrap bootstrap;
@@ -304,7 +318,7 @@ typedef struct cp_group_config {
     cp_transport_kind transport_kind;
     // Id from cp_get_unique_id, or NULL.
     const struct cp_unique_id *id;
-    // The caller's allgather, or NULL; used only inside cp_group_init.
+    // The caller's allgather, or NULL; used only inside cp_group_init: once, or twice if the ranks are on CUDA devices of several hosts.
     cp_allgather_fn allgather;
     // First argument of `allgather`.
     void *allgather_ctx;
@@ -312,10 +326,16 @@ typedef struct cp_group_config {
     const struct cp_transport_ops *transport;
     // Deadline of every wait in milliseconds; 0 = 300,000.
     uint64_t timeout_ms;
-    // CP_DEVICE_CPU, or 0 for the same. CP_DEVICE_CUDA is refused by this build.
+    // CP_DEVICE_CPU, or 0 for the same, or CP_DEVICE_CUDA; equal on all ranks.
     int32_t device_type;
-    // Index of the device; 0 on the CPU.
+    // CUDA's number of this rank's device; 0 on the CPU.
     int32_t device_id;
+    // CUDA: the caller's own ncclComm_t, or NULL: NCCL then needs no other way for the ranks to find each other. It stays the caller's, who keeps it
+    // until group and layers are destroyed and uses it for nothing else during calls; a group that is lost aborts it.
+    void *nccl_comm;
+    // CUDA: file of the NCCL library, or NULL: CP_NCCL from the environment, else one that the process has already, else libnccl.so.2. A process
+    // opens one.
+    const char *nccl_library;
 } cp_group_config;
 
 // What a group has moved so far, its subsets included.
@@ -397,6 +417,13 @@ typedef uint32_t cp_side;
 // Type of a tensor's elements.
 typedef uint32_t cp_dtype;
 
+// Gives `bytes` bytes of device memory, aligned to 64, that work enqueued on `stream` (a CUstream) from now on may use; NULL on failure. Called
+// only inside forward and backward; must not throw, and must not call this library.
+typedef void *(*cp_device_alloc_fn)(void *ctx, size_t bytes, void *stream);
+
+// Takes memory back that a cp_device_alloc_fn gave, before the call that got it returns: work enqueued on `stream` so far still uses it.
+typedef void (*cp_device_free_fn)(void *ctx, void *ptr, size_t bytes, void *stream);
+
 // A layer: what stays the same over its calls.
 typedef struct cp_attention_config {
     // sizeof(cp_attention_config).
@@ -427,6 +454,21 @@ typedef struct cp_attention_config {
     uint32_t max_tokens_per_rank;
     // Threads of the CPU backend, the calling one included; 0 = CP_THREADS from the environment, or 1.
     uint32_t threads;
+    // CP_DEVICE_CPU, or 0 for the same, or CP_DEVICE_CUDA. The layer's groups are of the same device.
+    int32_t device_type;
+    // CUDA's number of the device; 0 on the CPU.
+    int32_t device_id;
+    // CUDA: multiprocessors that attention kernels leave to others, such as NCCL's.
+    uint32_t sm_margin;
+    // CUDA: pieces of the mask (one per pair of query and key chunks or documents that see each other) that one rank computes in one stage, at
+    // most; 0 = 1024. Work lists are part of the workspace, and this bounds them.
+    uint32_t max_segments;
+    // CUDA: gives device memory to a call that brings no workspace; NULL: the layer keeps its own.
+    cp_device_alloc_fn device_alloc;
+    // CUDA: takes it back; given if `device_alloc` is.
+    cp_device_free_fn device_free;
+    // First argument of both.
+    void *device_alloc_ctx;
 } cp_attention_config;
 
 // Communication type: the four names that Megatron uses.
@@ -489,13 +531,14 @@ typedef struct cp_report {
 // A tensor: memory of the caller's, with shape and element strides. The numbers are DLPack's. Frozen: it never grows.
 //
 // Dense format: `[batch, seq, heads, dim]`, ndim 4. Packed format: `[tokens, heads, dim]`, ndim 3. LSE: `[batch, heads, seq]`, ndim 3, or
-// packed `[heads, tokens]`, ndim 2. Strides are not negative, the last is 1 (LSE: any). Data is aligned to the element size.
+// packed `[heads, tokens]`, ndim 2. Strides are not negative, the last is 1 (LSE: any). Data is aligned to the element size; on CUDA data and
+// all strides but the last (not the LSE's) are multiples of 16 bytes, and elements are bf16 or fp16.
 typedef struct cp_tensor {
     // First element.
     void *data;
-    // CP_DEVICE_*.
+    // CP_DEVICE_*, the layer's; 0 is CP_DEVICE_CPU.
     int32_t device_type;
-    // Index of the device; 0 on the CPU.
+    // CUDA's number of the device, the layer's; 0 on the CPU.
     int32_t device_id;
     // CP_CODE_FLOAT or CP_CODE_BFLOAT.
     uint8_t dtype_code;
@@ -543,11 +586,12 @@ typedef struct cp_forward_args {
     struct cp_tensor out;
     // `[batch, heads, S_q]` fp32, natural log. [out]
     struct cp_tensor lse;
-    // Kept for backward: cp_attention_saved_size bytes, aligned to 64; NULL when that is 0. [out]
+    // Kept for backward: cp_attention_saved_size bytes, aligned to 64, on CUDA device memory; NULL when that is 0. [out]
     void *saved;
     // Bytes at `saved`.
     size_t saved_bytes;
-    // At least cp_attention_workspace_size bytes, aligned to 64, or NULL: the layer keeps its own.
+    // At least cp_attention_workspace_size bytes, aligned to 64, on CUDA device memory that is used until the stream is through with the call; or
+    // NULL: from `device_alloc`, or the layer's own.
     void *workspace;
     // Bytes at `workspace`.
     size_t workspace_bytes;
@@ -606,8 +650,9 @@ extern "C" {
 // Version of the library as major*1000000 + minor*1000 + patch. Any thread, any time, also after fork.
 uint32_t cp_version(void);
 
-// What the library was built with and what it found, as one line of JSON: version, backends, simd, kernels (the CUDA
-// kernels compiled in: by which nvcc, for which GPUs; null if none). The text lives as long as the library. Any thread, any time.
+// What the library was built with and what it found, as one line of JSON: version, backends, simd, kernels (the CUDA kernels compiled in: by
+// which nvcc, for which GPUs; null if none), cuda (the installed driver's version; null if none), nccl (version and file of the library that
+// a group would use; null if none). The text lives as long as the library. Local. Any thread, any time; starts neither CUDA nor NCCL.
 const char *cp_build_info(void);
 
 // A status as a short phrase; "unknown status" for any other number. Static text. Any thread, any time.

@@ -146,10 +146,12 @@ struct Backward {
     // The piece of work, in shared memory rather than in registers.
     struct Work {
         cp_tile tile;
-        uint32_t key_head, heads_begin, heads_end;  // query heads: empty if there is nothing to do
+        uint32_t number, key_head, heads_begin, heads_end;  // query heads: empty if there is nothing to do
     };
     DEVICE Work& work() const { return *(Work*)(shared + C::AT_WORK); }
     DEVICE void find_work(uint32_t number) const {
+        work().number = number;
+        if (number >= p.tile_count * p.kv_heads) return;
         work().tile = load_tile(p.tiles, number / p.kv_heads);
         work().key_head = number % p.kv_heads;
         // Query heads h with (q_first + h) / head_group = kv_first + key_head.
@@ -190,15 +192,16 @@ struct Backward {
         return work().tile.rows == C::BN && at.row >= part.full_begin && at.row + C::BM <= part.full_end;
     }
 
-    DEVICE void load_q(const QueryTile& at, uint32_t stage) const {
+    // In a tile that needs no mask all rows are used.
+    DEVICE void load_q(const QueryTile& at, bool full, uint32_t stage) const {
         TileLoader<C::BM, C::DQK, C::THREADS> loader;
         loader.start(p.q, at.head, at.row, thread);
-        loader.load(shared + C::AT_Q + stage * C::Q::BYTES, p.q, at.row, load_part(p.parts, at.part).end, p.q_used, p.dim_qk, thread);
+        loader.load(shared + C::AT_Q + stage * C::Q::BYTES, p.q, at.row, load_part(p.parts, at.part).end, full ? 0 : p.q_used, p.dim_qk, thread);
     }
-    DEVICE void load_d_out(const QueryTile& at, uint32_t stage) const {
+    DEVICE void load_d_out(const QueryTile& at, bool full, uint32_t stage) const {
         TileLoader<C::BM, C::DV, C::THREADS> loader;
         loader.start(p.d_out, at.head, at.row, thread);
-        loader.load(shared + C::AT_DO + stage * C::DO::BYTES, p.d_out, at.row, load_part(p.parts, at.part).end, p.q_used, p.dim_v, thread);
+        loader.load(shared + C::AT_DO + stage * C::DO::BYTES, p.d_out, at.row, load_part(p.parts, at.part).end, full ? 0 : p.q_used, p.dim_v, thread);
     }
 
     // What one thread knows about one query row.
@@ -245,8 +248,9 @@ struct Backward {
     static constexpr int SM = C::BM / C::S_M / 16, SN = C::BN / C::S_N / 16;  // blocks of S per warp
     static constexpr int DN = SM * SN > 4 && SN % 2 == 0 ? SN / 2 : SN;              // columns of dP at a time: registers
 
-    // P and dS of a query tile, into shared memory.
+    // P and dS of a query tile, into shared memory. P is computed and stored beside and behind the products of dP, which do not need it.
     DEVICE void scores(const unsigned char* q, const unsigned char* d_out, bool full) const {
+        const uint32_t thread = opaque(this->thread), warp = thread / 32, lane = thread % 32;
         const uint32_t row = warp % C::S_M * (SM * 16), col = warp / C::S_M * (SN * 16);
         float s[SM][2 * SN][4];
         clear(s);
@@ -259,7 +263,7 @@ struct Backward {
 #pragma unroll
                 for (int n = 0; n < 2 * SN; n++)
 #pragma unroll
-                    for (int e = 2 * h; e < 2 * h + 2; e++) s[m][n][e] = exp2_approx(s[m][n][e] * p.scale_log2 - lse);
+                    for (int e = 2 * h; e < 2 * h + 2; e++) s[m][n][e] = s[m][n][e] * p.scale_log2 - lse;
             }
         if (!full) {
 #pragma unroll
@@ -271,15 +275,21 @@ struct Backward {
 #pragma unroll
                     for (int n = 0; n < 2 * SN; n++)
 #pragma unroll
-                        for (int e = 0; e < 2; e++) s[m][n][2 * h + e] = first + n * 8 + e < count ? s[m][n][2 * h + e] : 0.0f;
+                        for (int e = 0; e < 2; e++) s[m][n][2 * h + e] = first + n * 8 + e < count ? s[m][n][2 * h + e] : -__builtin_huge_valf();
                 }
         }
-        store_bits<T, typename C::S>(shared + C::AT_P, s, row, col, lane);
+#pragma unroll
+        for (int m = 0; m < SM; m++)
+#pragma unroll
+            for (int n = 0; n < 2 * SN; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[m][n][e] = exp2_approx(s[m][n][e]);
 #pragma unroll
         for (int c = 0; c < SN; c += DN) {
             float d[SM][2 * DN][4];
             clear(d);
             multiply_nt<T, typename C::DO, typename C::V, SM, DN, C::DV / 16>(d, d_out, shared + C::AT_V, row, col + c * 16, lane);
+            if (c == 0) store_bits<T, typename C::S>(shared + C::AT_P, s, row, col, lane);
 #pragma unroll
             for (int m = 0; m < SM; m++)
 #pragma unroll
@@ -298,7 +308,10 @@ struct Backward {
 
     static constexpr int QC = QM * QN > 4 && QN % 2 == 0 ? QN / 2 : QN;               // columns of them at a time: registers
 
-    DEVICE void add_dq(uint32_t stage) const {
+    // `beside` is called when the first products are under way.
+    template <class F>
+    DEVICE void add_dq(uint32_t stage, const F& beside) const {
+        const uint32_t thread = opaque(this->thread), warp = thread / 32, lane = thread % 32;
         const uint32_t row = warp % C::DQ_M * (QM * 16), block = warp / C::DQ_M * QN;
         const bool ordered = p.flags & CP_DETERMINISTIC;
 #pragma unroll
@@ -306,6 +319,7 @@ struct Backward {
             float d[QM][2 * QC][4];
             clear(d);
             multiply_nn<T, typename C::S, typename C::K, QM, QC, C::BN / 16>(d, shared + C::AT_DS, shared + C::AT_K, row, block + c, lane);
+            if (c == 0) beside();
             if (ordered && c == 0) {
                 if (thread == 0) wait_for(turn_of(stage)->counter, turn_of(stage)->turn);
                 sync_block();
@@ -315,8 +329,16 @@ struct Backward {
             for (int m = 0; m < QM; m++)
 #pragma unroll
                 for (int h = 0; h < 2; h++) {
-                    int64_t offset = *dq_row(stage, row + m * 16 + h * 8 + lane / 4);
-                    if (offset >= 0) add_dq_row(d[m], h, (float*)p.dq.ptr + offset + col, col, ordered);
+                    const int64_t offset = *dq_row(stage, row + m * 16 + h * 8 + lane / 4);
+                    const uint32_t end = offset < 0 ? 0 : p.dim_qk;
+                    float* dq = (float*)p.dq.ptr + offset + col;
+                    if (ordered) {
+                        add_in_turn(d[m], h, dq, col, end);
+                        continue;
+                    }
+#pragma unroll
+                    for (int n = 0; n < 2 * QC; n++)
+                        if (col + n * 8 < end) add_global_2(dq + n * 8, d[m][n][2 * h] * p.scale, d[m][n][2 * h + 1] * p.scale);
                 }
         }
         if (ordered) {
@@ -324,18 +346,15 @@ struct Backward {
             if (thread == 0) add_release(turn_of(stage)->counter, 1);
         }
     }
-    DEVICE void add_dq_row(const float (&d)[2 * QC][4], int h, float* dq, uint32_t col, bool ordered) const {
+    DEVICE void add_in_turn(const float (&d)[2 * QC][4], int h, float* dq, uint32_t col, uint32_t end) const {
+        float2 x[2 * QC];
+#pragma unroll
+        for (int n = 0; n < 2 * QC; n++)
+            if (col + n * 8 < end) x[n] = load_global((const float2*)(dq + n * 8));
 #pragma unroll
         for (int n = 0; n < 2 * QC; n++) {
-            if (col + n * 8 >= p.dim_qk) break;
-            float x = d[n][2 * h] * p.scale, y = d[n][2 * h + 1] * p.scale;
-            if (ordered) {
-                float2 old = load_global((const float2*)(dq + n * 8));
-                old.x += x, old.y += y;
-                store_global((float2*)(dq + n * 8), old);
-            } else {
-                add_global_2(dq + n * 8, x, y);
-            }
+            x[n].x += d[n][2 * h] * p.scale, x[n].y += d[n][2 * h + 1] * p.scale;
+            if (col + n * 8 < end) store_global((float2*)(dq + n * 8), x[n]);
         }
     }
 
@@ -377,12 +396,12 @@ struct Backward {
         const bool ordered = p.flags & CP_DETERMINISTIC;
         QueryTile at{work().heads_begin, tile.part, 0};
         enter_part(at);
-        load_q(at, 0);
-        load_d_out(at, 0);
+        bool full = is_full(at);
+        load_q(at, full, 0);
+        load_d_out(at, full, 0);
         cp_async_commit();
         if (thread < C::BM) store_row(load_row(at), 0);
         if (ordered && thread == 0) store_turn(at, 0);
-        bool full = is_full(at);
 
         float dk[KM][2 * KN][4], dv[KM][2 * VN][4];
         clear(dk);
@@ -391,35 +410,34 @@ struct Backward {
         for (uint32_t stage = 0;; stage ^= 1) {
             const unsigned char* q = shared + C::AT_Q + (C::Q_STAGES == 2 ? stage : 0) * C::Q::BYTES;
             const unsigned char* d_out = shared + C::AT_DO + (C::DO_STAGES == 2 ? stage : 0) * C::DO::BYTES;
-            const bool more = advance(at);  // from here on `at` is the next query tile
             cp_async_wait<0>();
             sync_block();  // this tile is there, and no one reads the one before any more
-            if (C::Q_STAGES == 2 && more) load_q(at, stage ^ 1);
-            if (C::DO_STAGES == 2 && more) load_d_out(at, stage ^ 1);
-            cp_async_commit();
             scores(q, d_out, full);
             sync_block();  // P and dS are there; lse, delta and keys are read
-            Row row;
-            const bool has_row = more && thread < C::BM;
-            if (has_row) row = load_row(at);
             multiply_tn<T, typename C::S, typename C::DO, KM, VN, C::BM / 16>(dv, shared + C::AT_P, d_out, keys, dims * VN, lane);
-            if (has_row) store_row(row, stage ^ 1);
-            if (ordered && more && thread == 0) store_turn(at, stage ^ 1);
-            if (C::DO_STAGES == 1 && C::Q_STAGES == 2) {
-                sync_block();
-                if (more) load_d_out(at, 0);
+            // Behind the first products, when s and dP are gone from the registers: the next tile.
+            const bool more = advance(at), has_row = more && thread < C::BM;
+            if (more) full = is_full(at);
+            if (C::DO_STAGES == 1 && C::Q_STAGES == 2) sync_block();
+            if (C::Q_STAGES == 2) {
+                if (more) load_q(at, full, stage ^ 1);
+                if (more) load_d_out(at, full, C::DO_STAGES == 2 ? stage ^ 1 : 0);
                 cp_async_commit();
             }
+            Row row;
+            if (has_row) row = load_row(at);
             multiply_tn<T, typename C::S, typename C::Q, KM, KN, C::BM / 16>(dk, shared + C::AT_DS, q, keys, dims * KN, lane);
             if (C::Q_STAGES == 1) {
                 sync_block();
-                if (C::DO_STAGES == 1 && more) load_d_out(at, 0);
-                if (more) load_q(at, 0);
+                if (more) load_d_out(at, full, 0);
+                if (more) load_q(at, full, 0);
                 cp_async_commit();
             }
-            add_dq(stage);
+            add_dq(stage, [&] {
+                if (has_row) store_row(row, stage ^ 1);
+                if (ordered && more && thread == 0) store_turn(at, stage ^ 1);
+            });
             if (!more) break;
-            full = is_full(at);
         }
         add_gradient<KN>(p.dk, dk, p.scale, p.dim_qk);
         add_gradient<VN>(p.dv, dv, 1.0f, p.dim_v);
@@ -430,11 +448,13 @@ template <class T, class C>
 DEVICE void backward(const cp_attention_params& p) {
     SHARED_MEMORY(shared);
     const Backward<T, C> block{p, shared, threadIdx.x, threadIdx.x / 32, threadIdx.x % 32};
-    for (uint32_t number = blockIdx.x; number < p.tile_count * p.kv_heads; number += gridDim.x) {
-        if (threadIdx.x == 0) block.find_work(number);
-        sync_block();
+    if (threadIdx.x == 0) block.find_work(blockIdx.x);
+    sync_block();
+    while (block.work().number < p.tile_count * p.kv_heads) {
         if (block.work().heads_begin < block.work().heads_end) block.run();
         sync_block();  // before the tiles and the work become others
+        if (threadIdx.x == 0) block.find_work(block.work().number + gridDim.x);
+        sync_block();
     }
 }
 

@@ -99,6 +99,11 @@ DEVICE float shuffle_xor(float x, int mask) { return __shfl_xor_sync(0xffffffffu
 DEVICE uint32_t shuffle(uint32_t x, int lane) { return __shfl_sync(0xffffffffu, x, lane); }
 // Whether x holds in any lane of the warp.
 DEVICE bool any_lane(bool x) { return __any_sync(0xffffffffu, x); }
+// x, but the compiler does not know: what is computed from it is computed again where it is needed, instead of being held in registers.
+DEVICE uint32_t opaque(uint32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
 // Barrier `id` (1 … 15) of `threads` threads of the block, whole warps.

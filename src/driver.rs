@@ -9,7 +9,7 @@ use std::ffi::{CStr, CString, c_int, c_uint, c_void};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Every symbol that this library calls.
-const SYMBOLS: [&str; 47] = [
+const SYMBOLS: [&str; 37] = [
     "cuInit",
     "cuDriverGetVersion",
     "cuGetErrorName",
@@ -19,31 +19,21 @@ const SYMBOLS: [&str; 47] = [
     "cuDeviceGetName",
     "cuDeviceGetAttribute",
     "cuDevicePrimaryCtxRetain",
-    "cuDevicePrimaryCtxRelease_v2",
     "cuCtxPushCurrent_v2",
     "cuCtxPopCurrent_v2",
-    "cuCtxSynchronize",
     "cuCtxEnablePeerAccess",
     "cuDeviceCanAccessPeer",
     "cuModuleLoadData",
-    "cuModuleUnload",
     "cuModuleGetFunction",
     "cuFuncSetAttribute",
-    "cuFuncGetAttribute",
     "cuOccupancyMaxActiveBlocksPerMultiprocessor",
     "cuLaunchKernel",
     "cuStreamCreateWithPriority",
     "cuStreamDestroy_v2",
     "cuStreamWaitEvent",
     "cuStreamSynchronize",
-    "cuStreamQuery",
     "cuStreamIsCapturing",
-    "cuStreamBeginCapture_v2",
-    "cuStreamEndCapture",
-    "cuGraphInstantiateWithFlags",
-    "cuGraphLaunch",
-    "cuGraphExecDestroy",
-    "cuGraphDestroy",
+    "cuThreadExchangeStreamCaptureMode",
     "cuEventCreate",
     "cuEventDestroy_v2",
     "cuEventRecord",
@@ -63,6 +53,17 @@ const SYMBOLS: [&str; 47] = [
 pub fn open() -> Result<()> {
     static OPENED: OnceLock<Result<()>> = OnceLock::new();
     OPENED.get_or_init(try_open).clone()
+}
+
+/// Version of the driver's CUDA if its library is there. Starts nothing: a process that has only asked may still fork.
+pub fn installed() -> Option<i32> {
+    // SAFETY: only opens a library of a fixed name.
+    if !unsafe { sys::is_culib_present() } {
+        return None;
+    }
+    // SAFETY: the library is there; only asks whether the symbol is.
+    unsafe { sys::culib().get::<*const c_void>(b"cuDriverGetVersion") }.ok()?;
+    version().ok()
 }
 
 fn try_open() -> Result<()> {
@@ -107,7 +108,7 @@ pub fn check(call: &str, code: sys::CUresult) -> Result<()> {
     Err(Error::new(status, format!("{call}: {name} ({meaning})")))
 }
 
-/// Version of the driver's CUDA, e.g. 13000; the driver must be open.
+/// Version of the driver's CUDA, e.g. 13000; the driver's library must be there.
 pub fn version() -> Result<i32> {
     let mut version = 0;
     // SAFETY: writes one number.
@@ -375,6 +376,35 @@ pub unsafe fn is_capturing(stream: CUstream) -> Result<bool> {
     // SAFETY: the caller's promise; writes one number.
     check("cuStreamIsCapturing", unsafe { sys::cuStreamIsCapturing(stream, &mut status) })?;
     Ok(status != sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE)
+}
+
+/// While this lives, this thread may allocate and query events although a stream captures; what it does so is no part of the graph.
+pub struct Relaxed {
+    before: sys::CUstreamCaptureMode,
+    thread: std::marker::PhantomData<*const ()>,
+}
+
+impl Relaxed {
+    /// Begins.
+    pub fn new() -> Result<Relaxed> {
+        let before = exchange_mode(sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED)?;
+        Ok(Relaxed { before, thread: std::marker::PhantomData })
+    }
+}
+
+impl Drop for Relaxed {
+    fn drop(&mut self) {
+        // Cannot fail: it did not the first time.
+        let _ = exchange_mode(self.before);
+    }
+}
+
+fn exchange_mode(mut mode: sys::CUstreamCaptureMode) -> Result<sys::CUstreamCaptureMode> {
+    // SAFETY: reads and writes one number.
+    check("cuThreadExchangeStreamCaptureMode", unsafe {
+        sys::cuThreadExchangeStreamCaptureMode(&mut mode)
+    })?;
+    Ok(mode)
 }
 
 /// Owned device memory.

@@ -324,6 +324,12 @@ impl Group {
 
     /// Waits until all members have come.
     pub fn barrier(&self) -> Result<()> {
+        if self.size() > 1 && self.parent.transport.is_none() {
+            return Err(Error::unsupported(format!(
+                "rank {}: cp_group_barrier: NCCL is all that connects these ranks (nccl_comm, or an allgather over several hosts), and hosts do not meet in it; use a barrier of your own",
+                self.parent.rank
+            )));
+        }
         self.agree(Header { call: Call::Barrier, hash: 0 }, Ok(()))
     }
 

@@ -5,7 +5,7 @@
 
 use crate::error::Status;
 use crate::transport::user::CpTransportOps;
-use libc::c_void;
+use libc::{c_char, c_void};
 
 /// Outcome of a call: one of the CP_ERR_* numbers, or CP_OK.
 pub type cp_status = i32;
@@ -115,11 +115,17 @@ pub const CP_ATTENTION_WIRE_F32: u32 = 16;
 pub const CP_ATTENTION_SAVE: u32 = 32;
 /// cp_attention_config.flags: decode with a KV cache. Refused: this library trains and prefills.
 pub const CP_ATTENTION_KV_CACHE: u32 = 64;
+/// cp_attention_config.flags: on CUDA dQ is summed in a fixed order, so that equal inputs give equal bits, at some cost in speed. The CPU always does.
+pub const CP_ATTENTION_DETERMINISTIC: u32 = 128;
 
 /// cp_comm_config.flags: the classical neighbour ring instead of direct exchange, for comparison.
 pub const CP_COMM_RELAY: u32 = 1;
 /// cp_comm_config.flags: move queries and outputs instead of keys. Refused: keys move here.
 pub const CP_COMM_MOVE_QUERIES: u32 = 2;
+
+/// cp_group_config.flags: on CUDA the ranks agree before every forward and backward also where their hosts would not meet otherwise (NCCL): a
+/// rank that calls something else, or whose arguments are wrong, is then named at once on all. It makes hosts wait for each other: for debugging.
+pub const CP_GROUP_AGREE: u32 = 1;
 
 /// How a group's ranks find each other.
 pub type cp_bootstrap = u32;
@@ -130,12 +136,17 @@ pub const CP_BOOTSTRAP_ENV: u32 = 1;
 
 /// How a group moves bytes.
 pub type cp_transport_kind = u32;
-/// `local` if all ranks are threads of one process, `shm` if they are processes.
+/// `local` if all ranks are threads of one process; if they are processes, on the CPU `shm`, on CUDA NCCL if every rank finds its library, else staged.
 pub const CP_TRANSPORT_AUTO: u32 = 0;
-/// Ranks are threads of one process.
+/// Ranks are threads of one process; on CUDA each with a device of its own, or several on one. Forward and backward block until the peers' hosts
+/// have come to every exchange, and cannot be captured in a CUDA graph.
 pub const CP_TRANSPORT_LOCAL: u32 = 1;
-/// Ranks are processes of one host, over shared memory without a name.
+/// Ranks are processes of one host, over shared memory without a name. CPU only.
 pub const CP_TRANSPORT_SHM: u32 = 2;
+/// CUDA: NCCL, a device per rank. Hosts do not wait for each other or for devices; calls can be captured in a CUDA graph.
+pub const CP_TRANSPORT_NCCL: u32 = 3;
+/// CUDA: through page-locked host memory and a transport of the CPU's, the last resort. Slow: hosts wait for their devices; nothing is capturable.
+pub const CP_TRANSPORT_STAGED: u32 = 4;
 
 /// Names a new group; rank 0 makes it, all ranks get a copy.
 #[repr(C)]
@@ -162,11 +173,11 @@ pub type cp_allgather_fn = Option<
 pub struct cp_group_config {
     /// sizeof(cp_group_config).
     pub struct_size: u32,
-    /// Must be 0.
+    /// CP_GROUP_*.
     pub flags: u32,
     /// This rank, 0 … size-1.
     pub rank: u32,
-    /// Number of ranks.
+    /// Number of ranks. With `nccl_comm` both may be 0: they are the communicator's.
     pub size: u32,
     /// CP_BOOTSTRAP_*.
     pub bootstrap: cp_bootstrap,
@@ -174,7 +185,7 @@ pub struct cp_group_config {
     pub transport_kind: cp_transport_kind,
     /// Id from cp_get_unique_id, or NULL.
     pub id: *const cp_unique_id,
-    /// The caller's allgather, or NULL; used only inside cp_group_init.
+    /// The caller's allgather, or NULL; used only inside cp_group_init: once, or twice if the ranks are on CUDA devices of several hosts.
     pub allgather: cp_allgather_fn,
     /// First argument of `allgather`.
     pub allgather_ctx: *mut c_void,
@@ -182,10 +193,16 @@ pub struct cp_group_config {
     pub transport: *const CpTransportOps,
     /// Deadline of every wait in milliseconds; 0 = 300,000.
     pub timeout_ms: u64,
-    /// CP_DEVICE_CPU, or 0 for the same. CP_DEVICE_CUDA is refused by this build.
+    /// CP_DEVICE_CPU, or 0 for the same, or CP_DEVICE_CUDA; equal on all ranks.
     pub device_type: i32,
-    /// Index of the device; 0 on the CPU.
+    /// CUDA's number of this rank's device; 0 on the CPU.
     pub device_id: i32,
+    /// CUDA: the caller's own ncclComm_t, or NULL: NCCL then needs no other way for the ranks to find each other. It stays the caller's, who keeps it
+    /// until group and layers are destroyed and uses it for nothing else during calls; a group that is lost aborts it.
+    pub nccl_comm: *mut c_void,
+    /// CUDA: file of the NCCL library, or NULL: CP_NCCL from the environment, else one that the process has already, else libnccl.so.2. A process
+    /// opens one.
+    pub nccl_library: *const c_char,
 }
 
 pub use crate::transport::user::{
@@ -195,15 +212,16 @@ pub use crate::transport::user::{
 /// A tensor: memory of the caller's, with shape and element strides. The numbers are DLPack's. Frozen: it never grows.
 ///
 /// Dense format: `[batch, seq, heads, dim]`, ndim 4. Packed format: `[tokens, heads, dim]`, ndim 3. LSE: `[batch, heads, seq]`, ndim 3, or
-/// packed `[heads, tokens]`, ndim 2. Strides are not negative, the last is 1 (LSE: any). Data is aligned to the element size.
+/// packed `[heads, tokens]`, ndim 2. Strides are not negative, the last is 1 (LSE: any). Data is aligned to the element size; on CUDA data and
+/// all strides but the last (not the LSE's) are multiples of 16 bytes, and elements are bf16 or fp16.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct cp_tensor {
     /// First element.
     pub data: *mut c_void,
-    /// CP_DEVICE_*.
+    /// CP_DEVICE_*, the layer's; 0 is CP_DEVICE_CPU.
     pub device_type: i32,
-    /// Index of the device; 0 on the CPU.
+    /// CUDA's number of the device, the layer's; 0 on the CPU.
     pub device_id: i32,
     /// CP_CODE_FLOAT or CP_CODE_BFLOAT.
     pub dtype_code: u8,
@@ -280,6 +298,17 @@ pub struct cp_sequences {
     pub list_k_counts: *const u32,
 }
 
+/// Gives `bytes` bytes of device memory, aligned to 64, that work enqueued on `stream` (a CUstream) from now on may use; NULL on failure. Called
+/// only inside forward and backward; must not throw, and must not call this library.
+pub type cp_device_alloc_fn = Option<
+    unsafe extern "C" fn(ctx: *mut c_void, bytes: usize, stream: *mut c_void) -> *mut c_void,
+>;
+
+/// Takes memory back that a cp_device_alloc_fn gave, before the call that got it returns: work enqueued on `stream` so far still uses it.
+pub type cp_device_free_fn = Option<
+    unsafe extern "C" fn(ctx: *mut c_void, ptr: *mut c_void, bytes: usize, stream: *mut c_void),
+>;
+
 /// A layer: what stays the same over its calls.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -312,6 +341,21 @@ pub struct cp_attention_config {
     pub max_tokens_per_rank: u32,
     /// Threads of the CPU backend, the calling one included; 0 = CP_THREADS from the environment, or 1.
     pub threads: u32,
+    /// CP_DEVICE_CPU, or 0 for the same, or CP_DEVICE_CUDA. The layer's groups are of the same device.
+    pub device_type: i32,
+    /// CUDA's number of the device; 0 on the CPU.
+    pub device_id: i32,
+    /// CUDA: multiprocessors that attention kernels leave to others, such as NCCL's.
+    pub sm_margin: u32,
+    /// CUDA: pieces of the mask (one per pair of query and key chunks or documents that see each other) that one rank computes in one stage, at
+    /// most; 0 = 1024. Work lists are part of the workspace, and this bounds them.
+    pub max_segments: u32,
+    /// CUDA: gives device memory to a call that brings no workspace; NULL: the layer keeps its own.
+    pub device_alloc: cp_device_alloc_fn,
+    /// CUDA: takes it back; given if `device_alloc` is.
+    pub device_free: cp_device_free_fn,
+    /// First argument of both.
+    pub device_alloc_ctx: *mut c_void,
 }
 
 /// How a group communicates for a layer. All zero is p2p.
@@ -370,11 +414,12 @@ pub struct cp_forward_args {
     pub out: cp_tensor,
     /// `[batch, heads, S_q]` fp32, natural log. [out]
     pub lse: cp_tensor,
-    /// Kept for backward: cp_attention_saved_size bytes, aligned to 64; NULL when that is 0. [out]
+    /// Kept for backward: cp_attention_saved_size bytes, aligned to 64, on CUDA device memory; NULL when that is 0. [out]
     pub saved: *mut c_void,
     /// Bytes at `saved`.
     pub saved_bytes: usize,
-    /// At least cp_attention_workspace_size bytes, aligned to 64, or NULL: the layer keeps its own.
+    /// At least cp_attention_workspace_size bytes, aligned to 64, on CUDA device memory that is used until the stream is through with the call; or
+    /// NULL: from `device_alloc`, or the layer's own.
     pub workspace: *mut c_void,
     /// Bytes at `workspace`.
     pub workspace_bytes: usize,

@@ -4,7 +4,9 @@ use super::abi::*;
 use super::guard::last_error;
 use crate::backend::cpu::Simd;
 use crate::backend::cuda::image;
+use crate::driver;
 use crate::error::Status;
+use crate::transport::device::nccl;
 use libc::c_char;
 use std::ffi::CString;
 use std::sync::OnceLock;
@@ -26,8 +28,9 @@ pub extern "C" fn cp_version() -> u32 {
         + number(env!("CARGO_PKG_VERSION_PATCH"))
 }
 
-/// What the library was built with and what it found, as one line of JSON: version, backends, simd, kernels (the CUDA
-/// kernels compiled in: by which nvcc, for which GPUs; null if none). The text lives as long as the library. Any thread, any time.
+/// What the library was built with and what it found, as one line of JSON: version, backends, simd, kernels (the CUDA kernels compiled in: by
+/// which nvcc, for which GPUs; null if none), cuda (the installed driver's version; null if none), nccl (version and file of the library that
+/// a group would use; null if none). The text lives as long as the library. Local. Any thread, any time; starts neither CUDA nor NCCL.
 #[unsafe(no_mangle)]
 pub extern "C" fn cp_build_info() -> *const c_char {
     static INFO: OnceLock<CString> = OnceLock::new();
@@ -39,12 +42,18 @@ pub extern "C" fn cp_build_info() -> *const c_char {
 pub fn build_info() -> String {
     let simd: Vec<String> =
         Simd::ALL.iter().filter(|s| s.available()).map(|s| format!("\"{}\"", s.name())).collect();
+    let cuda = driver::installed().map_or("null".into(), |v| format!("{{\"driver\":{v}}}"));
+    let quoted = |text: &str| text.replace('\\', "\\\\").replace('"', "\\\"");
+    let nccl = nccl::api::look().map_or("null".into(), |(version, path)| {
+        format!("{{\"version\":{version},\"library\":\"{}\"}}", quoted(&path))
+    });
+    let kernels = image::json();
+    let backends = if kernels == "null" { "\"cpu\"" } else { "\"cpu\",\"cuda\"" };
     format!(
-        "{{\"version\":\"{}\",\"backends\":[\"cpu\"],\"transports\":[\"local\",\"shm\",\"user\"],\"simd\":\"{}\",\"simd_available\":[{}],\"kernels\":{},\"cuda\":null,\"nccl\":null,\"profile\":\"{}\",\"target\":\"{}-{}\"}}",
+        "{{\"version\":\"{}\",\"backends\":[{backends}],\"transports\":[\"local\",\"shm\",\"user\",\"nccl\",\"staged\"],\"simd\":\"{}\",\"simd_available\":[{}],\"kernels\":{kernels},\"cuda\":{cuda},\"nccl\":{nccl},\"profile\":\"{}\",\"target\":\"{}-{}\"}}",
         env!("CARGO_PKG_VERSION"),
         Simd::detect().name(),
         simd.join(","),
-        image::json(),
         if cfg!(debug_assertions) { "debug" } else { "release" },
         std::env::consts::ARCH,
         std::env::consts::OS

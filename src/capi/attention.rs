@@ -1,13 +1,15 @@
 //! Layers.
 
 use super::abi::*;
-use super::decode;
+use super::decode::{self, Place};
 use super::group::cp_group;
 use super::guard::{
     Opaque, create, destroy, enter, extensible, guard, object, output, report, zero,
 };
 use crate::attention::{Args, Attention, Context};
 use crate::backend::cpu::{Cpu, Simd};
+use crate::backend::cuda::Cuda;
+use crate::driver::{CUstream, Device};
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
 use crate::partition::Partition;
@@ -48,9 +50,19 @@ pub unsafe extern "C" fn cp_attention_create(
     guard(|| {
         let out = output("attention", attention)?;
         // SAFETY: the caller's promise.
-        let (config, threads) = unsafe { decode::attention_config(config)? };
-        let cpu = Cpu::new(thread_count(threads)?, Simd::from_env()?)?;
-        out.write(create(Mutex::new(Attention::new(config, cpu)?)));
+        let asked = unsafe { decode::attention_config(config)? };
+        let made = match asked.place {
+            Place::Cpu => {
+                let cpu = Cpu::new(thread_count(asked.threads)?, Simd::from_env()?)?;
+                Attention::new(asked.config, cpu)?
+            }
+            Place::Cuda(ordinal) => {
+                let mut cuda = Cuda::new(Device::get(ordinal)?)?;
+                cuda.set_margin(asked.sm_margin);
+                Attention::on_device(asked.config, cuda, asked.allocator)?
+            }
+        };
+        out.write(create(Mutex::new(made)));
         Ok(())
     })
 }
@@ -83,8 +95,14 @@ pub unsafe extern "C" fn cp_query_support(
 ) -> cp_status {
     guard(|| {
         // SAFETY: the caller's promise.
-        let (config, threads) = unsafe { decode::attention_config(config)? };
-        thread_count(threads)?;
+        let asked = unsafe { decode::attention_config(config)? };
+        let config = asked.config;
+        match asked.place {
+            Place::Cpu => thread_count(asked.threads).map(|_| ())?,
+            Place::Cuda(ordinal) => Cuda::new(Device::get(ordinal)?)?
+                .supports(config.dtype, config.dim_qk as _, config.dim_v as _)
+                .map(|_| ())?,
+        }
         if ranks == 0 {
             return Err(Error::argument("ranks: got 0, need at least 1"));
         }
@@ -249,7 +267,7 @@ unsafe fn forward_args(
     args: *const cp_forward_args,
     stream: *mut c_void,
 ) -> Result<(Args, *mut cp_context)> {
-    no_stream(stream)?;
+    let stream = stream_of(layer, stream)?;
     // SAFETY: the caller's promise.
     let a = unsafe { extensible("args", args)? };
     zero("args.flags", a.flags.into())?;
@@ -264,7 +282,7 @@ unsafe fn forward_args(
     let args = unsafe {
         pass_args(layer, a.sequences, layer.group().size(), &inputs, &outputs, workspace, saved)?
     };
-    Ok((args, a.context))
+    Ok((Args { stream, ..args }, a.context))
 }
 
 /// Gradients of Q, K and V. Finds the group and communication that the forward used in `context`, whatever is attached now.
@@ -298,8 +316,9 @@ unsafe fn backward_args(
     stream: *mut c_void,
 ) -> (Result<Context>, Result<Args>) {
     // SAFETY: the caller's promise.
-    let a = match no_stream(stream).and_then(|()| unsafe { extensible("args", args) }) {
-        Ok(a) => a,
+    let read = unsafe { extensible("args", args) };
+    let (stream, a) = match stream_of(layer, stream).and_then(|stream| Ok((stream, read?))) {
+        Ok(both) => both,
         Err(e) => return (Err(e.clone()), Err(e)),
     };
     let context = if a.context.is_null() || !a.context.is_aligned() {
@@ -331,7 +350,9 @@ unsafe fn backward_args(
         let workspace = buffer("workspace", a.workspace, a.workspace_bytes)?;
         let saved = buffer("saved", a.saved.cast_mut(), a.saved_bytes)?;
         // SAFETY: the caller's promise.
-        unsafe { pass_args(layer, a.sequences, ranks, &inputs, &outputs, workspace, saved) }
+        let args =
+            unsafe { pass_args(layer, a.sequences, ranks, &inputs, &outputs, workspace, saved)? };
+        Ok(Args { stream, ..args })
     };
     (context, read())
 }
@@ -353,12 +374,13 @@ unsafe fn pass_args(
     let list = matches!(config.partition, Partition::List { .. });
     // SAFETY: the caller's promise.
     let (seqs, list) = unsafe { decode::sequences(sequences, config.packed, list, ranks)? };
+    let place = Place::of_group(layer.group());
     let (mut views, mut shapes) = (Vec::with_capacity(9), Vec::with_capacity(9));
     for (i, (tensor, t)) in inputs.iter().chain(outputs).enumerate() {
         let name = crate::attention::name(*tensor);
         let (view, shape) = match tensor {
-            Tensor::Lse => decode::statistic(name, t, config.packed)?,
-            _ => decode::tensor(name, t, config.dtype, config.packed)?,
+            Tensor::Lse => decode::statistic(name, t, place, config.packed)?,
+            _ => decode::tensor(name, t, place, config.dtype, config.packed)?,
         };
         if i >= inputs.len() {
             decode::not_overlapping(name, &view)?;
@@ -370,11 +392,13 @@ unsafe fn pass_args(
     Ok(Args { seqs, list, views, shapes, workspace, saved, stream: std::ptr::null_mut() })
 }
 
-fn no_stream(stream: *mut c_void) -> Result<()> {
-    if stream.is_null() {
-        Ok(())
-    } else {
-        Err(Error::argument(format!("stream: got {stream:p}, must be NULL on the CPU")))
+/// On CUDA NULL is the legacy default stream, as everywhere.
+fn stream_of(layer: &Attention, stream: *mut c_void) -> Result<CUstream> {
+    match Place::of_group(layer.group()) {
+        Place::Cpu if !stream.is_null() => {
+            Err(Error::argument(format!("stream: got {stream:p}, must be NULL on the CPU")))
+        }
+        _ => Ok(stream.cast()),
     }
 }
 

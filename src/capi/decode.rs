@@ -2,10 +2,11 @@
 
 use super::abi::*;
 use super::guard::{extensible, known_flags, zero};
-use crate::attention::{Comm, Config, Stages};
+use crate::attention::{Allocator, Comm, Config, Stages};
 use crate::backend::View;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::group::Group;
 use crate::mask::Mask;
 use crate::partition::{Partition, Stretch};
 use crate::problem::{CommType, Extent, Sequence, Wire};
@@ -39,6 +40,57 @@ fn dtype(name: &str, code: cp_dtype) -> Result<DType> {
     }
 }
 
+/// Where a group or a layer computes, and where its tensors are.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// Host memory.
+    Cpu,
+    /// The CUDA device with this number.
+    Cuda(u32),
+}
+
+impl Place {
+    /// Of `device_type` and `device_id`, whose owner is `name`.
+    pub fn of(name: &str, device_type: i32, device_id: i32) -> Result<Place> {
+        match (device_type, u32::try_from(device_id)) {
+            (0 | CP_DEVICE_CPU, Ok(0)) => Ok(Place::Cpu),
+            (0 | CP_DEVICE_CPU, _) => Err(Error::argument(format!(
+                "{name}.device_id: got {device_id}, must be 0 on the CPU"
+            ))),
+            (CP_DEVICE_CUDA, Ok(ordinal)) => Ok(Place::Cuda(ordinal)),
+            (CP_DEVICE_CUDA, Err(_)) => Err(Error::argument(format!(
+                "{name}.device_id: got {device_id}, CUDA devices are numbered from 0"
+            ))),
+            (other, _) => Err(Error::argument(format!(
+                "{name}.device_type: got {other}, allowed CP_DEVICE_CPU (1), CP_DEVICE_CUDA (2)"
+            ))),
+        }
+    }
+
+    /// A layer's, which is that of its group.
+    pub fn of_group(group: &Group) -> Place {
+        group.device().map_or(Place::Cpu, |d| Place::Cuda(d.ordinal))
+    }
+
+    /// Tensors are where the layer computes.
+    fn check(self, name: &str, t: &cp_tensor) -> Result<()> {
+        match self {
+            _ if Place::of(name, t.device_type, t.device_id) == Ok(self) => Ok(()),
+            Place::Cpu if t.device_type == CP_DEVICE_CPU || t.device_type == 0 => {
+                Place::of(name, t.device_type, t.device_id).map(|_| ())
+            }
+            Place::Cpu => Err(Error::unsupported(format!(
+                "{name}.device_type: got {}, this layer computes on the CPU (CP_DEVICE_CPU = 1)",
+                t.device_type
+            ))),
+            Place::Cuda(ordinal) => Err(Error::unsupported(format!(
+                "{name}.device_type, device_id: got {}, {}; this layer computes on CUDA device {ordinal} (CP_DEVICE_CUDA = 2, {ordinal})",
+                t.device_type, t.device_id
+            ))),
+        }
+    }
+}
+
 /// A partition by number. The caller's list comes with the sequences.
 pub fn partition(name: &str, code: cp_partition) -> Result<Partition> {
     match code {
@@ -52,11 +104,25 @@ pub fn partition(name: &str, code: cp_partition) -> Result<Partition> {
     }
 }
 
+/// A layer, as it is asked for.
+pub struct Layer {
+    /// What it computes.
+    pub config: Config,
+    /// Where.
+    pub place: Place,
+    /// CPU: threads; 0 = from the environment.
+    pub threads: u32,
+    /// CUDA: multiprocessors left to others.
+    pub sm_margin: u32,
+    /// CUDA: the caller's allocator.
+    pub allocator: Option<Allocator>,
+}
+
 /// A layer's configuration.
 ///
 /// # Safety
 /// As [`extensible`].
-pub unsafe fn attention_config(ptr: *const cp_attention_config) -> Result<(Config, u32)> {
+pub unsafe fn attention_config(ptr: *const cp_attention_config) -> Result<Layer> {
     // SAFETY: the caller's promise.
     let c = unsafe { extensible("config", ptr)? };
     let known = CP_ATTENTION_CAUSAL
@@ -65,7 +131,8 @@ pub unsafe fn attention_config(ptr: *const cp_attention_config) -> Result<(Confi
         | CP_ATTENTION_WINDOW_RIGHT
         | CP_ATTENTION_WIRE_F32
         | CP_ATTENTION_SAVE
-        | CP_ATTENTION_KV_CACHE;
+        | CP_ATTENTION_KV_CACHE
+        | CP_ATTENTION_DETERMINISTIC;
     known_flags("config.flags", c.flags, known)?;
     let has = |flag| c.flags & flag != 0;
     if has(CP_ATTENTION_KV_CACHE) {
@@ -113,10 +180,38 @@ pub unsafe fn attention_config(ptr: *const cp_attention_config) -> Result<(Confi
         wire: if has(CP_ATTENTION_WIRE_F32) { Wire::F32 } else { Wire::Storage },
         max_rows: c.max_tokens_per_rank,
         save: has(CP_ATTENTION_SAVE),
-        deterministic: false,
-        max_segments: 0,
+        deterministic: has(CP_ATTENTION_DETERMINISTIC),
+        max_segments: c.max_segments,
     };
-    Ok((config, c.threads))
+    let place = Place::of("config", c.device_type, c.device_id)?;
+    let allocator = allocator(&c)?;
+    match place {
+        Place::Cpu => {
+            zero("config.sm_margin: on the CPU", c.sm_margin.into())?;
+            zero("config.max_segments: on the CPU", c.max_segments.into())?;
+            if allocator.is_some() {
+                return Err(Error::argument("config.device_alloc: given, must be NULL on the CPU"));
+            }
+        }
+        Place::Cuda(_) if c.threads != 0 => {
+            return Err(Error::argument(format!(
+                "config.threads: got {}, must be 0 on CUDA",
+                c.threads
+            )));
+        }
+        Place::Cuda(_) => {}
+    }
+    Ok(Layer { config, place, threads: c.threads, sm_margin: c.sm_margin, allocator })
+}
+
+fn allocator(c: &cp_attention_config) -> Result<Option<Allocator>> {
+    match (c.device_alloc, c.device_free) {
+        (Some(alloc), Some(free)) => Ok(Some(Allocator { alloc, free, ctx: c.device_alloc_ctx })),
+        (None, None) if c.device_alloc_ctx.is_null() => Ok(None),
+        _ => Err(Error::argument(
+            "config.device_alloc, device_free: give both, or neither and no device_alloc_ctx",
+        )),
+    }
 }
 
 /// How a group communicates. Null is p2p.
@@ -399,7 +494,14 @@ unsafe fn list_partition(s: &cp_sequences, list: bool, ranks: u32) -> Result<Opt
 }
 
 /// A tensor as a view, with its logical shape `[batch, seq, heads, dim]`.
-pub fn tensor(name: &str, t: &cp_tensor, want: DType, packed: bool) -> Result<(View, [i64; 4])> {
+pub fn tensor(
+    name: &str,
+    t: &cp_tensor,
+    place: Place,
+    want: DType,
+    packed: bool,
+) -> Result<(View, [i64; 4])> {
+    place.check(name, t)?;
     let dims: &[usize] = if packed { &[1, 2, 3] } else { &[0, 1, 2, 3] };
     view(
         name,
@@ -412,7 +514,13 @@ pub fn tensor(name: &str, t: &cp_tensor, want: DType, packed: bool) -> Result<(V
 }
 
 /// The LSE `[batch, heads, seq]` (packed: `[heads, tokens]`), seen as `[batch, seq, heads, 1]`.
-pub fn statistic(name: &str, t: &cp_tensor, packed: bool) -> Result<(View, [i64; 4])> {
+pub fn statistic(
+    name: &str,
+    t: &cp_tensor,
+    place: Place,
+    packed: bool,
+) -> Result<(View, [i64; 4])> {
+    place.check(name, t)?;
     let dims: &[usize] = if packed { &[2, 1] } else { &[0, 2, 1] };
     view(
         name,
@@ -434,15 +542,6 @@ fn view(
     dense_last: bool,
 ) -> Result<(View, [i64; 4])> {
     let bad = |text: String| Err(Error::argument(format!("{name}.{text}")));
-    if t.device_type != CP_DEVICE_CPU && t.device_type != 0 {
-        return Err(Error::unsupported(format!(
-            "{name}.device_type: got {}, this group computes on the CPU (CP_DEVICE_CPU = 1)",
-            t.device_type
-        )));
-    }
-    if t.device_id != 0 {
-        return bad(format!("device_id: got {}, must be 0 on the CPU", t.device_id));
-    }
     let (code, bits) = match want {
         DType::F32 => (CP_CODE_FLOAT, 32),
         DType::F16 => (CP_CODE_FLOAT, 16),

@@ -1,12 +1,11 @@
 //! Groups.
 
 use super::abi::*;
-use super::guard::{Opaque, create, destroy, extensible, guard, object, output, report, zero};
-use crate::error::{Error, Result, Status};
+use super::guard::{Opaque, create, destroy, guard, object, output, report};
+use super::init::init;
+use crate::error::Error;
 use crate::group::Group;
-use crate::transport::bootstrap::{self, Kind};
-use crate::transport::{Transport, user};
-use std::time::Duration;
+use crate::transport::bootstrap;
 
 /// Ranks that compute together. Use it from any thread, one call at a time; cp_group_abort may come from any other thread meanwhile.
 /// Groups with the same parent are not used at the same time either.
@@ -55,98 +54,6 @@ pub unsafe extern "C" fn cp_group_init(
         out.write(create(made));
         Ok(())
     })
-}
-
-/// # Safety
-/// As [`cp_group_init`].
-unsafe fn init(config: *const cp_group_config) -> Result<Group> {
-    // SAFETY: the caller's promise.
-    let c = unsafe { extensible("config", config)? };
-    zero("config.flags", c.flags.into())?;
-    let timeout = Duration::from_millis(if c.timeout_ms == 0 { 300_000 } else { c.timeout_ms });
-    if c.device_type == CP_DEVICE_CUDA {
-        return Err(Error::unsupported(
-            "config.device_type: got CP_DEVICE_CUDA (2); this build computes on the CPU only",
-        ));
-    }
-    if c.device_type != 0 && c.device_type != CP_DEVICE_CPU || c.device_id != 0 {
-        return Err(Error::argument(format!(
-            "config.device: got type {} id {}, allowed CP_DEVICE_CPU (1) id 0",
-            c.device_type, c.device_id
-        )));
-    }
-    let kind = match c.transport_kind {
-        CP_TRANSPORT_AUTO => Kind::Auto,
-        CP_TRANSPORT_LOCAL => Kind::Local,
-        CP_TRANSPORT_SHM => Kind::Shm,
-        other => {
-            return Err(Error::argument(format!(
-                "config.transport_kind: got {other}, allowed CP_TRANSPORT_AUTO (0), _LOCAL (1), _SHM (2)"
-            )));
-        }
-    };
-    let doors = usize::from(!c.id.is_null())
-        + usize::from(c.allgather.is_some())
-        + usize::from(!c.transport.is_null());
-    if doors > 1 {
-        return Err(Error::argument("config: give one of id, allgather, transport"));
-    }
-    match c.bootstrap {
-        CP_BOOTSTRAP_AUTO => {}
-        CP_BOOTSTRAP_ENV if doors == 0 => {
-            return Ok(Group::new(bootstrap::init_from_env(kind, timeout)?, timeout));
-        }
-        CP_BOOTSTRAP_ENV => {
-            return Err(Error::argument(
-                "config.bootstrap: CP_BOOTSTRAP_ENV with an id, allgather or transport; give one way",
-            ));
-        }
-        other => {
-            return Err(Error::argument(format!(
-                "config.bootstrap: got {other}, allowed CP_BOOTSTRAP_AUTO (0), CP_BOOTSTRAP_ENV (1)"
-            )));
-        }
-    }
-    if c.size == 0 {
-        return Err(Error::argument("config.size: got 0, need at least 1"));
-    }
-    if c.rank >= c.size {
-        return Err(Error::argument(format!(
-            "config.rank: got {} of size {}, allowed 0 … size-1",
-            c.rank, c.size
-        )));
-    }
-    let transport: Box<dyn Transport> = if !c.transport.is_null() {
-        // SAFETY: the caller's promise.
-        unsafe { user::from_ops(c.transport, c.rank, c.size)? }
-    } else if !c.id.is_null() {
-        // SAFETY: the caller's promise; bytes have no alignment.
-        let id = unsafe { c.id.read_unaligned() };
-        bootstrap::init(&id.bytes, c.rank, c.size, kind, timeout)?
-    } else if let Some(call) = c.allgather {
-        let size = c.size as usize;
-        let mut gather = |mine: &[u8]| {
-            let mut all = vec![0u8; mine.len() * size];
-            // SAFETY: the callback's contract: `mine` has that many bytes, `all` room for size times as many.
-            let status = unsafe {
-                call(c.allgather_ctx, mine.as_ptr().cast(), all.as_mut_ptr().cast(), mine.len())
-            };
-            if status == 0 {
-                Ok(all)
-            } else {
-                Err(Error::new(Status::Transport, format!("config.allgather: returned {status}")))
-            }
-        };
-        bootstrap::init_from_allgather(c.rank, c.size, kind, timeout, &mut gather)?
-    } else if c.size == 1 {
-        return Ok(Group::solo());
-    } else {
-        return Err(Error::argument(format!(
-            "config: size {} needs an id, an allgather, a transport, or CP_BOOTSTRAP_ENV",
-            c.size
-        )));
-    };
-    Ok(Group::new(transport, timeout))
 }
 
 /// The group of some ranks of a group, in the given order: `ranks[i]`, a rank of `group`, becomes rank i. Local: nothing is

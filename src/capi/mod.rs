@@ -1,7 +1,7 @@
 //! The C ABI. Every exported function is: guard → decode → call → encode; nothing is decided here.
 //!
-//! In lifecycle order: `about` (version, errors), `group`, `partition`, `attention`. The structs are in `abi`, all argument checks in `decode`,
-//! panics and handles in `guard`. cbindgen makes `include/context_parallel.h` from these files; a test compares.
+//! In lifecycle order: `about` (version, errors), `group`, `partition`, `attention`. The structs are in `abi`, all argument checks in `decode`
+//! and (for groups) `init`, panics and handles in `guard`. cbindgen makes `include/context_parallel.h` from these files; a test compares.
 
 #![allow(non_camel_case_types)]
 
@@ -11,4 +11,5 @@ pub mod attention;
 mod decode;
 pub mod group;
 mod guard;
+mod init;
 pub mod partition;

@@ -121,9 +121,19 @@ pub fn init_from_allgather(
     joined
 }
 
+/// Do ranks of several hosts show in what the one allgather of [`init_from_allgather`] gave? All ranks see the same.
+pub fn several_hosts(all: &[u8]) -> bool {
+    let mut hosts = all.chunks_exact(ID_BYTES).map(|blob| &blob[128..]);
+    let first = hosts.next();
+    hosts.any(|host| Some(host) != first)
+}
+
+/// What a rank gives to that allgather: an id (rank 0), and its host.
+const ID_BYTES: usize = 136;
+
 /// Rank 0's id on every rank. A rank that could not make one still takes part, so that the others do not wait for it.
 fn exchange_id(id: &Result<Key>, rank: u32, size: u32, gather: &mut AllGather<'_>) -> Result<Key> {
-    let mut mine = [0; 136];
+    let mut mine = [0; ID_BYTES];
     mine[..128].copy_from_slice(id.as_ref().unwrap_or(&[0; 128]));
     mine[128..].copy_from_slice(&host_identity().to_le_bytes());
     let all = gather(&mine)?;

@@ -96,6 +96,8 @@ struct User {
     in_flight: bool,
     failed: Option<Error>,
     aborted: Arc<AtomicBool>,
+    /// Is `destroy` this library's to call?
+    owned: Arc<AtomicBool>,
 }
 
 // SAFETY: the pointers are the caller's, who was told that any thread that makes `cp_` calls may use them, one at a time.
@@ -112,13 +114,29 @@ pub unsafe fn from_ops(
     size: u32,
 ) -> Result<Box<dyn Transport>> {
     // SAFETY: as this function's own.
+    let (transport, owned) = unsafe { lent(ops, rank, size)? };
+    owned.store(true, Ordering::SeqCst);
+    Ok(transport)
+}
+
+/// The same, but the caller goes on owning `ctx` until the flag that comes along is set.
+///
+/// # Safety
+/// As [`from_ops`].
+pub unsafe fn lent(
+    ops: *const CpTransportOps,
+    rank: u32,
+    size: u32,
+) -> Result<(Box<dyn Transport>, Arc<AtomicBool>)> {
+    // SAFETY: as this function's own.
     let ops = unsafe { read_ops(ops)? };
     if rank >= size {
         return Err(Error::argument(format!(
             "rank is {rank}, size is {size}; allowed is a size of 1 or more and a rank of 0..size"
         )));
     }
-    Ok(Box::new(User {
+    let owned = Arc::new(AtomicBool::new(false));
+    let user = User {
         ops,
         rank,
         size,
@@ -129,7 +147,9 @@ pub unsafe fn from_ops(
         in_flight: false,
         failed: None,
         aborted: Arc::default(),
-    }))
+        owned: owned.clone(),
+    };
+    Ok((Box::new(user), owned))
 }
 
 /// Copies a table of any version: what a shorter one lacks is absent, what a longer one has beyond ours must be zero.
@@ -357,7 +377,7 @@ impl Drop for User {
         if self.in_flight {
             self.cancel();
         }
-        if let Some(destroy) = self.ops.destroy {
+        if let Some(destroy) = self.ops.destroy.filter(|_| self.owned.load(Ordering::SeqCst)) {
             // SAFETY: the caller's function with its own context, once.
             unsafe { destroy(self.ops.ctx) };
         }

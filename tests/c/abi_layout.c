@@ -31,7 +31,7 @@ AT(cp_transport_ops, allgather, 40);
 AT(cp_transport_ops, destroy, 48);
 AT(cp_transport_ops, waiting_for, 56);
 
-SIZE(cp_group_config, 72);
+SIZE(cp_group_config, 88);
 AT(cp_group_config, struct_size, 0);
 AT(cp_group_config, flags, 4);
 AT(cp_group_config, rank, 8);
@@ -45,6 +45,8 @@ AT(cp_group_config, transport, 48);
 AT(cp_group_config, timeout_ms, 56);
 AT(cp_group_config, device_type, 64);
 AT(cp_group_config, device_id, 68);
+AT(cp_group_config, nccl_comm, 72);
+AT(cp_group_config, nccl_library, 80);
 
 SIZE(cp_statistics, 32);
 AT(cp_statistics, struct_size, 0);
@@ -79,7 +81,7 @@ AT(cp_sequences, list_k, 96);
 AT(cp_sequences, list_q_counts, 104);
 AT(cp_sequences, list_k_counts, 112);
 
-SIZE(cp_attention_config, 56);
+SIZE(cp_attention_config, 96);
 AT(cp_attention_config, struct_size, 0);
 AT(cp_attention_config, flags, 4);
 AT(cp_attention_config, heads, 8);
@@ -94,6 +96,13 @@ AT(cp_attention_config, window_right, 40);
 AT(cp_attention_config, softmax_scale, 44);
 AT(cp_attention_config, max_tokens_per_rank, 48);
 AT(cp_attention_config, threads, 52);
+AT(cp_attention_config, device_type, 56);
+AT(cp_attention_config, device_id, 60);
+AT(cp_attention_config, sm_margin, 64);
+AT(cp_attention_config, max_segments, 68);
+AT(cp_attention_config, device_alloc, 72);
+AT(cp_attention_config, device_free, 80);
+AT(cp_attention_config, device_alloc_ctx, 88);
 
 SIZE(cp_comm_config, 48);
 AT(cp_comm_config, struct_size, 0);

@@ -40,6 +40,15 @@ static void about(void) {
         TRUE_(group == (cp_group *)CANARY);                              \
     } while (0)
 
+static void *no_alloc(void *ctx, size_t bytes, void *stream) {
+    (void)ctx, (void)bytes, (void)stream;
+    return NULL;
+}
+
+static void no_free(void *ctx, void *ptr, size_t bytes, void *stream) {
+    (void)ctx, (void)ptr, (void)bytes, (void)stream;
+}
+
 static int32_t refusing_allgather(void *ctx, const void *mine, void *all, size_t bytes) {
     (void)ctx, (void)mine, (void)all, (void)bytes;
     return 7;
@@ -67,14 +76,25 @@ static void group_init(void) {
     INIT(CP_ERR_INVALID_ARGUMENT, "config.struct_size: got 0", c.struct_size = 0);
     INIT(CP_ERR_INVALID_ARGUMENT, "config.struct_size: got 7", c.struct_size = 7);
     INIT(CP_ERR_INVALID_ARGUMENT, "config.size: got 0", c.struct_size = 8);
-    INIT(CP_ERR_INVALID_ARGUMENT, "config.flags", c.flags = 1);
+    INIT(CP_ERR_INVALID_ARGUMENT, "config.flags: got unknown flag(s) 0x2", c.flags = CP_GROUP_AGREE | 2);
     INIT(CP_ERR_INVALID_ARGUMENT, "config.size: got 0", c.size = 0);
     INIT(CP_ERR_INVALID_ARGUMENT, "config.rank: got 1", c.rank = 1);
     INIT(CP_ERR_INVALID_ARGUMENT, "config.bootstrap: got 2", c.bootstrap = 2);
-    INIT(CP_ERR_INVALID_ARGUMENT, "config.transport_kind: got 3", c.transport_kind = 3);
-    INIT(CP_ERR_UNSUPPORTED, "config.device_type: got CP_DEVICE_CUDA", c.device_type = CP_DEVICE_CUDA);
-    INIT(CP_ERR_INVALID_ARGUMENT, "config.device: got type 9", c.device_type = 9);
-    INIT(CP_ERR_INVALID_ARGUMENT, "id 1", c.device_id = 1);
+    INIT(CP_ERR_INVALID_ARGUMENT, "config.transport_kind: got 5", c.transport_kind = 5);
+    INIT(CP_ERR_UNSUPPORTED, "config.transport_kind: got 3", c.transport_kind = CP_TRANSPORT_NCCL);
+    INIT(CP_ERR_UNSUPPORTED, "config.transport_kind: got 4", c.transport_kind = CP_TRANSPORT_STAGED);
+    INIT(CP_ERR_INVALID_ARGUMENT, "config.nccl_comm", c.nccl_comm = &ok);
+    INIT(CP_ERR_INVALID_ARGUMENT, "nccl_library", c.nccl_library = "libnccl.so.2");
+    INIT(CP_ERR_INVALID_ARGUMENT, "config.device_type: got 9", c.device_type = 9);
+    INIT(CP_ERR_INVALID_ARGUMENT, "config.device_id: got 1", c.device_id = 1);
+    INIT(CP_ERR_INVALID_ARGUMENT, "config.device_id: got -1", (c.device_type = CP_DEVICE_CUDA, c.device_id = -1));
+    INIT(CP_ERR_INVALID_ARGUMENT, "config.transport_kind: got 5", (c.device_type = CP_DEVICE_CUDA, c.transport_kind = 5));
+    INIT(CP_ERR_UNSUPPORTED, "CP_TRANSPORT_SHM", (c.device_type = CP_DEVICE_CUDA, c.transport_kind = CP_TRANSPORT_SHM));
+    INIT(CP_ERR_INVALID_ARGUMENT, "size 2 needs an id", (c.device_type = CP_DEVICE_CUDA, c.size = 2));
+    if (strstr(cp_build_info(), "\"cuda\":null"))
+        INIT(CP_ERR_UNSUPPORTED, "CUDA: libcuda.so.1 was not found", c.device_type = CP_DEVICE_CUDA);
+    else
+        INIT(CP_ERR_INVALID_ARGUMENT, "device_id: got 4095", (c.device_type = CP_DEVICE_CUDA, c.device_id = 4095));
     INIT(CP_ERR_INVALID_ARGUMENT, "size 2 needs an id", c.size = 2);
     INIT(CP_ERR_INVALID_ARGUMENT, "RANK and WORLD_SIZE", c.bootstrap = CP_BOOTSTRAP_ENV);
     setenv("RANK", "3", 1);
@@ -270,7 +290,7 @@ static void layers(void) {
     BAD("attention: got", cp_attention_create(&ok, NULL));
     BAD("config: got a pointer that is not aligned", cp_attention_create((cp_attention_config *)(void *)(bytes + 1), &layer));
     LAYER(CP_ERR_INVALID_ARGUMENT, "config.struct_size: got 4", c.struct_size = 4);
-    LAYER(CP_ERR_INVALID_ARGUMENT, "config.flags: got unknown flag(s) 0x80", c.flags |= 0x80);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "config.flags: got unknown flag(s) 0x100", c.flags |= 0x100);
     LAYER(CP_ERR_UNSUPPORTED, "CP_ATTENTION_KV_CACHE", c.flags |= CP_ATTENTION_KV_CACHE);
     LAYER(CP_ERR_INVALID_ARGUMENT, "heads: got 0", c.heads = 0);
     LAYER(CP_ERR_INVALID_ARGUMENT, "heads: got 4 query heads and 3", c.kv_heads = 3);
@@ -288,6 +308,14 @@ static void layers(void) {
     LAYER(CP_ERR_INVALID_ARGUMENT, "softmax_scale: got inf", c.softmax_scale = 1 / zero);
     LAYER(CP_ERR_INVALID_ARGUMENT, "softmax_scale: got", c.softmax_scale = zero / zero);
     LAYER(CP_ERR_INVALID_ARGUMENT, "config.threads: got 1025", c.threads = 1025);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "config.device_type: got 3", c.device_type = 3);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "config.device_id: got 2", c.device_id = 2);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "config.sm_margin", c.sm_margin = 8);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "config.max_segments", c.max_segments = 8);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "config.device_alloc: given", (c.device_alloc = no_alloc, c.device_free = no_free));
+    LAYER(CP_ERR_INVALID_ARGUMENT, "config.device_alloc, device_free: give both", c.device_alloc = no_alloc);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "config.device_alloc, device_free: give both", c.device_alloc_ctx = &ok);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "config.threads: got 4", (c.device_type = CP_DEVICE_CUDA, c.threads = 4));
     setenv("CP_THREADS", "many", 1);
     LAYER(CP_ERR_INVALID_ARGUMENT, "CP_THREADS: got \"many\"", c.threads = 0);
     setenv("CP_THREADS", "0", 1);

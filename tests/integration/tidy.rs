@@ -90,6 +90,7 @@ const MAY_IMPORT: [(&str, &[&str]); 15] = [
         &[
             "attention",
             "backend",
+            "driver",
             "dtype",
             "error",
             "group",

@@ -102,6 +102,7 @@ struct Lane {
     uint32_t lane;
     Warp* warp;
     Launch* launch;
+    void* races;  // of the block, if races are looked for (race.h)
 };
 // Set for the fiber that runs on this OS thread.
 extern __thread Lane* current __attribute__((tls_model("initial-exec")));
@@ -129,6 +130,7 @@ inline void* global(const void* p, uint32_t bytes, Access access) {
 void mma(float* d, const uint32_t* a, uint32_t b0, uint32_t b1, bool f16);
 void ldmatrix(uint32_t* r, const void* row, bool transposed);
 uint32_t shuffle_from(uint32_t x, uint32_t lane);
+uint32_t vote(bool x);  // a bit per lane
 void barrier(uint32_t id, uint32_t threads, bool whole_block);
 void warp_barrier();
 void copy_async(void* shared, const void* global, bool valid);
@@ -241,11 +243,8 @@ DEVICE float shuffle_xor(float x, int mask) {
     return __uint_as_float(softgpu::shuffle_from(__float_as_uint(x), softgpu::current->lane ^ (uint32_t)mask));
 }
 DEVICE uint32_t shuffle(uint32_t x, int lane) { return softgpu::shuffle_from(x, (uint32_t)lane); }
-DEVICE bool any_lane(bool x) {
-    uint32_t y = x;
-    for (uint32_t mask = 16; mask; mask /= 2) y |= softgpu::shuffle_from(y, softgpu::current->lane ^ mask);
-    return y != 0;
-}
+DEVICE bool any_lane(bool x) { return softgpu::vote(x) != 0; }
+DEVICE uint32_t opaque(uint32_t x) { return x; }
 DEVICE void sync_warp() { softgpu::warp_barrier(); }
 DEVICE void sync_block() { softgpu::barrier(0, 0, true); }
 DEVICE void sync_some(int id, int threads) { softgpu::barrier((uint32_t)id, (uint32_t)threads, false); }

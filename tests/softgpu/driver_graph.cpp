@@ -8,11 +8,15 @@ using namespace softgpu::driver;
 namespace softgpu {
 namespace driver {
 
+// Of this thread, as cuStreamBeginCapture counts: 0 global, 1 thread-local, 2 relaxed.
+static thread_local int thread_mode = 0;
+
 Result forbidden_in_capture(const char* call) {
     Result result = SUCCESS;
+    if (thread_mode == 2) return SUCCESS;
     for (const CapturePtr& c : driver.captures) {
         // Global mode: no thread may; thread-local mode: not the thread that captures; relaxed mode: all may.
-        if (c->mode == 2 || (c->mode == 1 && c->thread != std::this_thread::get_id())) continue;
+        if (c->mode == 2 || ((c->mode == 1 || thread_mode == 1) && c->thread != std::this_thread::get_id())) continue;
         c->invalid = true;
         result = CAPTURE_UNSUPPORTED;
     }
@@ -94,6 +98,13 @@ CUDA cuStreamBeginCapture_v2(void* stream, int mode) {
     s->capture = c;
     s->tails.clear();
     driver.captures.insert(c);
+    return SUCCESS;
+}
+CUDA cuThreadExchangeStreamCaptureMode(int* mode) {
+    Lock lock(driver.mutex);
+    if (Result r = enter()) return r;
+    if (!mode || *mode < 0 || *mode > 2) return complain(INVALID_VALUE, "cuThreadExchangeStreamCaptureMode");
+    std::swap(*mode, thread_mode);
     return SUCCESS;
 }
 CUDA cuStreamEndCapture(void* stream, void** graph) {

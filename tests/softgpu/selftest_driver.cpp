@@ -39,6 +39,7 @@ int cuStreamWaitEvent(void*, void*, unsigned);
 int cuStreamBeginCapture_v2(void*, int);
 int cuStreamEndCapture(void*, void**);
 int cuStreamIsCapturing(void*, int*);
+int cuThreadExchangeStreamCaptureMode(int*);
 int cuEventCreate(void**, unsigned);
 int cuEventDestroy_v2(void*);
 int cuEventRecord(void*, void*);
@@ -289,6 +290,16 @@ static void graphs() {
     uint64_t p;
     GIVES(900, cuMemAlloc_v2(&p, 4));
     GIVES(901, cuStreamEndCapture(a, &graph));
+    capture(true);
+    int mode = 2;  // relaxed: this thread may, and the capture goes on
+    OK(cuThreadExchangeStreamCaptureMode(&mode));
+    EXPECT(mode == 0);
+    OK(cuMemAlloc_v2(&p, 4));
+    OK(cuThreadExchangeStreamCaptureMode(&mode));
+    EXPECT(mode == 2);
+    OK(cuStreamEndCapture(a, &graph));
+    OK(cuGraphDestroy(graph));
+    OK(cuMemFree_v2(p));
     capture(true);
     std::thread([&] { cuCtxSetCurrent(nullptr); GIVES(908, cuStreamEndCapture(a, &graph)); }).join();
     GIVES(903, cuStreamEndCapture(b, &graph));

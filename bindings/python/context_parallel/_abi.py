@@ -1,6 +1,6 @@
 """ctypes mirrors of include/context_parallel.h: constants, structs, and nothing else. tests/test_abi.py compares them to the header."""
 
-from ctypes import CFUNCTYPE, POINTER, Structure, c_float, c_int32, c_int64, c_size_t, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p, sizeof
+from ctypes import CFUNCTYPE, POINTER, Structure, c_char_p, c_float, c_int32, c_int64, c_size_t, c_uint8, c_uint16, c_uint32, c_uint64, c_void_p, sizeof
 
 CP_OK = 0
 CP_ERR_INVALID_ARGUMENT = 1
@@ -44,13 +44,17 @@ CP_ATTENTION_WINDOW_RIGHT = 8
 CP_ATTENTION_WIRE_F32 = 16
 CP_ATTENTION_SAVE = 32
 CP_ATTENTION_KV_CACHE = 64
+CP_ATTENTION_DETERMINISTIC = 128
 CP_COMM_RELAY = 1
 CP_COMM_MOVE_QUERIES = 2
+CP_GROUP_AGREE = 1
 CP_BOOTSTRAP_AUTO = 0
 CP_BOOTSTRAP_ENV = 1
 CP_TRANSPORT_AUTO = 0
 CP_TRANSPORT_LOCAL = 1
 CP_TRANSPORT_SHM = 2
+CP_TRANSPORT_NCCL = 3
+CP_TRANSPORT_STAGED = 4
 CP_PASS_FORWARD = 0
 CP_PASS_BACKWARD = 1
 CP_PLAN_TEXT = 0
@@ -59,6 +63,8 @@ CP_SIDE_Q = 0
 CP_SIDE_K = 1
 
 cp_allgather_fn = CFUNCTYPE(c_int32, c_void_p, c_void_p, c_void_p, c_size_t)
+cp_device_alloc_fn = CFUNCTYPE(c_void_p, c_void_p, c_size_t, c_void_p)
+cp_device_free_fn = CFUNCTYPE(None, c_void_p, c_void_p, c_size_t, c_void_p)
 
 
 class Sized(Structure):
@@ -93,6 +99,8 @@ class cp_group_config(Sized):
         ("timeout_ms", c_uint64),
         ("device_type", c_int32),
         ("device_id", c_int32),
+        ("nccl_comm", c_void_p),
+        ("nccl_library", c_char_p),
     ]
 
 
@@ -149,6 +157,13 @@ class cp_attention_config(Sized):
         ("softmax_scale", c_float),
         ("max_tokens_per_rank", c_uint32),
         ("threads", c_uint32),
+        ("device_type", c_int32),
+        ("device_id", c_int32),
+        ("sm_margin", c_uint32),
+        ("max_segments", c_uint32),
+        ("device_alloc", cp_device_alloc_fn),
+        ("device_free", cp_device_free_fn),
+        ("device_alloc_ctx", c_void_p),
     ]
 
 

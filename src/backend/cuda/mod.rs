@@ -2,18 +2,26 @@
 //!
 //! ```text
 //! image.rs    the compiled kernels               staging.rs  work lists on their way to the device
-//! params.rs   what kernels are given             launch.rs   compute steps to launches
+//! shapes.rs   what they are compiled for         launch.rs   compute steps to launches
+//! params.rs   what they are given
 //! tables.rs   slices to the kernels' work lists
 //! ```
+//! A plan's steps become work lists ([`TableBuilder`]), one blob for all of them; [`Staging`] takes the blob to the device, in order with
+//! the stream; [`Cuda`] launches a kernel per step, which finds its lists there.
 
 pub mod image;
+mod launch;
 pub mod params;
+mod shapes;
+mod staging;
 mod tables;
+#[cfg(test)]
+mod tests;
 
+pub use launch::{Cuda, check_view};
+pub use shapes::{Block, Shape};
+pub use staging::Staging;
 pub use tables::{
-    AttendWork, RowsWork, SliceLimits, TableBuilder, Tiling, backward_bound, forward_bound,
+    ALIGN, AttendWork, RowsWork, SliceLimits, TableBuilder, Tiling, backward_bound, forward_bound,
     runs_bound,
 };
-
-mod stub;
-pub use stub::*;

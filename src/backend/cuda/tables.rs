@@ -17,7 +17,7 @@ use sweeps::{Groups, Side, Sweep};
 pub const ALIGN: usize = 16;
 
 /// Rows of a kernel's tiles.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Tiling {
     /// Query rows.
     pub q_rows: u32,

@@ -124,10 +124,24 @@ pub fn find() -> Result<&'static Api> {
     find_at("")
 }
 
+/// Version and file of the library that [`find`] returns or would, without settling for it.
+pub fn look() -> Result<(i32, String)> {
+    let of = |api: &Api| (api.version(), api.path().to_string());
+    if let Some(api) = OPENED.get() {
+        return Ok(of(api));
+    }
+    match std::env::var_os(VARIABLE).filter(|v| !v.is_empty()) {
+        Some(name) => Api::open(&name, RTLD_NOW | RTLD_LOCAL).map_err(Error::unsupported),
+        None => search(),
+    }
+    .map(|api| of(&api))
+}
+
+static OPENED: OnceLock<Api> = OnceLock::new();
+
 /// The same, with a path from the caller's configuration that comes before all others (empty: none). A library that was named and cannot be
 /// opened is an error; no other is taken in its place.
 pub fn find_at(path: &str) -> Result<&'static Api> {
-    static OPENED: OnceLock<Api> = OnceLock::new();
     static OPENING: Mutex<()> = Mutex::new(());
     let _one = OPENING.lock().unwrap_or_else(PoisonError::into_inner);
     if OPENED.get().is_none() {
@@ -293,6 +307,44 @@ mod tests {
         let error = Api::open(&OsString::from("libc.so.6"), RTLD_NOW).err();
         let text = error.expect("not NCCL");
         assert!(text.contains("libc.so.6") && text.contains("ncclGetVersion"), "{text}");
+    }
+
+    /// Alone it asks, in processes of its own, because an answer stays for the life of a process.
+    #[test]
+    fn what_was_looked_for_is_said() {
+        if std::env::var_os("CP_TEST_ALONE").is_some() {
+            match find() {
+                Ok(api) => println!("found {}", api.description()),
+                Err(error) => println!("{error}"),
+            }
+            return;
+        }
+        let ask = |name: &str| {
+            let output = std::process::Command::new(std::env::current_exe().unwrap())
+                .args([
+                    "--exact",
+                    "transport::device::nccl::api::tests::what_was_looked_for_is_said",
+                ])
+                .args(["--nocapture"])
+                .env("CP_TEST_ALONE", "1")
+                .env(VARIABLE, name)
+                .env_remove("LD_LIBRARY_PATH")
+                .output()
+                .unwrap();
+            assert!(output.status.success());
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        };
+        let text = ask("/nowhere/libnccl.so.2");
+        assert!(text.contains("not supported: NCCL, named by CP_NCCL: /nowhere/"), "{text}");
+        let text = ask("");
+        // Unless this machine has NCCL.
+        let tried = [
+            "NCCL was not found; CP_NCCL can name its library. Tried: ",
+            "in this process already: libnccl.so.2",
+            "; libnccl.so.2: cannot open",
+            "; libnccl.so: cannot open",
+        ];
+        assert!(text.contains("found 2.") || tried.iter().all(|t| text.contains(t)), "{text}");
     }
 
     #[test]

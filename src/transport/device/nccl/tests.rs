@@ -26,6 +26,30 @@ mod real_nccl {
         assert_ne!(one, two);
     }
 
+    /// As in a process that torch has brought its own copy into: that one is taken, wherever it lies.
+    #[test]
+    #[ignore = "needs NCCL itself, named by NCCL_LIBRARY: tests/run"]
+    fn a_copy_in_the_process_is_taken() {
+        if std::env::var_os("CP_TEST_ALONE").is_none() {
+            let output = std::process::Command::new(std::env::current_exe().unwrap())
+                .args([
+                    "--exact",
+                    "transport::device::nccl::tests::real_nccl::a_copy_in_the_process_is_taken",
+                ])
+                .args(["--include-ignored"])
+                .env("CP_TEST_ALONE", "1")
+                .env_remove(api::VARIABLE)
+                .output()
+                .unwrap();
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success() && text.contains("1 passed"), "{text}");
+            return;
+        }
+        let there = real();
+        let found = api::find().expect("the copy that is there");
+        assert_eq!((found.path(), found.version()), (there.path(), there.version()));
+    }
+
     #[test]
     #[ignore = "needs NCCL itself, named by NCCL_LIBRARY: tests/run"]
     fn without_a_gpu_init_fails_in_its_own_words() {
@@ -48,7 +72,8 @@ mod cuda {
     use crate::driver::{self, check, copy_on_device, device_count};
     use cudarc::driver::sys;
     use std::ffi::{CString, c_char};
-    use std::process::Command;
+    use std::process::{Child, Command, Stdio};
+    use std::sync::atomic::{AtomicU32, Ordering};
 
     const LONG: Duration = Duration::from_secs(30);
     const SHORT: Duration = Duration::from_millis(400);
@@ -81,6 +106,25 @@ mod cuda {
                 .collect();
             all.into_iter().map(|t| t.join().expect("no panic")).collect()
         })
+    }
+
+    /// A barrier that fails where a rank does not come, because it panicked.
+    struct Meeting(u32, AtomicU32);
+
+    impl Meeting {
+        fn of(size: u32) -> Meeting {
+            Meeting(size, AtomicU32::new(0))
+        }
+
+        /// How many had come before, this time.
+        fn wait(&self) -> u32 {
+            let (ticket, start) = (self.1.fetch_add(1, Ordering::SeqCst), Instant::now());
+            while self.1.load(Ordering::SeqCst) / self.0 == ticket / self.0 {
+                assert!(start.elapsed() < LONG, "a rank did not come");
+                thread::sleep(Duration::from_millis(1));
+            }
+            ticket % self.0
+        }
     }
 
     fn others(nccl: &Nccl) -> Vec<u32> {
@@ -255,7 +299,7 @@ mod cuda {
     #[test]
     #[ignore = "needs a CUDA device or the software GPU: tests/run"]
     fn a_peer_that_never_comes_is_a_timeout_and_named() {
-        let done = std::sync::Barrier::new(3);
+        let done = Meeting::of(3);
         ranks(3, SHORT, |mut nccl, device, stream| {
             let memory = DeviceBuffer::new(device, 4096).unwrap();
             if nccl.rank() == 2 {
@@ -308,12 +352,12 @@ mod cuda {
         let device = Device::get(0).unwrap();
         let _current = device.enter().unwrap();
         let (gate, open) = (Stream::new(&device, false).unwrap(), Event::new(&device).unwrap());
-        let both = std::sync::Barrier::new(2);
+        let both = Meeting::of(2);
         ranks(2, SHORT, |mut nccl, device, stream| {
             let memory = DeviceBuffer::new(device, 4096).unwrap();
             let peers = others(&nccl);
             nccl.warm_up(&peers).expect("a warm-up");
-            if both.wait().is_leader() {
+            if both.wait() == 0 {
                 // SAFETY: the function lives, and takes nothing; the stream is of device 0, whichever is current.
                 unsafe {
                     let code = sys::cuLaunchHostFunc(gate.raw(), Some(sleep), std::ptr::null_mut());
@@ -502,7 +546,7 @@ mod cuda {
     #[test]
     #[ignore = "needs a CUDA device or the software GPU: tests/run"]
     fn a_warm_up_without_the_peer_has_a_deadline() {
-        let done = std::sync::Barrier::new(2);
+        let done = Meeting::of(2);
         ranks(2, SHORT, |mut nccl, _, _| {
             if nccl.rank() == 0 {
                 let error = nccl.warm_up(&[1]).expect_err("nobody is there");
@@ -532,9 +576,17 @@ mod cuda {
         assert_eq!(error.status, Status::InvalidArgument, "{error}");
     }
 
+    /// In a process of its own: the strictest mode of capture forbids calls to all threads, other tests' included.
     #[test]
     #[ignore = "needs a CUDA device or the software GPU: tests/run"]
     fn exchanges_are_captured_and_replayed() {
+        if std::env::var_os("CP_TEST_ALONE").is_none() {
+            let (fine, text) =
+                child("exchanges_are_captured_and_replayed", &[("CP_TEST_ALONE", "1")]);
+            assert!(fine, "{text}");
+            return;
+        }
+        let both = Meeting::of(2);
         ranks(2, LONG, |mut nccl, device, stream| {
             nccl.capturable().expect("since 2.9");
             let peers = others(&nccl);
@@ -546,10 +598,14 @@ mod cuda {
             // SAFETY: owned, and nothing else knows it while the stream is empty.
             let host = unsafe { std::slice::from_raw_parts_mut(mirror.ptr(), 1024) };
             let (mut graph, mut run) = (std::ptr::null_mut(), std::ptr::null_mut());
+            // The strictest mode: until the end of both captures no thread may ask about an event, but the watchdogs have to.
+            swap(&mut nccl, &memory, &peers, 512, stream).expect("it is enqueued");
+            both.wait();
             // SAFETY: handles are written before they are used; all memory lives until the stream is drained.
             unsafe {
-                let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+                let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_GLOBAL;
                 check("begin", sys::cuStreamBeginCapture_v2(stream.raw(), mode)).unwrap();
+                both.wait();
                 for _ in 0..3 {
                     swap(&mut nccl, &memory, &peers, 512, stream).expect("it is captured");
                     // What came goes out again, with the next exchange.
@@ -557,7 +613,10 @@ mod cuda {
                         .unwrap();
                 }
                 nccl.enqueued(stream.raw(), true).unwrap();
+                thread::sleep(SHORT);
+                both.wait();
                 check("end", sys::cuStreamEndCapture(stream.raw(), &mut graph)).unwrap();
+                both.wait();
                 check("make", sys::cuGraphInstantiateWithFlags(&mut run, graph, 0)).unwrap();
             }
             for round in 0..4 {
@@ -582,22 +641,100 @@ mod cuda {
         });
     }
 
-    /// Runs one of these tests in a process of its own with more environment; whether it passed, and what it said.
-    fn child(test: &str, environment: &[(&str, &str)]) -> (bool, String) {
-        let output = Command::new(std::env::current_exe().unwrap())
-            .args([
-                "--exact",
-                &format!("transport::device::nccl::tests::cuda::{test}"),
-                "--include-ignored",
-            ])
-            .args(["--nocapture", "--test-threads", "1"])
+    /// One of these tests in a process of its own, with more environment.
+    fn process(test: &str, environment: &[(&str, &str)]) -> Child {
+        Command::new(std::env::current_exe().unwrap())
+            .args(["--exact", &format!("transport::device::nccl::tests::cuda::{test}")])
+            .args(["--include-ignored", "--nocapture", "--test-threads", "1"])
             .envs(environment.iter().copied())
-            .output()
-            .unwrap();
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap()
+    }
+
+    /// Whether it passed, and what it said.
+    fn outcome(process: Child) -> (bool, String) {
+        let output = process.wait_with_output().unwrap();
         let text =
             String::from_utf8_lossy(&output.stdout) + String::from_utf8_lossy(&output.stderr);
         assert!(text.contains("running 1 test"), "{text}");
         (output.status.success(), text.into_owned())
+    }
+
+    fn child(test: &str, environment: &[(&str, &str)]) -> (bool, String) {
+        outcome(process(test, environment))
+    }
+
+    /// Starts three processes of a test, which find their rank and the unique id in their environment.
+    fn three(test: &str, environment: &[(&str, &str)]) -> Vec<Child> {
+        let id: String = unique_id().unwrap().iter().map(|b| format!("{b:02x}")).collect();
+        let start = |rank: &str| {
+            let mut all = vec![("CP_TEST_RANK", rank), ("CP_TEST_ID", &id)];
+            all.extend(environment);
+            process(test, &all)
+        };
+        ["0", "1", "2"].map(start).into()
+    }
+
+    /// The communicator of such a process, if it is one.
+    fn of_three(timeout: Duration) -> Option<(Nccl, Arc<Device>)> {
+        let rank: u32 = std::env::var("CP_TEST_RANK").ok()?.parse().ok()?;
+        let hex = std::env::var("CP_TEST_ID").ok()?;
+        let byte = |i: usize| u8::from_str_radix(&hex[2 * i..2 * i + 2], 16).unwrap();
+        let id: [u8; 128] = std::array::from_fn(byte);
+        driver::open().unwrap();
+        let device = Device::get(rank % device_count().unwrap()).unwrap();
+        Some((join(&device, &id, rank, 3, timeout).expect("all ranks come"), device))
+    }
+
+    /// Alone it starts three processes of itself.
+    #[test]
+    #[ignore = "needs a CUDA device or the software GPU: tests/run"]
+    fn many_exchanges_among_processes() {
+        let Some((nccl, device)) = of_three(LONG) else {
+            for (fine, text) in
+                three("many_exchanges_among_processes", &[]).into_iter().map(outcome)
+            {
+                assert!(fine, "{text}");
+            }
+            return;
+        };
+        let _current = device.enter().unwrap();
+        exchange_much(nccl, &device, &Stream::new(&device, false).unwrap());
+    }
+
+    /// Alone it starts three processes of itself: rank 2's ends without a word; what the others find is in their output.
+    #[test]
+    #[ignore = "needs the software GPU: tests/run"]
+    fn a_process_that_dies_is_found() {
+        let Some((mut nccl, device)) = of_three(SHORT) else {
+            // NCCL may hang, or may notice: both end with an error.
+            for (remote, status) in [("0", "timeout: "), ("1", "NCCL error: ")] {
+                let all = three("a_process_that_dies_is_found", &[("SOFTNCCL_REMOTE", remote)]);
+                // The dead one first, so that it is not a zombie, which looks alive.
+                let mut texts: Vec<_> = all.into_iter().rev().map(|c| outcome(c).1).collect();
+                texts.reverse();
+                for (rank, text) in texts[..2].iter().enumerate() {
+                    let place =
+                        format!("rank {rank}, call 7, step 5, stage 1, exchange with ranks ");
+                    assert!(text.contains(&format!("found {status}{place}")), "{text}");
+                }
+                assert_eq!(texts[0].contains("error 6"), remote == "1", "{}", texts[0]);
+            }
+            return;
+        };
+        let _current = device.enter().unwrap();
+        let peers = others(&nccl);
+        nccl.warm_up(&peers).expect("a warm-up");
+        if nccl.rank() == 2 {
+            std::process::exit(1);
+        }
+        let (memory, stream) =
+            (DeviceBuffer::new(&device, 4096).unwrap(), Stream::new(&device, false).unwrap());
+        swap(&mut nccl, &memory, &peers, 512, &stream).expect("it is enqueued");
+        println!("found {}", failure(&nccl, LONG));
+        drained(&stream);
     }
 
     /// For `planted_faults_are_found`: deadlines are short, so that a fault that hangs does not hang for long.

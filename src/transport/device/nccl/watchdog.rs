@@ -7,10 +7,9 @@
 //! are watched for NCCL's own errors only.
 
 use super::api::{Api, Comm, IN_PROGRESS, SUCCESS};
-use crate::driver::{CUstream, Device, Event};
+use crate::driver::{CUstream, Device, Event, Relaxed};
 use crate::error::{Error, Result, Status};
 use crate::transport::device::Step;
-use cudarc::driver::sys;
 use std::collections::VecDeque;
 use std::ffi::c_void;
 use std::sync::atomic::{AtomicPtr, Ordering};
@@ -44,6 +43,30 @@ struct Queue {
     /// Events to use again.
     free: Vec<(Event, Event)>,
     stop: bool,
+}
+
+impl Queue {
+    /// Two events to record. None are made as long as exchanges finish about as fast as they come.
+    fn events(&mut self, device: &Arc<Device>) -> Result<(Event, Event)> {
+        if self.free.is_empty() {
+            // Another thread may be capturing, and a question about an event would end that.
+            let _relaxed = Relaxed::new()?;
+            // An error here is one that the watchdog will find, too.
+            while let Some(Ok(true)) = self.pending.front_mut().map(Exchange::advance) {
+                self.retire();
+            }
+        }
+        match self.free.pop() {
+            Some(events) => Ok(events),
+            None => Ok((Event::new(device)?, Event::new(device)?)),
+        }
+    }
+
+    /// The oldest exchange is done.
+    fn retire(&mut self) {
+        let events = self.pending.pop_front().and_then(|e| e.events);
+        self.free.extend(events);
+    }
 }
 
 struct Exchange {
@@ -173,11 +196,7 @@ impl Watched {
         captured: bool,
     ) -> Result<()> {
         let mut queue = lock(&self.queue);
-        let events = match queue.free.pop() {
-            _ if captured => None,
-            Some(events) => Some(events),
-            None => Some((Event::new(&self.device)?, Event::new(&self.device)?)),
-        };
+        let events = if captured { None } else { Some(queue.events(&self.device)?) };
         if let Some((begin, _)) = &events {
             // SAFETY: the caller's promise.
             unsafe { begin.record(stream)? };
@@ -213,7 +232,8 @@ impl Watched {
 
     fn watch(&self) {
         let _current = self.device.enter();
-        relax_capture();
+        // As in `events`.
+        let _relaxed = Relaxed::new();
         let nap = (self.timeout / 20).clamp(Duration::from_millis(1), Duration::from_millis(100));
         loop {
             let queue = lock(&self.queue);
@@ -260,8 +280,7 @@ impl Watched {
             if !done {
                 return self.late(oldest).map_or(Ok(()), Err);
             }
-            let events = queue.pending.pop_front().and_then(|e| e.events);
-            queue.free.extend(events);
+            queue.retire();
         }
         Ok(())
     }
@@ -330,19 +349,6 @@ fn where_(rank: u32, exchange: &Exchange) -> String {
         None => "nobody".into(),
     };
     format!("rank {rank}, {place}, exchange with {peers}")
-}
-
-/// A question about an event would end another thread's capture, unless this thread says that it knows what it does.
-fn relax_capture() {
-    // SAFETY: the driver is open: there is a device.
-    let library = unsafe { sys::culib() };
-    // SAFETY: only asks whether the symbol is there.
-    let symbol = unsafe { library.get::<*const c_void>(b"cuThreadExchangeStreamCaptureMode") };
-    if symbol.is_ok() {
-        let mut mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_RELAXED;
-        // SAFETY: swaps one number with this thread's.
-        unsafe { sys::cuThreadExchangeStreamCaptureMode(&mut mode) };
-    }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
