@@ -5,6 +5,7 @@
 #include "race.h"
 
 #include <dlfcn.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -717,8 +718,8 @@ char* map(size_t bytes) {
     return (char*)p;
 }
 
-// A block's dynamic shared memory ends where an inaccessible page begins, give or take the alignment to 128 bytes, whose rest is checked
-// when the block ends; the page before it is inaccessible too.
+// A block's dynamic shared memory ends where an inaccessible MiB begins, give or take the alignment to 128 bytes, whose rest is checked
+// when the block ends; before it lies another.
 const unsigned char CANARY = 0xa5;
 
 void start_block(Launch& l, Block& b, uint64_t number) {
@@ -731,7 +732,7 @@ void start_block(Launch& l, Block& b, uint64_t number) {
         // Odd multiples of a cache line between the stacks, so that they do not all share the same sets.
         b.stacks_bytes = (STACK + 1088) * l.threads;
         b.stacks = map(b.stacks_bytes);
-        const size_t page = pages(1), inner = pages(l.shared_bytes + 128);
+        const size_t page = pages(1 << 20), inner = pages(l.shared_bytes + 128);
         b.shared_map_bytes = inner + 2 * page;
         b.shared_map = (unsigned char*)map(b.shared_map_bytes);
         mprotect(b.shared_map, page, PROT_NONE);
@@ -871,6 +872,33 @@ struct Cleanup {
     }
 };
 
+// A plain access by a kernel to memory that is not there (past the shared memory's pages, device memory without ptx.cuh, null) ends the
+// launch like any other mistake: the handler leaves for the scheduler and the fiber is dropped. Elsewhere the handler before has its turn.
+struct sigaction handler_before;
+void bad_address(int signal, siginfo_t* info, void* context) {
+    if (current && running) {
+        const ptrdiff_t offset = (const unsigned char*)info->si_addr - current->shared;
+        fail("a plain access to %p, which is no memory the kernel has (offset %td of the block's %u bytes of shared memory)", info->si_addr, offset,
+             current->shared_bytes);
+    }
+    if (handler_before.sa_flags & SA_SIGINFO)
+        handler_before.sa_sigaction(signal, info, context);
+    else if (handler_before.sa_handler != SIG_DFL && handler_before.sa_handler != SIG_IGN)
+        handler_before.sa_handler(signal);
+    else
+        sigaction(SIGSEGV, &handler_before, nullptr);  // and the access is tried again
+}
+void catch_bad_addresses() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        struct sigaction action = {};
+        action.sa_sigaction = bad_address;
+        action.sa_flags = SA_SIGINFO | SA_NODEFER;
+        sigemptyset(&action.sa_mask);
+        sigaction(SIGSEGV, &action, &handler_before);
+    });
+}
+
 std::string kernel_name(const void* kernel, const Options& options) {
     if (options.name) return options.name;
     Dl_info info;
@@ -888,6 +916,7 @@ void run(void (*call)(void*), void* context, const void* kernel, dim3 grid, dim3
     const uint64_t threads = (uint64_t)block.x * block.y * block.z, total = (uint64_t)grid.x * grid.y * grid.z;
     if (threads == 0 || threads > 1024 || threads % 32) throw error(name + ": blocks of " + std::to_string(threads) + " threads; 32 … 1024 in whole warps");
     if (total == 0 || shared_bytes > (1u << 20)) throw error(name + ": empty grid or over 1 MiB of shared memory");
+    catch_bad_addresses();
     Launch l;
     Cleanup cleanup{l};
     l.call = call;
