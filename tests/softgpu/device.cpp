@@ -2,6 +2,7 @@
 // asynchronous copies, and the registry of memory that kernels may touch. The declarations are in device.h.
 #include "device.h"
 
+#include "access.h"
 #include "race.h"
 
 #include <dlfcn.h>
@@ -32,6 +33,7 @@ namespace softgpu {
 __thread Lane* current;
 __thread Range* ranges;
 const RaceDetector* race_detector;
+bool track_reads;
 
 namespace {
 
@@ -192,13 +194,10 @@ struct Launch {
     std::string failure;
     uint64_t idle = 0;
     Counts counts = {};
-    // Which 4-byte words were read as constants or written: per 4 KB page, a bit per word.
-    struct Words {
-        uint64_t constant[16], written[16];
-    };
-    std::unordered_map<uintptr_t, Words> words;
+    Accesses own_accesses;
+    Accesses* accesses = &own_accesses;
     uintptr_t last_page = ~(uintptr_t)0;
-    Words* last_words = nullptr;
+    PageAccess* last_words = nullptr;
 };
 
 namespace {
@@ -308,24 +307,24 @@ void track(uintptr_t address, uint32_t bytes, Access access) {
     Launch& l = *running;
     const uintptr_t page = address >> 12;
     if (page != l.last_page) {
-        l.last_words = &l.words[page];
+        l.last_words = &l.accesses->pages[page];
         l.last_page = page;
     }
     const uint32_t first = (address & 4095) / 4, count = (bytes + 3) / 4;
     const uint64_t bits = ((1ull << count) - 1) << first % 64;  // aligned accesses of 16 bytes at most: one word of 64 bits
-    Launch::Words& w = *l.last_words;
-    (access == CONSTANT ? w.constant : w.written)[first / 64] |= bits;
-    if ((access == CONSTANT ? w.written : w.constant)[first / 64] & bits)
+    PageAccess& w = *l.last_words;
+    const uint32_t i = first / 64;
+    uint64_t* const kinds[] = {w.read, w.constant, w.written, w.atomic};
+    kinds[access][i] |= bits;
+    if (access != READ && w.constant[i] & (w.written[i] | w.atomic[i]) & bits)
         fail("%s of %u bytes at %p: the launch both writes this and reads it with load_constant", ACCESS_NAMES[access], bytes, (void*)address);
 }
 }  // namespace
 
 void* find_global(uintptr_t address, uint32_t bytes, Access access) {
     if (address % bytes) fail("%s of %u bytes at %p, which is not aligned", ACCESS_NAMES[access], bytes, (void*)address);
-    if (access != READ) {
-        track(address, bytes, access);
-        running->idle = 0;
-    }
+    if (access != READ) running->idle = 0;
+    if (access != READ || track_reads) track(address, bytes, access);
     Range& r = ranges[(address >> 16) % RANGES];
     if (!(address >= r.begin && address + bytes <= r.end)) {
         Registry& all = registry();
@@ -923,6 +922,7 @@ void run(void (*call)(void*), void* context, const void* kernel, dim3 grid, dim3
     l.context = context;
     l.name = name;
     l.devices = options.devices;
+    if (options.accesses) l.accesses = options.accesses;
     l.grid = grid;
     l.block = block;
     l.shared_bytes = (uint32_t)shared_bytes;
