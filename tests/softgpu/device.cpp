@@ -2,6 +2,8 @@
 // asynchronous copies, and the registry of memory that kernels may touch. The declarations are in device.h.
 #include "device.h"
 
+#include "race.h"
+
 #include <dlfcn.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -28,6 +30,7 @@ namespace softgpu {
 
 __thread Lane* current;
 __thread Range* ranges;
+const RaceDetector* race_detector;
 
 namespace {
 
@@ -170,6 +173,7 @@ struct Block {
     unsigned char* shared_map = nullptr;
     size_t stacks_bytes = 0, shared_map_bytes = 0;
     bool running = false;
+    RaceBlock* races = nullptr;
 };
 
 struct Launch {
@@ -221,6 +225,15 @@ void to_scheduler() {
     abort();
 }
 
+// Accesses to shared memory by lanes of the current warp, for the race detector.
+void shared_access(const void* p, uint32_t bytes, uint32_t mask, bool write) {
+    const Lane* l = current;
+    if (!l->races) return;
+    const std::string race =
+        race_detector->access((RaceBlock*)l->races, l->warp->index, mask, (uint32_t)((const unsigned char*)p - l->shared), bytes, write);
+    if (!race.empty()) fail("%s", race.c_str());
+}
+
 std::string lanes_text(uint32_t mask) {
     if (mask == ALL) return "all lanes";
     std::string s = "lanes";
@@ -258,6 +271,8 @@ Registry& registry() {
 }
 
 }  // namespace
+
+void fail_here(const std::string& text) { fail("%s", text.c_str()); }
 
 void register_memory(const void* address, size_t bytes, const char* name, ptrdiff_t shift) {
     Registry& r = registry();
@@ -516,6 +531,8 @@ void ldmatrix(uint32_t* r, const void* row, bool transposed) {
     check_shared(row, transposed ? "ldmatrix_x4_trans" : "ldmatrix_x4");
     w.rows[lane] = row;
     if (meet(transposed ? LDMATRIX_TRANS : LDMATRIX)) {
+        if (current->races)
+            for (const void* p : w.rows) shared_access(p, 16, ALL, false);
         load_matrices(w, transposed);
         running->counts.ldmatrix++;
         count_conflicts(w);
@@ -551,7 +568,9 @@ uint32_t vote(bool x) {
 }
 
 void warp_barrier() {
-    if (meet(SYNC_WARP)) leave();
+    if (!meet(SYNC_WARP)) return;
+    if (current->races) race_detector->sync_warp((RaceBlock*)current->races, current->warp->index);
+    leave();
 }
 
 void barrier(uint32_t id, uint32_t threads, bool whole_block) {
@@ -570,6 +589,11 @@ void barrier(uint32_t id, uint32_t threads, bool whole_block) {
     b.arrived += 32;
     if (b.arrived == threads) {
         b.arrived = 0;
+        if (block.races) {
+            bool passed[32];
+            for (uint32_t i = 0; i < l.warps; i++) passed[i] = i == w.index || block.warps[i].barrier == (int)id;
+            race_detector->sync(block.races, passed);
+        }
         for (uint32_t i = 0; i < l.warps; i++)
             if (block.warps[i].barrier == (int)id) {
                 block.warps[i].barrier = -1;
@@ -591,6 +615,7 @@ void copy_async(void* shared, const void* global_address, bool valid) {
     Fiber* me = (Fiber*)current;
     check_shared(shared, "cp_async_16");
     const void* from = valid ? global(global_address, 16, READ) : nullptr;
+    shared_access(shared, 16, 1u << me->lane, true);
     memset(shared, 0xff, 16);  // a NaN in every type, until the wait
     if (me->first_copy == me->copies.size()) {
         me->copies.clear();
@@ -605,6 +630,7 @@ void copy_wait(uint32_t newest) {
     for (; me->first_copy < me->copies.size(); me->first_copy++) {
         const Copy& c = me->copies[me->first_copy];
         if (c.group + newest >= me->groups) break;
+        shared_access(c.to, 16, 1u << me->lane, true);
         c.from ? (void)memcpy(c.to, c.from, 16) : (void)memset(c.to, 0, 16);
     }
 }
@@ -703,11 +729,13 @@ void start_block(Launch& l, Block& b, uint64_t number) {
         b.shared_map = (unsigned char*)map(b.shared_map_bytes);
         mprotect(b.shared_map, page, PROT_NONE);
         mprotect(b.shared_map + page + inner, page, PROT_NONE);
+        if (race_detector) b.races = race_detector->make(l.shared_bytes, l.warps);
         b.shared = b.shared_map + page + inner - (l.shared_bytes + 127) / 128 * 128;
     }
     memset(b.shared, 0xff, l.shared_bytes);
     memset(b.shared + l.shared_bytes, CANARY, (128 - l.shared_bytes % 128) % 128);
     memset(b.barriers, 0, sizeof b.barriers);
+    if (b.races) race_detector->reset(b.races);
     b.random.state = mix(l.random.state ^ mix(number));
     b.schedule = (Schedule)b.random.below(SCHEDULES);
     b.lanes_descend = b.random.below(2);
@@ -734,6 +762,7 @@ void start_block(Launch& l, Block& b, uint64_t number) {
         f.lane = i % 32;
         f.warp = &b.warps[i / 32];
         f.launch = &l;
+        f.races = b.races;
         f.copies.clear();
         f.first_copy = 0;
         f.groups = 0;
@@ -820,6 +849,7 @@ void end_block(Launch& l, Block& b) {
 
 void free_block(Block& b) {
     if (b.stacks) munmap(b.stacks, b.stacks_bytes);
+    if (b.races) race_detector->free(b.races);
     if (b.shared_map) munmap(b.shared_map, b.shared_map_bytes);
 }
 

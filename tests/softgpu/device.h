@@ -102,6 +102,7 @@ struct Lane {
     uint32_t lane;
     Warp* warp;
     Launch* launch;
+    void* races;  // of the block, if races are looked for (race.h)
 };
 // Set for the fiber that runs on this OS thread.
 extern __thread Lane* current __attribute__((tls_model("initial-exec")));
