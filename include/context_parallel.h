@@ -719,6 +719,13 @@ cp_status cp_group_global_ranks(const struct cp_group *group, uint32_t *ranks, s
 // `group` is a handle.
 cp_status cp_group_barrier(struct cp_group *group);
 
+// Connects the group's ranks pair by pair and allocates what a transport needs for that, so that later calls do neither: NCCL does both at a
+// pair's first message. Elsewhere like a barrier. Collective, blocking, not capturable.
+//
+// Requires:
+// `group` is a handle.
+cp_status cp_group_warm_up(struct cp_group *group);
+
 // Makes pending and future calls of the group and its relatives fail with CP_ERR_ABORTED, here and on the ranks that can be reached.
 // From any thread, also while another is inside a call. Not collective, not blocking. Afterwards the group can only be destroyed.
 //

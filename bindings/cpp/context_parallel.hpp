@@ -59,7 +59,13 @@ enum class Partition : std::uint32_t {
     striped = CP_PARTITION_STRIPED,
     list = CP_PARTITION_LIST
 };
-enum class TransportKind : std::uint32_t { automatic = CP_TRANSPORT_AUTO, local = CP_TRANSPORT_LOCAL, shm = CP_TRANSPORT_SHM };
+enum class TransportKind : std::uint32_t {
+    automatic = CP_TRANSPORT_AUTO,
+    local = CP_TRANSPORT_LOCAL,
+    shm = CP_TRANSPORT_SHM,
+    nccl = CP_TRANSPORT_NCCL,
+    staged = CP_TRANSPORT_STAGED
+};
 enum class Side : std::uint32_t { query = CP_SIDE_Q, key = CP_SIDE_K };
 enum class Pass : std::uint32_t { forward = CP_PASS_FORWARD, backward = CP_PASS_BACKWARD };
 enum class PlanFormat : std::uint32_t { text = CP_PLAN_TEXT, json = CP_PLAN_JSON };
@@ -79,6 +85,24 @@ inline void check(cp_status status) {
     if (status != CP_OK)
         throw Error(static_cast<Status>(status), cp_last_error());
 }
+
+/// Where tensors are and work is done.
+struct Device {
+    std::int32_t type = CP_DEVICE_CPU;
+    std::int32_t id = 0;
+
+    static Device cpu() { return Device(); }
+    static Device cuda(std::int32_t id) {
+        Device d;
+        d.type = CP_DEVICE_CUDA;
+        d.id = id;
+        return d;
+    }
+    bool is_cuda() const noexcept { return type == CP_DEVICE_CUDA; }
+};
+
+/// A CUstream, or cudaStream_t, which is the same; null is the default stream, and must be null on the CPU.
+using Stream = void *;
 
 /// major*1000000 + minor*1000 + patch.
 inline std::uint32_t version() {
@@ -123,7 +147,17 @@ class Group {
         TransportKind transport = TransportKind::automatic;
         /// Deadline of every wait; 0 is the library's default.
         std::chrono::milliseconds timeout{0};
+        /// This rank's.
+        Device device;
+        /// CUDA: the caller's ncclComm_t, which stays the caller's; null: none.
+        void *nccl_comm = nullptr;
+        /// CUDA: file of the NCCL library; empty: looked for.
+        std::string nccl_library;
+        /// CUDA: ranks compare every call before it also over NCCL; see CP_GROUP_AGREE.
+        bool agree = false;
         Options() {}
+        /// With everything else as it is by default.
+        explicit Options(Device d, TransportKind t = TransportKind::automatic) : transport(t), device(d) {}
     };
 
     /// From a configuration of the C interface. Collective.
@@ -141,6 +175,13 @@ class Group {
         cp_group_config c = config(0, 0, options);
         c.bootstrap = CP_BOOTSTRAP_ENV;
         return Group(c);
+    }
+
+    /// Over the caller's NCCL communicator, which knows rank and size. Collective.
+    static Group from_nccl(void *nccl_comm, Device device, Options options = Options()) {
+        options.nccl_comm = nccl_comm;
+        options.device = device;
+        return Group(config(0, 0, options));
     }
 
     /// With a collective that the caller has. What it throws comes out here. Collective.
@@ -194,6 +235,7 @@ class Group {
 
     /// Waits for all ranks. Collective.
     void barrier() { check(cp_group_barrier(handle_)); }
+    void warm_up() { check(cp_group_warm_up(handle_)); }
 
     /// Ends pending and future calls of the group. From any thread.
     void abort() { check(cp_group_abort(handle_)); }
@@ -231,6 +273,11 @@ class Group {
         c.size = size;
         c.transport_kind = static_cast<cp_transport_kind>(options.transport);
         c.timeout_ms = static_cast<std::uint64_t>(options.timeout.count());
+        c.flags = options.agree ? CP_GROUP_AGREE : 0;
+        c.device_type = options.device.type;
+        c.device_id = options.device.id;
+        c.nccl_comm = options.nccl_comm;
+        c.nccl_library = options.nccl_library.empty() ? nullptr : options.nccl_library.c_str();
         return c;
     }
 
@@ -255,10 +302,13 @@ class Tensor {
     Tensor() noexcept { std::memset(&raw_, 0, sizeof raw_); }
     explicit Tensor(const cp_tensor &raw) noexcept : raw_(raw) {}
 
-    /// On the CPU. Without strides the elements are dense. Inputs are not written, so a pointer to const is fine for them.
-    Tensor(const void *data, DType dtype, const std::vector<std::int64_t> &shape, const std::vector<std::int64_t> &strides = {}) : Tensor() {
+    /// Without strides the elements are dense. Inputs are not written, so a pointer to const is fine for them.
+    Tensor(const void *data, DType dtype, const std::vector<std::int64_t> &shape, const std::vector<std::int64_t> &strides = {},
+           Device device = Device())
+        : Tensor() {
         raw_.data = const_cast<void *>(data);
-        raw_.device_type = CP_DEVICE_CPU;
+        raw_.device_type = device.type;
+        raw_.device_id = device.id;
         raw_.dtype_code = dtype == DType::bf16 ? CP_CODE_BFLOAT : CP_CODE_FLOAT;
         raw_.dtype_bits = dtype == DType::f32 ? 32 : 16;
         raw_.dtype_lanes = 1;
@@ -267,6 +317,9 @@ class Tensor {
                                                       std::to_string(shape.size()) + " dimensions");
         lay_out(shape.size(), shape.data(), strides.empty() ? nullptr : strides.data());
     }
+
+    /// On a device, dense.
+    Tensor(Device device, const void *data, DType dtype, const std::vector<std::int64_t> &shape) : Tensor(data, dtype, shape, {}, device) {}
 
     /// Of a vector, dense; its size must be that of the shape.
     Tensor(const std::vector<float> &data, const std::vector<std::int64_t> &shape) : Tensor(data.data(), DType::f32, shape) {
@@ -426,12 +479,19 @@ struct AttentionConfig {
     bool save = false;              ///< keep head-split tensors for backward
     std::uint32_t max_tokens_per_rank = 0;
     std::uint32_t threads = 0; ///< 0: CP_THREADS from the environment, or 1
+    Device device;
+    bool deterministic = false;     ///< CUDA: equal bits run after run, at some cost in speed
+    std::uint32_t sm_margin = 0;    ///< CUDA: multiprocessors left to others
+    std::uint32_t max_segments = 0; ///< CUDA: pieces of the mask in one stage, at most; 0: the library's default
+    cp_device_alloc_fn device_alloc = nullptr; ///< CUDA: workspace of calls that bring none; null: the layer keeps its own
+    cp_device_free_fn device_free = nullptr;
+    void *device_alloc_ctx = nullptr;
 
     cp_attention_config raw() const {
         cp_attention_config c = detail::sized<cp_attention_config>();
         c.flags = flag(causal, CP_ATTENTION_CAUSAL) | flag(bottom_right, CP_ATTENTION_BOTTOM_RIGHT) |
                   flag(window_left >= 0, CP_ATTENTION_WINDOW_LEFT) | flag(window_right >= 0, CP_ATTENTION_WINDOW_RIGHT) |
-                  flag(wire_f32, CP_ATTENTION_WIRE_F32) | flag(save, CP_ATTENTION_SAVE);
+                  flag(wire_f32, CP_ATTENTION_WIRE_F32) | flag(save, CP_ATTENTION_SAVE) | flag(deterministic, CP_ATTENTION_DETERMINISTIC);
         c.heads = heads;
         c.kv_heads = kv_heads;
         c.head_dim_qk = head_dim_qk;
@@ -444,6 +504,13 @@ struct AttentionConfig {
         c.softmax_scale = softmax_scale;
         c.max_tokens_per_rank = max_tokens_per_rank;
         c.threads = threads;
+        c.device_type = device.type;
+        c.device_id = device.id;
+        c.sm_margin = sm_margin;
+        c.max_segments = max_segments;
+        c.device_alloc = device_alloc;
+        c.device_free = device_free;
+        c.device_alloc_ctx = device_alloc_ctx;
         return c;
     }
 
@@ -497,14 +564,29 @@ class Context {
     Context &operator=(Context &&) = default;
     const cp_context &raw() const noexcept { return raw_; }
 
+    /// Memory for what forward saves, aligned to 64, until backward has run: on CUDA, device memory of saved_size bytes, where that is not 0.
+    /// On the CPU the context has its own.
+    void use_saved(void *memory, std::size_t bytes) noexcept {
+        given_ = memory;
+        given_bytes_ = bytes;
+    }
+
   private:
     friend class Attention;
 
     /// Room for the saved buffer, aligned to 64; null for none.
-    void *reserve(std::size_t bytes) {
+    void *reserve(std::size_t bytes, bool cuda) {
         saved_bytes_ = bytes;
         if (bytes == 0)
             return nullptr;
+        if (given_ != nullptr) {
+            saved_bytes_ = given_bytes_;
+            return given_;
+        }
+        if (cuda) {
+            saved_bytes_ = 0;
+            return nullptr; // Refused, on all ranks: saved got NULL.
+        }
         if (memory_.size() < bytes + 64)
             memory_.resize(bytes + 64);
         return saved();
@@ -513,6 +595,8 @@ class Context {
     void *saved() {
         if (saved_bytes_ == 0)
             return nullptr;
+        if (given_ != nullptr)
+            return given_;
         std::uintptr_t at = reinterpret_cast<std::uintptr_t>(memory_.data());
         return memory_.data() + (64 - at % 64) % 64;
     }
@@ -520,18 +604,27 @@ class Context {
     cp_context raw_ = cp_context();
     std::vector<unsigned char> memory_;
     std::size_t saved_bytes_ = 0;
+    void *given_ = nullptr;
+    std::size_t given_bytes_ = 0;
 };
 
-/// An attention layer. One call at a time.
+/// An attention layer. One call at a time. On the CPU forward and backward block; on CUDA they enqueue on the stream and return, and tensors, workspace
+/// and saved buffer stay as they are until the stream is through.
 class Attention {
   public:
-    explicit Attention(const AttentionConfig &config) {
+    explicit Attention(const AttentionConfig &config) : cuda_(config.device.is_cuda()) {
         cp_attention_config raw = config.raw();
         check(cp_attention_create(&raw, &handle_));
     }
-    Attention(Attention &&other) noexcept : handle_(other.handle_) { other.handle_ = nullptr; }
+    Attention(Attention &&other) noexcept
+        : handle_(other.handle_), workspace_(other.workspace_), workspace_bytes_(other.workspace_bytes_), cuda_(other.cuda_) {
+        other.handle_ = nullptr;
+    }
     Attention &operator=(Attention &&other) noexcept {
         std::swap(handle_, other.handle_);
+        std::swap(workspace_, other.workspace_);
+        std::swap(workspace_bytes_, other.workspace_bytes_);
+        std::swap(cuda_, other.cuda_);
         return *this;
     }
     Attention(const Attention &) = delete;
@@ -560,7 +653,7 @@ class Attention {
         return bytes;
     }
 
-    /// Memory for the calls that follow, aligned to 64; null for the layer's own.
+    /// Memory for the calls that follow, aligned to 64, on CUDA device memory; null for the layer's own, or device_alloc's.
     void use_workspace(void *memory, std::size_t bytes) noexcept {
         workspace_ = memory;
         workspace_bytes_ = bytes;
@@ -594,7 +687,7 @@ class Attention {
     }
 
     /// Collective over the group. Fills out and lse, and `context` for backward.
-    void forward(const Sequences &sequences, const ForwardTensors &t, Context &context, void *stream = nullptr) {
+    void forward(const Sequences &sequences, const ForwardTensors &t, Context &context, Stream stream = nullptr) {
         cp_sequences s = sequences.raw();
         cp_forward_args a = detail::sized<cp_forward_args>();
         a.sequences = &s;
@@ -607,8 +700,8 @@ class Attention {
         std::size_t saved = 0;
         if (cp_attention_saved_size(handle_, &s, &saved) != CP_OK)
             saved = 0;
-        a.saved = context.reserve(saved);
-        a.saved_bytes = saved;
+        a.saved = context.reserve(saved, cuda_);
+        a.saved_bytes = context.saved_bytes_;
         a.workspace = workspace_;
         a.workspace_bytes = workspace_bytes_;
         a.context = &context.raw_;
@@ -616,7 +709,7 @@ class Attention {
     }
 
     /// Collective over the group that the forward of `context` used. Fills dq, dk and dv.
-    void backward(const Sequences &sequences, const BackwardTensors &t, Context &context, void *stream = nullptr) {
+    void backward(const Sequences &sequences, const BackwardTensors &t, Context &context, Stream stream = nullptr) {
         cp_sequences s = sequences.raw();
         cp_backward_args a = detail::sized<cp_backward_args>();
         a.sequences = &s;
@@ -644,6 +737,7 @@ class Attention {
     cp_attention *handle_ = nullptr;
     void *workspace_ = nullptr;
     std::size_t workspace_bytes_ = 0;
+    bool cuda_ = false;
 };
 
 /// Tokens that a rank holds, in the order of its rows; see cp_partition_tokens.

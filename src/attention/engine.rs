@@ -192,6 +192,14 @@ impl OnDevice {
     }
 }
 
+impl Drop for OnDevice {
+    fn drop(&mut self) {
+        // The last call may still be on its stream, and it uses the workspace. If the device is lost, nothing does any more.
+        let _current = self.cuda.device().enter();
+        let _ = self.own_used.synchronize();
+    }
+}
+
 /// A workspace for the length of a call.
 pub(super) struct Lease {
     ptr: *mut u8,

@@ -340,9 +340,15 @@ impl Attention {
         Plan::new(problem, self.group().rank(), pass, self.options(self.group(), false))
     }
 
-    /// What a pass costs this rank.
+    /// What a pass costs this rank. On a device the work lists are part of its workspace.
     pub fn account(&self, problem: &Arc<Problem>, pass: Pass) -> Account {
-        account(&self.plan(problem, pass))
+        let target = self.target();
+        if target == Target::Host {
+            return account(&self.plan(problem, pass));
+        }
+        let prepared =
+            self.group().prepare(problem, pass, self.options(self.group(), false), target);
+        Account { workspace: prepared.workspace as u64, ..account(&prepared.plan) }
     }
 
     /// Workspace that suffices for every call in which no rank holds more than `rows` rows: that of a full mask over `rows` rows on

@@ -150,6 +150,19 @@ pub unsafe extern "C" fn cp_group_barrier(group: *mut cp_group) -> cp_status {
     })
 }
 
+/// Connects the group's ranks pair by pair and allocates what a transport needs for that, so that later calls do neither: NCCL does both at a
+/// pair's first message. Elsewhere like a barrier. Collective, blocking, not capturable.
+///
+/// # Safety
+/// `group` is a handle.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cp_group_warm_up(group: *mut cp_group) -> cp_status {
+    guard(|| {
+        // SAFETY: the caller's promise.
+        unsafe { object(group.cast_const())? }.warm_up()
+    })
+}
+
 /// Makes pending and future calls of the group and its relatives fail with CP_ERR_ABORTED, here and on the ranks that can be reached.
 /// From any thread, also while another is inside a call. Not collective, not blocking. Afterwards the group can only be destroyed.
 ///

@@ -3,6 +3,7 @@
 #ifndef CP_TEST_JOB_H
 #define CP_TEST_JOB_H
 
+#include "gpu.h"
 #include "oracle.h"
 
 enum { GUARD = 64, UNTOUCHED = 0xFF };
@@ -13,7 +14,7 @@ enum {
     VARY_SAVE = 4,       /* head-split tensors are kept for backward */
     VARY_WORKSPACE = 8,  /* the caller's workspace, of the size that the query says */
     VARY_WIRE = 16,      /* gradients travel as fp32 */
-    VARY_THREADS = 32,   /* two threads */
+    VARY_THREADS = 32,   /* two threads; on CUDA the deterministic kernels */
     VARY_STAGES = 64,    /* p2p: one stage, a2a+p2p: all ranks inside or outside */
     VARY_EXPLICIT = 128, /* the key side is spelt out */
     VARY_RELAY = 256     /* p2p: the neighbour ring; with the bit above, the number of stages is chosen under a cap */
@@ -26,8 +27,9 @@ static size_t guard_bytes = GUARD;
 typedef struct local {
     cp_tensor t;
     cp_dtype dtype;
-    unsigned char *memory, *copy;
-    size_t bytes, at; /* all bytes, and where the first element is */
+    unsigned char *memory, *copy; /* on the host; the elements' own memory on the CPU */
+    device_pointer device;        /* a rank on CUDA: as many bytes there */
+    size_t bytes, at;             /* all bytes, and where the first element is */
     size_t shape[4], stride[4];
 } local;
 
@@ -35,9 +37,9 @@ static inline size_t element_bytes(cp_dtype d) {
     return d == CP_DTYPE_F32 ? 4 : 2;
 }
 
-/* `layout`: 0 bshd, 1 sbhd, 2 heads first, 3 with gaps everywhere and not aligned to more than an element. */
+/* `layout`: 0 bshd, 1 sbhd, 2 heads first, 3 with gaps everywhere and not aligned to more than is asked for: an element, on CUDA 16 bytes. */
 static inline void local_make(local *l, cp_dtype dtype, int packed, int lse, size_t b, size_t s, size_t h, size_t d, int layout, int null) {
-    size_t span = 1, i, n = element_bytes(dtype), gap = layout == 3 && !lse ? 3 : 0;
+    size_t span = 1, i, n = element_bytes(dtype), step = here == NULL ? n : 16, gap = layout == 3 && !lse ? (here == NULL ? 3 : 16 / n) : 0;
     size_t order[4][4] = {{0, 1, 2, 3}, {1, 0, 2, 3}, {0, 2, 1, 3}, {0, 1, 2, 3}}; /* outermost first */
     size_t shape[4] = {b, s, h, d};
     memset(l, 0, sizeof *l);
@@ -51,12 +53,15 @@ static inline void local_make(local *l, cp_dtype dtype, int packed, int lse, siz
     }
     for (i = 0, span = 1; i < 4; i++)
         span = shape[i] == 0 || span == 0 ? 0 : span + (shape[i] - 1) * l->stride[i];
-    l->at = guard_bytes + (layout == 3 ? n : 0);
+    l->at = guard_bytes + (layout == 3 ? step : 0);
     l->bytes = l->at + span * n + guard_bytes;
     l->memory = (unsigned char *)must(malloc(l->bytes + 1));
     memset(l->memory, UNTOUCHED, l->bytes);
-    l->t.data = span == 0 && null ? NULL : l->memory + l->at;
-    l->t.device_type = CP_DEVICE_CPU;
+    if (here != NULL)
+        l->device = gpu_alloc(l->bytes);
+    l->t.data = span == 0 && null ? NULL : here == NULL ? (void *)(l->memory + l->at) : (void *)(uintptr_t)(l->device + l->at);
+    l->t.device_type = place_type();
+    l->t.device_id = place_id();
     l->t.dtype_code = dtype == CP_DTYPE_BF16 ? CP_CODE_BFLOAT : CP_CODE_FLOAT;
     l->t.dtype_bits = (uint8_t)(n * 8);
     l->t.dtype_lanes = 1;
@@ -112,7 +117,9 @@ static inline int local_intact(const local *l) {
 
 /* A caller's buffer, aligned to 64, with guards. */
 typedef struct buffer {
-    unsigned char *memory, *at;
+    unsigned char *memory, *at; /* on the host */
+    device_pointer device;
+    void *given; /* what the library gets */
     size_t bytes;
 } buffer;
 
@@ -121,10 +128,19 @@ static inline void buffer_make(buffer *b, size_t bytes) {
     memset(b->memory, UNTOUCHED, bytes + 2 * GUARD + 64);
     b->at = b->memory + GUARD + (64 - ((uintptr_t)b->memory + GUARD) % 64) % 64;
     b->bytes = bytes;
+    b->given = b->at;
+    if (here != NULL) {
+        b->device = gpu_alloc(bytes + 2 * GUARD);
+        gpu_write(b->device, b->at - GUARD, bytes + 2 * GUARD);
+        b->given = (void *)(uintptr_t)(b->device + GUARD);
+    }
 }
 
+/* On CUDA the rank's stream is empty. */
 static inline int buffer_intact(const buffer *b) {
     size_t i;
+    if (b->device != 0)
+        gpu_read(b->at - GUARD, b->device, b->bytes + 2 * GUARD);
     for (i = 0; b->memory != NULL && i < GUARD; i++)
         if (b->at[-1 - (long)i] != UNTOUCHED || b->at[b->bytes + i] != UNTOUCHED)
             return 0;
@@ -173,7 +189,11 @@ static inline cp_attention_config layer_config(const test_case *c, cp_dtype dtyp
     k.window_left = c->left >= 0 ? (uint32_t)c->left : 0;
     k.window_right = c->right >= 0 ? (uint32_t)c->right : 0;
     k.softmax_scale = c->has_scale ? c->scale : 0;
-    k.threads = vary & VARY_THREADS ? 2 : 1;
+    k.threads = here != NULL ? 0 : vary & VARY_THREADS ? 2 : 1;
+    k.device_type = place_type();
+    k.device_id = place_id();
+    if (here != NULL && vary & VARY_THREADS)
+        k.flags |= CP_ATTENTION_DETERMINISTIC;
     return k;
 }
 
@@ -231,9 +251,7 @@ static inline void job_make(job *j, const test_case *c, cp_dtype dtype, cp_atten
         local_make(&j->t[i], lse ? CP_DTYPE_F32 : dtype, packed, lse, batch, j->count[key] / batch,
                    (size_t)(key ? c->kv_heads : c->heads), lse ? 1 : (size_t)(qk ? c->dim_qk : c->dim_v),
                    c->format == SBHD && layout == 0 ? 1 : layout, rank % 2);
-        if (i > T_D_OUT)
-            continue;
-        {
+        if (i <= T_D_OUT) {
             size_t heads = j->t[i].shape[2], dim = j->t[i].shape[3];
             char *is_true = true_tokens(c, key);
             for (row = 0; row < j->count[key]; row++)
@@ -245,6 +263,10 @@ static inline void job_make(job *j, const test_case *c, cp_dtype dtype, cp_atten
                     }
             free(is_true);
         }
+        if (here != NULL)
+            gpu_write(j->t[i].device, j->t[i].memory, j->t[i].bytes);
+        if (i > T_D_OUT)
+            continue;
         j->t[i].copy = (unsigned char *)must(malloc(j->t[i].bytes + 1));
         memcpy(j->t[i].copy, j->t[i].memory, j->t[i].bytes);
     }
@@ -282,17 +304,17 @@ static inline int job_forward(job *j) {
         return 0;
     if (bytes > 0) {
         buffer_make(&j->saved, bytes);
-        a.saved = j->saved.at;
+        a.saved = j->saved.given;
         a.saved_bytes = bytes;
     }
     if (j->vary & VARY_WORKSPACE) {
         if (!job_ok(j, cp_attention_workspace_size(j->layer, (uint32_t)job_most_rows(j), &bytes), "cp_attention_workspace_size"))
             return 0;
         buffer_make(&j->workspace, bytes);
-        a.workspace = j->workspace.at;
+        a.workspace = j->workspace.given;
         a.workspace_bytes = bytes;
     }
-    return job_ok(j, cp_attention_forward(j->layer, &a, NULL), "cp_attention_forward");
+    return job_ok(j, cp_attention_forward(j->layer, &a, gpu_stream()), "cp_attention_forward");
 }
 
 /* After forward; the layer may have another group by now. */
@@ -313,11 +335,11 @@ static inline int job_backward(job *j) {
     a.dq = j->t[T_DQ].t;
     a.dk = j->t[T_DK].t;
     a.dv = j->t[T_DV].t;
-    a.saved = j->saved.at;
+    a.saved = j->saved.given;
     a.saved_bytes = j->saved.bytes;
-    a.workspace = j->workspace.at;
+    a.workspace = j->workspace.given;
     a.workspace_bytes = j->workspace.bytes;
-    return job_ok(j, cp_attention_backward(j->layer, &a, NULL), "cp_attention_backward");
+    return job_ok(j, cp_attention_backward(j->layer, &a, gpu_stream()), "cp_attention_backward");
 }
 
 /* Floats of the five global results of a case, one after another. */
@@ -334,8 +356,12 @@ static inline void job_results(job *j, float *global) {
     static const int of[RESULTS] = {T_OUT, T_LSE, T_DQ, T_DK, T_DV};
     size_t row, head, d;
     int i, r;
+    if (here != NULL)
+        gpu_wait();
     if (j->failed)
         return;
+    for (i = 0; here != NULL && i < TENSORS; i++)
+        gpu_read(j->t[i].memory, j->t[i].device, j->t[i].bytes);
     for (r = 0; r < RESULTS; r++) {
         const local *l = &j->t[of[r]];
         int side = result_side(r);
@@ -358,9 +384,12 @@ static inline void job_results(job *j, float *global) {
 
 static inline void job_free(job *j) {
     int i;
-    for (i = 0; i < TENSORS; i++)
+    for (i = 0; i < TENSORS; i++) {
         free(j->t[i].memory), free(j->t[i].copy);
+        gpu_free(j->t[i].device);
+    }
     free(j->rows[0]), free(j->rows[1]), free(j->saved.memory), free(j->workspace.memory);
+    gpu_free(j->saved.device), gpu_free(j->workspace.device);
 }
 
 #endif /* CP_TEST_JOB_H */

@@ -4,6 +4,7 @@
 #define CP_TEST_RANKS_H
 
 #include "case.h"
+#include "gpu.h"
 
 #ifdef CP_WITH_MPI
 #include "context_parallel_mpi.h"
@@ -25,6 +26,10 @@ typedef struct world {
 } world;
 
 typedef int (*test_body)(world *w);
+
+/* Ranks are on CUDA devices, dealt out in turn, and their data moves this way; they agree before every call unless they trust each other. */
+static int on_cuda, trusting;
+static cp_transport_kind data_transport = CP_TRANSPORT_AUTO;
 
 static inline void check(cp_status status, const world *w, const char *what) {
     if (status == CP_OK)
@@ -61,11 +66,20 @@ static inline void collect(world *w, float *x, size_t n) {
 /* The world is there: runs the test. */
 static inline int run_rank(world *w, cp_group_config *config, test_body body) {
     int failed;
+    gpu mine;
     config->struct_size = (uint32_t)sizeof *config;
     config->timeout_ms = 60000;
+    if (on_cuda) {
+        gpu_open(&mine, w->rank);
+        config->transport_kind = data_transport;
+        config->flags = trusting ? 0 : CP_GROUP_AGREE;
+    }
+    config->device_type = place_type();
+    config->device_id = place_id();
     check(cp_group_init(config, &w->group), w, "cp_group_init");
     failed = body(w);
     check(cp_group_destroy(w->group), w, "cp_group_destroy");
+    gpu_close();
     return failed;
 }
 

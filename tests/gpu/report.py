@@ -30,7 +30,7 @@ def perf(name, result):
     head = ["exchange", "ranks", "forward ms", "TFLOP/s", "cost", "backward ms", "TFLOP/s", "cost"]
     problem = result["problem"]
     mask = "causal" if problem["causal"] else "full"
-    title = f"{problem['heads']}:{problem['kv_heads']} heads, D = {problem['head_dim_qk']}, S = {result['rows'][0]['seq']}, {mask}, {problem['dtype']}"
+    title = f"{problem['heads']}:{problem['kv_heads']} heads, D = {problem['head_dim_qk']}, S = {result['rows'][0]['seq']}, {mask}, {problem['dtype']}, median of {result['iters']}"
     return ["", f"## {name}: {title}", "", *table(head, rows)]
 
 
@@ -52,8 +52,8 @@ def markdown(whole):
     smi = machine.get("nvidia_smi")
     lines += [f"Commit {whole['pack']['commit']}, packed {whole['pack']['packed']}. {whole['seconds']:.0f} s in all."]
     lines += ["Machine: " + "; ".join(f"{k} {v}" for k, v in smi.items()) + "."] if isinstance(smi, dict) else []
-    if results.get("tests"):
-        lines += [f"Rust tests on CUDA: {results['tests']['passed']} passed, {results['tests']['failed']} failed."]
+    totals = [f"{way} {t['passed']} passed, {t['failed']} failed" for way, t in results["tests"].items() if t]
+    lines += [f"Rust tests on CUDA, seed {whole['seed']}: {'; '.join(totals) or 'none'}."]
     lines += ["", *table(["step", "outcome", "s"], [[name, outcome(step), step["seconds"]] for name, step in whole["steps"].items()])]
     for name, result in results.items():
         if name.startswith("perf"):

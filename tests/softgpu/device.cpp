@@ -182,6 +182,7 @@ struct Launch {
     std::string name;
     dim3 grid, block;
     uint32_t shared_bytes, threads, warps;
+    uint64_t devices;
     Context scheduler;
     std::vector<std::unique_ptr<Block>> blocks;
     Random random;
@@ -253,6 +254,7 @@ struct Piece {
     uintptr_t end;
     ptrdiff_t shift;
     std::string name;
+    int device;
 };
 struct Registry {
     std::mutex mutex;
@@ -274,14 +276,14 @@ Registry& registry() {
 
 void fail_here(const std::string& text) { fail("%s", text.c_str()); }
 
-void register_memory(const void* address, size_t bytes, const char* name, ptrdiff_t shift) {
+void register_memory(const void* address, size_t bytes, const char* name, ptrdiff_t shift, int device) {
     Registry& r = registry();
     std::lock_guard<std::mutex> lock(r.mutex);
     const uintptr_t begin = (uintptr_t)address, end = begin + bytes;
     auto next = r.pieces.lower_bound(begin);
     if (bytes == 0 || (next != r.pieces.end() && next->first < end) || r.find(begin))
         throw error(std::string("register_memory: ") + name + " is empty or overlaps live memory");
-    r.pieces[begin] = {end, shift, name};
+    r.pieces[begin] = {end, shift, name, device};
     r.generation++;
 }
 void unregister_memory(const void* address) {
@@ -340,6 +342,11 @@ void* find_global(uintptr_t address, uint32_t bytes, Access access) {
             }
             lock.unlock();
             fail("%s of %u bytes at %p, outside live memory: %s", ACCESS_NAMES[access], bytes, (void*)address, near.c_str());
+        }
+        if (p->second.device >= 0 && !(running->devices >> p->second.device & 1)) {
+            const std::string name = p->second.name;
+            lock.unlock();
+            fail("%s at %p in %s: peer access is not enabled", ACCESS_NAMES[access], (void*)address, name.c_str());
         }
         r = {p->first, p->second.end, p->second.shift};
     }
@@ -886,6 +893,7 @@ void run(void (*call)(void*), void* context, const void* kernel, dim3 grid, dim3
     l.call = call;
     l.context = context;
     l.name = name;
+    l.devices = options.devices;
     l.grid = grid;
     l.block = block;
     l.shared_bytes = (uint32_t)shared_bytes;

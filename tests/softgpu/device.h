@@ -142,8 +142,8 @@ uint16_t float_to_f16(float x);
 float f16_to_float(uint16_t x);
 
 // Memory that kernels may touch: [address, address + bytes), found in this process `shift` bytes higher. `name` appears in errors.
-// Overlap with live memory is refused.
-void register_memory(const void* address, size_t bytes, const char* name, ptrdiff_t shift = 0);
+// `device`: only kernels allowed to (Options) reach it; −1: all are. Overlap with live memory is refused.
+void register_memory(const void* address, size_t bytes, const char* name, ptrdiff_t shift = 0, int device = -1);
 void unregister_memory(const void* address);
 // Where the bytes of [address, address + bytes) are; null if that is not inside one live piece.
 void* resolve(const void* address, size_t bytes);
@@ -164,6 +164,7 @@ struct Options {
     const char* name = nullptr;  // for errors; else the symbol's name, if that can be found
     uint64_t seed = 0;           // 0: from SOFTGPU_SEED (default 1) and the number of the launch
     int schedule = -1;           // -1: drawn per block
+    uint64_t devices = ~0ull;    // a bit per device whose memory the kernel may touch
     uint32_t resident = 0;       // blocks in flight at once; 0: drawn from 1 … 3
 };
 

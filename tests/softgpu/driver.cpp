@@ -424,7 +424,7 @@ static Result allocate(uint64_t* out, size_t bytes, bool pinned, const char* cal
                              std::to_string(c->device) + ", " + std::to_string(bytes) + " bytes";
     driver.allocations[address] = Allocation{address, bytes, host, c->device, pinned, name};
     driver.statistics.live_bytes += bytes;
-    softgpu::register_memory((const void*)address, bytes, name.c_str(), host - (char*)address);
+    softgpu::register_memory((const void*)address, bytes, name.c_str(), host - (char*)address, pinned ? -1 : c->device);
     *out = address;
     return SUCCESS;
 }
@@ -623,8 +623,14 @@ CUDA cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsig
     action->name = k->name;
     action->count = &driver.statistics.kernels;
     const dim3 grid(gx, gy, gz), block(bx, by, bz);
+    const Context* const context = driver.contexts[(size_t)s->device].get();
     action->execute = [=](uint64_t run, std::string& why) -> int {
         softgpu::Options options;
+        {
+            Lock lock(driver.mutex);
+            options.devices = 1ull << context->device % 64;
+            for (int peer : context->peers) options.devices |= 1ull << peer % 64;
+        }
         options.name = k->name;
         options.seed = mix64(driver.seed ^ mix64(run));
         // What the launch was given, from here and not where it was copied to: a kernel does not write its parameters.

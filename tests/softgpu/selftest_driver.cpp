@@ -20,6 +20,8 @@ int cuInit(unsigned);
 int cuDeviceGetAttribute(int*, int, int);
 int cuDevicePrimaryCtxRetain(void**, int);
 int cuCtxSetCurrent(void*);
+int cuCtxGetCurrent(void**);
+int cuCtxEnablePeerAccess(void*, unsigned);
 int cuCtxSynchronize();
 int cuMemAlloc_v2(uint64_t*, size_t);
 int cuMemFree_v2(uint64_t);
@@ -402,6 +404,51 @@ static void out_of_bounds() {
     OK(cuLaunchKernel(function, 1, 1, 1, 64, 1, 1, 0, s, params, nullptr));
     GIVES(700, cuStreamSynchronize(s));
 }
+static void two_devices() {
+    setenv("SOFTGPU_DEVICES", "2", 1);
+    start();
+    void *s = stream(), *e = event(), *peer, *own;
+    const uint64_t x = device_memory();
+    OK(cuCtxGetCurrent(&own));
+    OK(cuDevicePrimaryCtxRetain(&peer, 1));
+    OK(cuCtxSetCurrent(peer));
+    void *t = stream(), *f = event();
+    const uint64_t y = device_memory(), z = device_memory();
+    GIVES(400, cuEventRecord(f, s));  // of another device
+    GIVES(400, add(y, z, 1, t));      // loaded on another device
+    OK(cuMemsetD32Async(y, 5, N, t));
+    OK(cuEventRecord(f, t));
+    OK(cuStreamWaitEvent(s, f, 0));  // events order devices
+    OK(cuMemcpyDtoDAsync_v2(x, y, BYTES, s));
+    OK(cuEventRecord(e, s));
+    OK(cuStreamWaitEvent(t, e, 0));
+    OK(cuMemsetD32Async(y, 6, N, t));
+    OK(cuStreamSynchronize(t));
+    OK(cuCtxSetCurrent(own));
+    EXPECT(all(x, 5) && all(y, 6));
+    OK(cuCtxEnablePeerAccess(peer, 0));
+    GIVES(704, cuCtxEnablePeerAccess(peer, 0));
+    OK(add(y, x, 1, s));
+    OK(cuStreamSynchronize(s));
+    EXPECT(all(x, 7));
+}
+static void no_peer_access() {
+    setenv("SOFTGPU_DEVICES", "2", 1);
+    start();
+    void *s = stream(), *peer, *own;
+    const uint64_t x = device_memory();
+    OK(cuCtxGetCurrent(&own));
+    OK(cuDevicePrimaryCtxRetain(&peer, 1));
+    OK(cuCtxSetCurrent(peer));
+    const uint64_t y = device_memory();
+    OK(cuMemsetD32Async(y, 1, N, nullptr));
+    OK(cuCtxSynchronize());
+    OK(cuCtxSetCurrent(own));
+    OK(add(y, x, 1, s));
+    GIVES(700, cuStreamSynchronize(s));
+    OK(cuCtxSetCurrent(peer));
+    EXPECT(all(y, 1));  // the other device goes on
+}
 static void timeout() {
     setenv("SOFTGPU_TIMEOUT_MS", "300", 1);
     start();
@@ -518,7 +565,8 @@ int main(int argc, char** argv) {
     } hold[] = {{"streams and events", streams_and_events}, {"the default stream", default_stream}, {"copies", copies}, {"launches are checked", launches},
                 {"capture and graphs", graphs}, {"operations of the communication stand-in", operations}, {"host functions may not call CUDA", host_functions},
                 {"use after free is a sticky error", use_after_free}, {"a kernel out of bounds is a sticky error", out_of_bounds},
-                {"a stream that never goes on times out", timeout}, {"a forked child is refused", forked},
+                {"two devices", two_devices},
+                {"no peer access", no_peer_access}, {"a stream that never goes on times out", timeout}, {"a forked child is refused", forked},
                 {"the host cannot dereference device memory", host_cannot_dereference}},
       fail[] = {{"two streams without an event", no_event}, {"a staging buffer reused early", staging_reused}, {"a result read early", result_read_early},
                 {"the default stream and a non-blocking one", default_stream_and_non_blocking}, {"graph nodes without a dependency", graph_without_dependency}};

@@ -1,12 +1,12 @@
-"""Attention layers over NumPy arrays and torch tensors, zero-copy."""
+"""Attention layers over the caller's arrays, zero-copy."""
 
 import ctypes
-import sys
 from ctypes import byref, c_size_t, c_void_p
 
 import numpy as np
 
-from . import _abi
+from . import _abi, _device
+from ._arrays import ALIGN, aligned, buffer, describe, is_array, is_foreign, is_tensor, new
 from ._lib import Error, Handle, argument_error, check, lib, number
 from .partition import Sequences, choice, partition_code
 
@@ -20,7 +20,6 @@ _COMMS = {
 }
 # Where the axes [batch, seq, heads, dim] (thd: [tokens, heads, dim]) of a tensor are in the caller's array.
 _FORMATS = {"bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3), "bhsd": (0, 2, 1, 3), "thd": (0, 1, 2)}
-_ALIGN = 64
 
 
 class Context:
@@ -45,20 +44,39 @@ class Attention:
     "contiguous", "striped" or "list". softmax_scale: None is 1/sqrt(head_dim). save: with a2a, forward keeps the head-split tensors for backward.
     wire_fp32: partial gradients travel as fp32. max_tokens_per_rank: most rows a rank ever holds, 0: no limit. threads: 0 is CP_THREADS, or 1.
 
+    device: where arrays are and work is done: "cpu", "cuda:0", ("cuda", 0), a torch.device; "cuda" is torch's current one. On CUDA dtype is bfloat16 or
+    float16, and there are: deterministic: equal bits run after run, at some cost in speed; sm_margin: multiprocessors left to others; max_segments: most
+    pieces of the mask in one stage (see cp_attention_config); allocator: of workspace: "torch" (the caching allocator, and the default where torch has
+    CUDA), "own" (the layer keeps one workspace), or (alloc, free) with alloc(bytes, stream) -> address and free(address, bytes, stream).
+
     One call at a time. Outputs and arrays given as outputs are written only on success.
     """
 
     def __init__(self, *, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=False, bottom_right=False, window=(None, None),
-                 format="bshd", partition="zigzag", softmax_scale=None, save=False, wire_fp32=False, max_tokens_per_rank=0, threads=0):  # fmt: skip
+                 format="bshd", partition="zigzag", softmax_scale=None, save=False, wire_fp32=False, max_tokens_per_rank=0, threads=0,
+                 device=None, deterministic=False, sm_margin=0, max_segments=0, allocator=None):  # fmt: skip
         pointer = c_void_p()
         config = _config(
             heads=heads, head_dim=head_dim, dtype=dtype, kv_heads=kv_heads, head_dim_v=head_dim_v, causal=causal, bottom_right=bottom_right,
             window=window, format=format, partition=partition, softmax_scale=softmax_scale, save=save, wire_fp32=wire_fp32,
-            max_tokens_per_rank=max_tokens_per_rank, threads=threads)  # fmt: skip
+            max_tokens_per_rank=max_tokens_per_rank, threads=threads, device=device, deterministic=deterministic, sm_margin=sm_margin,
+            max_segments=max_segments)  # fmt: skip
+        self._place = (config.device_type, config.device_id)
+        self._allocator = None
+        if self._cuda:
+            self._allocator = _device.allocator(allocator, config.device_id)
+        elif allocator is not None:
+            raise argument_error("allocator: is for layers on CUDA")
+        if self._allocator is not None:
+            config.device_alloc, config.device_free = self._allocator.alloc, self._allocator.free
         check(lib.cp_attention_create(byref(config), byref(pointer)))
         self._handle = Handle(self, "attention", pointer.value, lib.cp_attention_destroy)
         self._axes, self._save, self._ranks = _FORMATS[format], save, 1
         self.format, self.partition = format, partition
+
+    @property
+    def _cuda(self):
+        return self._place[0] == _abi.CP_DEVICE_CUDA
 
     def set_group(self, group, comm="p2p", *, stages=None, inner_size=None, level_sizes=None, relay=False, memory_cap=None):
         """Attaches a group, or with None turns context parallelism off for this layer.
@@ -81,50 +99,62 @@ class Attention:
             self._run(wrong, lib.cp_set_group, pointer, byref(config))
         self._ranks = group.size
 
-    def forward(self, q, k, v, sequences, *, out=None, lse=None, workspace=None):
-        """Exact attention of this rank's queries over all keys that the mask lets them see: (out, lse, context). Collective, blocking.
+    def forward(self, q, k, v, sequences, *, out=None, lse=None, saved=None, workspace=None, stream=None):
+        """Exact attention of this rank's queries over all keys that the mask lets them see: (out, lse, context). Collective.
 
-        q: [batch, local seq, heads, head_dim] in the layer's format; k, v likewise with kv_heads; NumPy arrays or torch CPU tensors of any strides with a
-        contiguous last axis, used in place. lse: fp32, natural log. workspace: a uint8 array of workspace_size() bytes, aligned to 64; None: the
-        layer's own. Rows that see no key, and padding: out 0, lse -inf.
+        q: [batch, local seq, heads, head_dim] in the layer's format; k, v likewise with kv_heads; of any strides with a contiguous last axis, used in
+        place: NumPy arrays, torch tensors, or anything with __dlpack__ or __cuda_array_interface__. lse: fp32, natural log. Rows that see no key, and
+        padding: out 0, lse -inf. workspace: an array of workspace_size() bytes (uint8), aligned to 64; None: from the allocator, or the layer's own.
+
+        On the CPU it blocks. On CUDA it enqueues on `stream` (an address, or a stream of torch or CuPy; None: the one that torch or CuPy works on now, else
+        the default stream) and returns: arrays must stay as they are until the stream is through. torch sees to that itself; with torch,
+        stream=s is as `with torch.cuda.stream(s)`. Addresses and strides are multiples of 16 bytes. NumPy and torch make what is
+        not given; for arrays of other libraries the caller gives out, lse and, if report()["saved"] is not 0, saved: so many bytes, aligned to 64.
         """
         wrong = []
-        if out is None and _is_array(q) and _is_array(v):
-            out = _new(q, (*q.shape[:-1], *v.shape[-1:]))
-        if lse is None and _is_array(q):
-            lse = _new(q, self._lse_shape(q), "float32")
+        stream = self._stream(stream, q, wrong)
         pod = _abi.cp_context()
         args = _abi.cp_forward_args(sequences=self._sequences(sequences, self._ranks, wrong), context=ctypes.pointer(pod))
-        for name, array in (("q", q), ("k", k), ("v", v)):
-            setattr(args, name, _describe(name, array, self._axes, wrong))
-        args.out = _describe("out", out, self._axes, wrong, written=True)
-        args.lse = _describe("lse", lse, range(4), wrong, written=True)
-        saved = self._saved(args)
-        args.workspace, args.workspace_bytes = _buffer("workspace", workspace, wrong)
-        self._run(next(iter(wrong), None), lib.cp_attention_forward, byref(args), None)
+        given = (q, k, v, out, lse, saved, workspace)
+        with _device.torch_stream(stream, self._place[1], given if self._cuda else ()):
+            if out is None and is_array(q) and is_array(v):
+                out = new(q, (*q.shape[:-1], *v.shape[-1:]))
+            if lse is None and is_array(q):
+                lse = new(q, self._lse_shape(q), "float32")
+            saved = self._saved(args, q, saved, wrong, stream)
+            for name, array in (("q", q), ("k", k), ("v", v)):
+                setattr(args, name, describe(name, array, self._axes, wrong, stream))
+            args.out = describe("out", out, self._axes, wrong, stream, written=True)
+            args.lse = describe("lse", lse, range(4), wrong, stream, written=True)
+            args.workspace, args.workspace_bytes = buffer("workspace", workspace, wrong, stream)
+            self._run(next(iter(wrong), None), lib.cp_attention_forward, byref(args), stream)
         return out, lse, Context(pod, sequences, self._ranks, (q, k, v, out, lse), saved)
 
-    def backward(self, context, d_out, *, dq=None, dk=None, dv=None, workspace=None):
-        """Gradients (dq, dk, dv) from that of out. On the group that the forward used, whatever is attached now. Collective over it, blocking."""
+    def backward(self, context, d_out, *, dq=None, dk=None, dv=None, workspace=None, stream=None):
+        """Gradients (dq, dk, dv) from that of out. On the group that the forward used, whatever is attached now. Collective over it, as forward is."""
         wrong = []
         args = _abi.cp_backward_args()
-        q = k = v = out = lse = None
+        q = k = v = out = lse = saved = None
         if isinstance(context, Context):
             q, k, v, out, lse = context.tensors
+            saved = context.saved
             args.sequences = self._sequences(context.sequences, context.ranks, wrong)
             args.context = ctypes.pointer(context.pod)
-            if context.saved is not None:
-                args.saved, args.saved_bytes = _aligned(context.saved)
         else:
             wrong.append(argument_error(f"context: got {type(context).__name__}, need what forward returned"))
-        dq, dk, dv = (_new(like, like.shape) if given is None and _is_array(like) else given for given, like in ((dq, q), (dk, k), (dv, v)))
-        for name, array in (("q", q), ("k", k), ("v", v), ("out", out), ("d_out", d_out)):
-            setattr(args, name, _describe(name, array, self._axes, wrong))
-        args.lse = _describe("lse", lse, range(4), wrong)
-        for name, array in (("dq", dq), ("dk", dk), ("dv", dv)):
-            setattr(args, name, _describe(name, array, self._axes, wrong, written=True))
-        args.workspace, args.workspace_bytes = _buffer("workspace", workspace, wrong)
-        self._run(next(iter(wrong), None), lib.cp_attention_backward, byref(args), None)
+        stream = self._stream(stream, q, wrong)
+        given = (q, k, v, out, lse, saved, d_out, dq, dk, dv, workspace)
+        with _device.torch_stream(stream, self._place[1], given if self._cuda else ()):
+            dq, dk, dv = (new(like, like.shape) if given is None and is_array(like) else given for given, like in ((dq, q), (dk, k), (dv, v)))
+            if saved is not None:
+                args.saved, args.saved_bytes = aligned(saved, stream)
+            for name, array in (("q", q), ("k", k), ("v", v), ("out", out), ("d_out", d_out)):
+                setattr(args, name, describe(name, array, self._axes, wrong, stream))
+            args.lse = describe("lse", lse, range(4), wrong, stream)
+            for name, array in (("dq", dq), ("dk", dk), ("dv", dv)):
+                setattr(args, name, describe(name, array, self._axes, wrong, stream, written=True))
+            args.workspace, args.workspace_bytes = buffer("workspace", workspace, wrong, stream)
+            self._run(next(iter(wrong), None), lib.cp_attention_backward, byref(args), stream)
         return dq, dk, dv
 
     def workspace_size(self, tokens_per_rank):
@@ -165,11 +195,25 @@ class Attention:
         try:
             self._handle.call(function, *arguments)
         except Error as error:
+            if self._allocator is not None:
+                self._allocator.reraise(error)
             if wrong is not None and error.status not in _LOST:
                 raise wrong from error
             raise
+        if self._allocator is not None:
+            self._allocator.reraise()
         if wrong is not None:
             raise wrong
+
+    def _stream(self, stream, array, wrong):
+        """The stream of a call, as a number."""
+        try:
+            if stream is not None:
+                return _device.pointer(stream)
+            return _device.current_stream(array, self._place[1]) if self._cuda else 0
+        except Exception as error:
+            wrong.append(error if isinstance(error, Error) else argument_error(f"stream: {error}"))
+            return 0
 
     def _sequences(self, sequences, ranks, wrong):
         try:
@@ -188,7 +232,7 @@ class Attention:
         batch, seq, heads, _ = (q.shape[axis] for axis in self._axes)
         return (batch, heads, seq)
 
-    def _saved(self, args):
+    def _saved(self, args, q, saved, wrong, stream):
         """Memory for what forward leaves to backward. With wrong arguments there is none: forward says why."""
         size = c_size_t()
         if not self._save or not args.sequences:
@@ -196,8 +240,14 @@ class Attention:
         with self._handle.use() as pointer:
             if lib.cp_attention_saved_size(pointer, args.sequences, byref(size)) != _abi.CP_OK or size.value == 0:
                 return None
-        saved = np.empty(size.value + _ALIGN, np.uint8)
-        args.saved, args.saved_bytes = _aligned(saved)
+        if saved is None and is_foreign(q):
+            wrong.append(argument_error(f"saved: got None, need {size.value} bytes on the device, aligned to 64"))
+            return None
+        if saved is None:
+            saved = new(q, (size.value + ALIGN,), "uint8") if is_tensor(q) else np.empty(size.value + ALIGN, np.uint8)
+            args.saved, args.saved_bytes = aligned(saved, stream)
+        else:
+            args.saved, args.saved_bytes = buffer("saved", saved, wrong, stream)
         return saved
 
 
@@ -215,8 +265,10 @@ def query_support(ranks, comm="p2p", *, stages=None, inner_size=None, level_size
 
 
 def _config(*, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=False, bottom_right=False, window=(None, None),
-            format="bshd", partition="zigzag", softmax_scale=None, save=False, wire_fp32=False, max_tokens_per_rank=0, threads=0):  # fmt: skip
+            format="bshd", partition="zigzag", softmax_scale=None, save=False, wire_fp32=False, max_tokens_per_rank=0, threads=0,
+            device=None, deterministic=False, sm_margin=0, max_segments=0):  # fmt: skip
     """A layer's configuration: the arguments of Attention."""
+    kind, index = _device.device(device)
     choice("format", format, _FORMATS)
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise argument_error(f"window: got {window!r}, need (left, right), None for no limit")
@@ -229,6 +281,7 @@ def _config(*, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=Fa
         (right is not None, _abi.CP_ATTENTION_WINDOW_RIGHT),
         (wire_fp32, _abi.CP_ATTENTION_WIRE_F32),
         (save, _abi.CP_ATTENTION_SAVE),
+        (deterministic, _abi.CP_ATTENTION_DETERMINISTIC),
     ):
         flags |= flag if wanted else 0
     return _abi.cp_attention_config(
@@ -245,6 +298,10 @@ def _config(*, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=Fa
         softmax_scale=0.0 if softmax_scale is None else softmax_scale,
         max_tokens_per_rank=number("max_tokens_per_rank", max_tokens_per_rank),
         threads=number("threads", threads),
+        device_type=kind,
+        device_id=index,
+        sm_margin=number("sm_margin", sm_margin),
+        max_segments=number("max_segments", max_segments),
     )
 
 
@@ -277,85 +334,3 @@ def _dtype_name(dtype):
         return np.dtype(dtype).name
     except TypeError:
         return name
-
-
-def _torch():
-    """torch, if the caller has imported it; this package never does."""
-    return sys.modules.get("torch")
-
-
-def _is_tensor(array):
-    torch = _torch()
-    return torch is not None and isinstance(array, getattr(torch, "Tensor", ()))
-
-
-def _is_array(array):
-    return isinstance(array, np.ndarray) or _is_tensor(array)
-
-
-def _new(like, shape, dtype=None):
-    if _is_tensor(like):
-        torch = _torch()
-        return torch.empty(tuple(shape), dtype=like.dtype if dtype is None else getattr(torch, dtype), device=like.device)
-    return np.empty(shape, like.dtype if dtype is None else dtype)
-
-
-def _describe(name, array, axes, wrong, written=False):
-    """A tensor as C sees it. What C cannot be told goes to `wrong`, and the library gets a tensor that it refuses."""
-    try:
-        if isinstance(array, np.ndarray):
-            return _describe_numpy(array, axes, written)
-        if _is_tensor(array):
-            return _describe_torch(array, axes)
-        raise ValueError(f"got {type(array).__name__}, need a NumPy array or a torch tensor")
-    except Exception as error:
-        wrong.append(error if isinstance(error, Error) else argument_error(f"{name}: {error}"))
-        return _abi.cp_tensor()
-
-
-def _describe_numpy(array, axes, written):
-    dtype, interface = array.dtype, array.__array_interface__
-    if not dtype.isnative:
-        raise ValueError(f"got {dtype} of the other byte order")
-    if written and interface["data"][1]:
-        raise ValueError("got a read-only array, the result is written there")
-    if any(stride % dtype.itemsize for stride in array.strides):
-        raise ValueError(f"got byte strides {array.strides}, must be multiples of the element size {dtype.itemsize}")
-    strides = [stride // dtype.itemsize for stride in array.strides]
-    return _tensor(interface["data"][0], (_abi.CP_DEVICE_CPU, 0), dtype.name, dtype.itemsize, array.shape, strides, axes)
-
-
-def _describe_torch(array, axes):
-    if array.is_conj() or array.is_neg():
-        raise ValueError("got a lazily conjugated or negated tensor; call .resolve_conj().resolve_neg()")
-    kinds = {"cpu": _abi.CP_DEVICE_CPU, "cuda": _abi.CP_DEVICE_CUDA}
-    if array.device.type not in kinds:
-        raise ValueError(f"got device {array.device}, allowed cpu")
-    device = (kinds[array.device.type], array.device.index or 0)
-    return _tensor(array.data_ptr(), device, str(array.dtype).removeprefix("torch."), array.element_size(), array.shape, array.stride(), axes)
-
-
-def _tensor(data, device, dtype, itemsize, shape, strides, axes):
-    code = _abi.CP_CODE_BFLOAT if dtype == "bfloat16" else _abi.CP_CODE_FLOAT if dtype in ("float16", "float32", "float64") else 0
-    made = _abi.cp_tensor(data=data, device_type=device[0], device_id=device[1], ndim=len(shape))
-    made.dtype_code, made.dtype_bits, made.dtype_lanes = code, min(itemsize * 8, 255), 1
-    order = axes if len(axes) == len(shape) else range(min(len(shape), 4))
-    for i, axis in enumerate(order):
-        made.shape[i], made.stride[i] = shape[axis], strides[axis]
-    return made
-
-
-def _aligned(array):
-    """Address and bytes of the part of a uint8 array that starts at a multiple of 64."""
-    address = array.ctypes.data
-    start = -address % _ALIGN
-    return address + start, array.size - start
-
-
-def _buffer(name, array, wrong):
-    if array is None:
-        return None, 0
-    if not isinstance(array, np.ndarray) or array.dtype != np.uint8 or not array.flags.c_contiguous or not array.flags.writeable:
-        wrong.append(argument_error(f"{name}: need a contiguous, writable NumPy array of uint8"))
-        return None, 1  # Refused: bytes without an address.
-    return array.ctypes.data, array.size

@@ -5,6 +5,7 @@ from ctypes import byref, c_size_t, c_uint64, pointer
 import numpy as np
 
 from . import _abi
+from ._arrays import on_host
 from ._lib import argument_error, check, lib, number
 
 _PARTITIONS = {
@@ -74,7 +75,10 @@ class Sequences:
 
     @classmethod
     def packed(cls, cu_seqlens, cu_seqlens_k=None, *, padded=None, padded_k=None, stretches=None, stretches_k=None):
-        """Sequences one after another (thd): cu_seqlens are the cumulative true lengths, from 0; `padded` those with padding after each."""
+        """Sequences one after another (thd): cu_seqlens are the cumulative true lengths, from 0; `padded` those with padding after each.
+
+        Plans are made on the host: lengths on a device are copied from there once, here, and that waits for the device.
+        """
         lengths = _int32("cu_seqlens", cu_seqlens)
         if lengths is None or len(lengths) == 0:
             raise argument_error("cu_seqlens: got nothing, need at least [0, length]")
@@ -95,7 +99,7 @@ class Sequences:
 def _int32(name, values, count=None):
     if values is None:
         return None
-    array = np.asarray(values)
+    array = on_host(values)
     if array.ndim != 1 or (array.dtype.kind not in "iu" and array.size > 0):
         raise argument_error(f"{name}: got an array of {array.dtype} with shape {array.shape}, need a list of integers")
     if count is not None and len(array) != count:

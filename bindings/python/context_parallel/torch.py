@@ -9,7 +9,8 @@ def attention(layer, q, k, v, sequences, *, return_lse=False):
     """layer.forward on torch tensors, differentiable in q, k and v: out, or (out, lse); the lse carries no gradient.
 
     Any number of calls may be pending, also of several layers and with groups switched between; backward runs on the group that its forward used. It is
-    collective: all ranks must run their backwards in the same order, which they do when they build the same graph.
+    collective: all ranks must run their backwards in the same order, which they do when they build the same graph. On CUDA it works on torch's
+    current stream and never waits for the device.
     """
     out, lse = _Attention.apply(q, k, v, layer, sequences)
     return (out, lse) if return_lse else out
@@ -29,7 +30,15 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_out, _):
-        if d_out.dim() > 0 and d_out.stride(-1) != 1:
+        if not _usable(d_out):
             d_out = d_out.contiguous()  # autograd hands out expanded tensors, as after sum().
         context = ctx.context.with_tensors(ctx.saved_tensors)
         return *ctx.layer.backward(context, d_out), None, None
+
+
+def _usable(gradient):
+    """Does the library take it as it lies? The last axis is contiguous; on CUDA everything else lies at multiples of 16 bytes."""
+    if gradient.dim() == 0 or gradient.stride(-1) != 1:
+        return gradient.dim() == 0
+    steps = [gradient.data_ptr(), *(stride * gradient.element_size() for stride in gradient.stride()[:-1])]
+    return not gradient.is_cuda or all(step % 16 == 0 for step in steps)

@@ -1,5 +1,7 @@
-"""What a rank of test_processes.py does, started by torchrun, mpirun or multiprocessing: some cases by all communication types, results into files."""
+"""What a rank of test_processes.py and test_cuda.py does, started by torchrun, mpirun or multiprocessing: some cases by all communication types, results
+into files. With a second argument, auto, nccl or staged, ranks are on CUDA devices and data moves that way."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,19 +13,31 @@ import context_parallel as cp
 from corpus import cases
 from ranks import run_case
 
+CUDA_CASES = (("causal_33_gqa3", "bfloat16"), ("thd_padded_between", "float16"))
 CASES = (("causal_33_gqa3", "float32"), ("pad_left", "bfloat16"), ("thd_padded_between", "float16"))
 COMMS = ("p2p", "all_gather", "a2a", "a2a+p2p")
 
 
-def rank(group, folder):
-    for name, dtype in CASES:
+def rank(group, folder, index=None):
+    """index: of the CUDA device."""
+    for name, dtype in CASES if index is None else CUDA_CASES:
         for comm in COMMS:
-            found = run_case(group, cases()[name], dtype, comm)
+            found = run_case(group, cases()[name], dtype, comm) if index is None else on_device(group, cases()[name], dtype, comm, index)
             arrays = {f"{key}.{part}": array for key, pair in found.items() for part, array in zip(("rows", "tokens"), pair)}
             # np.save knows no bfloat16; fp32 holds it.
             arrays = {key: array.astype(np.float32) if key.endswith("rows") else array for key, array in arrays.items()}
             np.savez(Path(folder) / f"{name}.{comm}.{group.rank}.npz", **arrays)
     group.barrier()
+
+
+def on_device(group, case, dtype, comm, index):
+    import devices
+
+    stream = devices.Stream(index)
+    view = lambda x: devices.DLPackArray(x, index)
+    found = run_case(group, case, dtype, comm, view=view, preallocate=True, stream=stream, device=("cuda", index))
+    stream.synchronize()
+    return {key: (np.asarray(array), tokens) for key, (array, tokens) in found.items()}
 
 
 def member(pipe, number, size, folder):
@@ -51,6 +65,13 @@ def waiter(pipe, number):
 
 
 if __name__ == "__main__":
-    with cp.Group.from_env(timeout=60) as group:
-        rank(group, sys.argv[1])
+    settings, index = {}, None
+    if len(sys.argv) > 2:
+        import devices
+
+        local = next(int(os.environ[name]) for name in ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "PMI_RANK") if name in os.environ)
+        index = local % devices.count()
+        settings = {"transport": sys.argv[2], "device": ("cuda", index)}
+    with cp.Group.from_env(timeout=60, **settings) as group:
+        rank(group, sys.argv[1], index)
         print(f"rank {group.rank} of {group.size}: done")

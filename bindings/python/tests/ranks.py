@@ -90,10 +90,18 @@ def from_local(case, rows, tokens, local, format):
     rows[tokens] = local.reshape(len(tokens), *rows.shape[1:])
 
 
-def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, preallocate=False, workspace=False, comm_options=None, **options):
+def host_buffer(size):
+    """Bytes aligned to 64, full of 255: NaN in every type."""
+    raw = np.full(size + 64, 255, np.uint8)
+    return raw[-raw.ctypes.data % 64 :][:size]
+
+
+def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, preallocate=False, workspace=False, comm_options=None, buffer=host_buffer,
+             stream=None, **options):  # fmt: skip
     """Forward and backward of a case on one rank: {"out": (local array, tokens), …}. `view` wraps every array that is handed over.
 
-    preallocate: outputs are given, full of NaN; workspace: it is given, as large as the library says that it must be.
+    preallocate: outputs, and what forward saves, are given, full of NaN; workspace: it is given, as large as the library says that it must be; both are
+    made by `buffer`. With a stream the results are there when the stream is empty.
     """
     format = format or case.format
     sequences = case.sequences(group.size)
@@ -101,20 +109,19 @@ def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, p
     layer.set_group(group, comm, **(comm_options or {}))
     tokens = {side: cp.partition_tokens(case.partition, format, sequences, group.size, group.rank, side) for side in "qk"}
     mine = {name: view(to_local(case, rows, tokens["k" if name in "kv" else "q"], format)) for name, rows in inputs(case, dtype).items()}
-    fresh = {}
+    fresh, saved = {}, {}
     if preallocate:
         for name, (side, heads, dim) in SHAPES.items():
             rows = np.full((case.tokens(side), getattr(case, heads), getattr(case, dim)), np.nan, DTYPES[dtype])
             fresh[name] = view(to_local(case, rows, tokens[side], format))
         fresh["lse"] = view(to_local(case, np.full((case.tokens("q"), case.heads), np.nan, np.float32), tokens["q"], format))
+        saved = {"saved": buffer(size) for size in [layer.report(sequences)["saved"]] if size > 0}
     scratch = None
     if workspace:
         held = (len(cp.partition_tokens(case.partition, format, sequences, group.size, rank, side)) for rank in range(group.size) for side in "qk")
-        size = layer.workspace_size(max(held))
-        raw = np.full(size + 64, 255, np.uint8)  # NaN in every type
-        scratch = raw[-raw.ctypes.data % 64 :][:size]
-    pick = lambda *names: {"workspace": scratch, **{name: fresh[name] for name in names if name in fresh}}
-    out, lse, context = layer.forward(mine["q"], mine["k"], mine["v"], sequences, **pick("out", "lse"))
+        scratch = buffer(layer.workspace_size(max(held)))
+    pick = lambda *names: {"workspace": scratch, "stream": stream, **{name: fresh[name] for name in names if name in fresh}}
+    out, lse, context = layer.forward(mine["q"], mine["k"], mine["v"], sequences, **pick("out", "lse"), **saved)
     dq, dk, dv = layer.backward(context, mine["d_out"], **pick("dq", "dk", "dv"))
     for name, array in (("out", out), ("lse", lse), ("dq", dq), ("dk", dk), ("dv", dv)):
         assert name not in fresh or fresh[name] is array

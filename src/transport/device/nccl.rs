@@ -220,9 +220,103 @@ impl Nccl {
         self.size
     }
 
-    /// Collective among ranks that name each other: NCCL allocates and connects at a pair's first message, so every pair that will exchange
-    /// anything sends a few bytes here, and both check who is there. Blocks.
-    pub fn warm_up(&mut self, peers: &[u32]) -> Result<()> {
+    /// The group of an exchange, up to NCCL's answer to its end.
+    ///
+    /// # Safety
+    /// As [`DeviceTransport::exchange`].
+    unsafe fn group(
+        &self,
+        api: &Api,
+        comm: Comm,
+        sends: &[Message],
+        recvs: &[Message],
+        stream: CUstream,
+    ) -> Result<bool> {
+        let pieces = |messages: &[Message]| -> Vec<(c_int, Piece)> {
+            let of =
+                |m: &Message| m.pieces.iter().map(|p| (m.peer as c_int, *p)).collect::<Vec<_>>();
+            messages.iter().flat_map(of).filter(|(_, p)| p.len > 0).collect()
+        };
+        let check = |call: &str, code| match code {
+            IN_PROGRESS => Ok(()),
+            // SAFETY: the communicator lives.
+            code => unsafe { api.check(call, code, comm) },
+        };
+        // SAFETY: no conditions.
+        check("ncclGroupStart", unsafe { (api.group_start)() })?;
+        let mut first = Ok(());
+        for (peer, piece) in pieces(sends) {
+            // SAFETY: the caller's promise.
+            let code = unsafe {
+                (api.send)(piece.ptr.cast(), piece.len, UINT8, peer, comm, stream.cast())
+            };
+            let call = || format!("ncclSend of {} bytes to rank {peer}", piece.len);
+            first = first.and_then(|()| check(&call(), code));
+        }
+        for (peer, piece) in pieces(recvs) {
+            // SAFETY: the caller's promise.
+            let code = unsafe {
+                (api.recv)(piece.ptr.cast(), piece.len, UINT8, peer, comm, stream.cast())
+            };
+            let call = || format!("ncclRecv of {} bytes from rank {peer}", piece.len);
+            first = first.and_then(|()| check(&call(), code));
+        }
+        // A group that was opened is closed, whatever happened in it.
+        // SAFETY: no conditions.
+        let code = unsafe { (api.group_end)() };
+        first?;
+        check("ncclGroupEnd", code)?;
+        Ok(code == SUCCESS)
+    }
+
+    /// Waits until a non-blocking communicator has enqueued the group, which NCCL does in a thread that it makes for each. At first without
+    /// sleeping, because every exchange waits here; a pair's first message takes longer.
+    fn enqueue(&self) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            let enqueued = self.watched.with(|api, comm| match state_of(api, comm) {
+                IN_PROGRESS => Ok(false),
+                // SAFETY: the communicator lives.
+                code => unsafe { api.check("ncclGroupEnd", code, comm) }.map(|()| true),
+            })?;
+            if enqueued {
+                return Ok(());
+            }
+            if let Some(late) = self.watched.stuck() {
+                return Err(late);
+            }
+            match start.elapsed() {
+                waited if waited < Duration::from_micros(200) => thread::yield_now(),
+                _ => thread::sleep(Duration::from_micros(100)),
+            }
+        }
+    }
+}
+
+impl DeviceTransport for Nccl {
+    fn name(&self) -> &'static str {
+        "nccl"
+    }
+
+    fn same_pieces(&self) -> bool {
+        true
+    }
+
+    fn capturable(&self) -> Result<()> {
+        if self.api.version() >= 20900 {
+            return Ok(());
+        }
+        let has = self.api.description();
+        let text = format!("nccl: NCCL {has} cannot be captured in a CUDA graph, 2.9 can");
+        Err(Error::new(Status::NotCapturable, text))
+    }
+
+    fn meets(&self) -> bool {
+        false
+    }
+
+    /// NCCL allocates and connects at a pair's first message, so every pair sends a few bytes, and both check who is there.
+    fn warm_up(&mut self, peers: &[u32]) -> Result<()> {
         if peers.is_empty() {
             return Ok(());
         }
@@ -285,98 +379,6 @@ impl Nccl {
             }
         }
         Ok(())
-    }
-
-    /// The group of an exchange, up to NCCL's answer to its end.
-    ///
-    /// # Safety
-    /// As [`DeviceTransport::exchange`].
-    unsafe fn group(
-        &self,
-        api: &Api,
-        comm: Comm,
-        sends: &[Message],
-        recvs: &[Message],
-        stream: CUstream,
-    ) -> Result<bool> {
-        let pieces = |messages: &[Message]| -> Vec<(c_int, Piece)> {
-            let of =
-                |m: &Message| m.pieces.iter().map(|p| (m.peer as c_int, *p)).collect::<Vec<_>>();
-            messages.iter().flat_map(of).filter(|(_, p)| p.len > 0).collect()
-        };
-        let check = |call: &str, code| match code {
-            IN_PROGRESS => Ok(()),
-            // SAFETY: the communicator lives.
-            code => unsafe { api.check(call, code, comm) },
-        };
-        // SAFETY: no conditions.
-        check("ncclGroupStart", unsafe { (api.group_start)() })?;
-        let mut first = Ok(());
-        for (peer, piece) in pieces(sends) {
-            // SAFETY: the caller's promise.
-            let code = unsafe {
-                (api.send)(piece.ptr.cast(), piece.len, UINT8, peer, comm, stream.cast())
-            };
-            let call = || format!("ncclSend of {} bytes to rank {peer}", piece.len);
-            first = first.and_then(|()| check(&call(), code));
-        }
-        for (peer, piece) in pieces(recvs) {
-            // SAFETY: the caller's promise.
-            let code = unsafe {
-                (api.recv)(piece.ptr.cast(), piece.len, UINT8, peer, comm, stream.cast())
-            };
-            let call = || format!("ncclRecv of {} bytes from rank {peer}", piece.len);
-            first = first.and_then(|()| check(&call(), code));
-        }
-        // A group that was opened is closed, whatever happened in it.
-        // SAFETY: no conditions.
-        let code = unsafe { (api.group_end)() };
-        first?;
-        check("ncclGroupEnd", code)?;
-        Ok(code == SUCCESS)
-    }
-
-    /// Waits until a non-blocking communicator has enqueued the group.
-    fn enqueue(&self) -> Result<()> {
-        let mut nap = Duration::from_micros(5);
-        loop {
-            let enqueued = self.watched.with(|api, comm| match state_of(api, comm) {
-                IN_PROGRESS => Ok(false),
-                // SAFETY: the communicator lives.
-                code => unsafe { api.check("ncclGroupEnd", code, comm) }.map(|()| true),
-            })?;
-            if enqueued {
-                return Ok(());
-            }
-            if let Some(late) = self.watched.stuck() {
-                return Err(late);
-            }
-            thread::sleep(nap);
-            nap = (2 * nap).min(Duration::from_millis(1));
-        }
-    }
-}
-
-impl DeviceTransport for Nccl {
-    fn name(&self) -> &'static str {
-        "nccl"
-    }
-
-    fn same_pieces(&self) -> bool {
-        true
-    }
-
-    fn capturable(&self) -> Result<()> {
-        if self.api.version() >= 20900 {
-            return Ok(());
-        }
-        let has = self.api.description();
-        let text = format!("nccl: NCCL {has} cannot be captured in a CUDA graph, 2.9 can");
-        Err(Error::new(Status::NotCapturable, text))
-    }
-
-    fn meets(&self) -> bool {
-        false
     }
 
     unsafe fn exchange(

@@ -309,6 +309,44 @@ mod tests {
         assert!(text.contains("libc.so.6") && text.contains("ncclGetVersion"), "{text}");
     }
 
+    /// Alone it asks, in processes of its own, because an answer stays for the life of a process.
+    #[test]
+    fn what_was_looked_for_is_said() {
+        if std::env::var_os("CP_TEST_ALONE").is_some() {
+            match find() {
+                Ok(api) => println!("found {}", api.description()),
+                Err(error) => println!("{error}"),
+            }
+            return;
+        }
+        let ask = |name: &str| {
+            let output = std::process::Command::new(std::env::current_exe().unwrap())
+                .args([
+                    "--exact",
+                    "transport::device::nccl::api::tests::what_was_looked_for_is_said",
+                ])
+                .args(["--nocapture"])
+                .env("CP_TEST_ALONE", "1")
+                .env(VARIABLE, name)
+                .env_remove("LD_LIBRARY_PATH")
+                .output()
+                .unwrap();
+            assert!(output.status.success());
+            String::from_utf8_lossy(&output.stdout).into_owned()
+        };
+        let text = ask("/nowhere/libnccl.so.2");
+        assert!(text.contains("not supported: NCCL, named by CP_NCCL: /nowhere/"), "{text}");
+        let text = ask("");
+        // Unless this machine has NCCL.
+        let tried = [
+            "NCCL was not found; CP_NCCL can name its library. Tried: ",
+            "in this process already: libnccl.so.2",
+            "; libnccl.so.2: cannot open",
+            "; libnccl.so: cannot open",
+        ];
+        assert!(text.contains("found 2.") || tried.iter().all(|t| text.contains(t)), "{text}");
+    }
+
     #[test]
     fn versions_read_as_nccl_writes_them() {
         for (number, text) in [(2708, "2.7.8"), (20905, "2.9.5"), (22707, "2.27.7")] {

@@ -26,6 +26,30 @@ mod real_nccl {
         assert_ne!(one, two);
     }
 
+    /// As in a process that torch has brought its own copy into: that one is taken, wherever it lies.
+    #[test]
+    #[ignore = "needs NCCL itself, named by NCCL_LIBRARY: tests/run"]
+    fn a_copy_in_the_process_is_taken() {
+        if std::env::var_os("CP_TEST_ALONE").is_none() {
+            let output = std::process::Command::new(std::env::current_exe().unwrap())
+                .args([
+                    "--exact",
+                    "transport::device::nccl::tests::real_nccl::a_copy_in_the_process_is_taken",
+                ])
+                .args(["--include-ignored"])
+                .env("CP_TEST_ALONE", "1")
+                .env_remove(api::VARIABLE)
+                .output()
+                .unwrap();
+            let text = String::from_utf8_lossy(&output.stdout);
+            assert!(output.status.success() && text.contains("1 passed"), "{text}");
+            return;
+        }
+        let there = real();
+        let found = api::find().expect("the copy that is there");
+        assert_eq!((found.path(), found.version()), (there.path(), there.version()));
+    }
+
     #[test]
     #[ignore = "needs NCCL itself, named by NCCL_LIBRARY: tests/run"]
     fn without_a_gpu_init_fails_in_its_own_words() {
