@@ -314,6 +314,14 @@ impl Group {
         self.size() > 1 && self.lane().is_some_and(|lane| lane.transport.same_pieces())
     }
 
+    /// Can calls be captured in a CUDA graph? The error says why not.
+    pub fn capturable(&self) -> Result<()> {
+        match self.lane() {
+            Some(lane) if self.size() > 1 => lane.transport.capturable(),
+            _ => Ok(()),
+        }
+    }
+
     fn lane(&self) -> Option<MutexGuard<'_, CommLane>> {
         self.parent.device.as_ref().and_then(|d| d.lane.as_ref()).map(lock)
     }

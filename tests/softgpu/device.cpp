@@ -2,9 +2,11 @@
 // asynchronous copies, and the registry of memory that kernels may touch. The declarations are in device.h.
 #include "device.h"
 
+#include "access.h"
 #include "race.h"
 
 #include <dlfcn.h>
+#include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -31,6 +33,7 @@ namespace softgpu {
 __thread Lane* current;
 __thread Range* ranges;
 const RaceDetector* race_detector;
+bool track_reads;
 
 namespace {
 
@@ -191,13 +194,10 @@ struct Launch {
     std::string failure;
     uint64_t idle = 0;
     Counts counts = {};
-    // Which 4-byte words were read as constants or written: per 4 KB page, a bit per word.
-    struct Words {
-        uint64_t constant[16], written[16];
-    };
-    std::unordered_map<uintptr_t, Words> words;
+    Accesses own_accesses;
+    Accesses* accesses = &own_accesses;
     uintptr_t last_page = ~(uintptr_t)0;
-    Words* last_words = nullptr;
+    PageAccess* last_words = nullptr;
 };
 
 namespace {
@@ -307,24 +307,24 @@ void track(uintptr_t address, uint32_t bytes, Access access) {
     Launch& l = *running;
     const uintptr_t page = address >> 12;
     if (page != l.last_page) {
-        l.last_words = &l.words[page];
+        l.last_words = &l.accesses->pages[page];
         l.last_page = page;
     }
     const uint32_t first = (address & 4095) / 4, count = (bytes + 3) / 4;
     const uint64_t bits = ((1ull << count) - 1) << first % 64;  // aligned accesses of 16 bytes at most: one word of 64 bits
-    Launch::Words& w = *l.last_words;
-    (access == CONSTANT ? w.constant : w.written)[first / 64] |= bits;
-    if ((access == CONSTANT ? w.written : w.constant)[first / 64] & bits)
+    PageAccess& w = *l.last_words;
+    const uint32_t i = first / 64;
+    uint64_t* const kinds[] = {w.read, w.constant, w.written, w.atomic};
+    kinds[access][i] |= bits;
+    if (access != READ && w.constant[i] & (w.written[i] | w.atomic[i]) & bits)
         fail("%s of %u bytes at %p: the launch both writes this and reads it with load_constant", ACCESS_NAMES[access], bytes, (void*)address);
 }
 }  // namespace
 
 void* find_global(uintptr_t address, uint32_t bytes, Access access) {
     if (address % bytes) fail("%s of %u bytes at %p, which is not aligned", ACCESS_NAMES[access], bytes, (void*)address);
-    if (access != READ) {
-        track(address, bytes, access);
-        running->idle = 0;
-    }
+    if (access != READ) running->idle = 0;
+    if (access != READ || track_reads) track(address, bytes, access);
     Range& r = ranges[(address >> 16) % RANGES];
     if (!(address >= r.begin && address + bytes <= r.end)) {
         Registry& all = registry();
@@ -717,8 +717,8 @@ char* map(size_t bytes) {
     return (char*)p;
 }
 
-// A block's dynamic shared memory ends where an inaccessible page begins, give or take the alignment to 128 bytes, whose rest is checked
-// when the block ends; the page before it is inaccessible too.
+// A block's dynamic shared memory ends where an inaccessible MiB begins, give or take the alignment to 128 bytes, whose rest is checked
+// when the block ends; before it lies another.
 const unsigned char CANARY = 0xa5;
 
 void start_block(Launch& l, Block& b, uint64_t number) {
@@ -731,7 +731,7 @@ void start_block(Launch& l, Block& b, uint64_t number) {
         // Odd multiples of a cache line between the stacks, so that they do not all share the same sets.
         b.stacks_bytes = (STACK + 1088) * l.threads;
         b.stacks = map(b.stacks_bytes);
-        const size_t page = pages(1), inner = pages(l.shared_bytes + 128);
+        const size_t page = pages(1 << 20), inner = pages(l.shared_bytes + 128);
         b.shared_map_bytes = inner + 2 * page;
         b.shared_map = (unsigned char*)map(b.shared_map_bytes);
         mprotect(b.shared_map, page, PROT_NONE);
@@ -871,6 +871,33 @@ struct Cleanup {
     }
 };
 
+// A plain access by a kernel to memory that is not there (past the shared memory's pages, device memory without ptx.cuh, null) ends the
+// launch like any other mistake: the handler leaves for the scheduler and the fiber is dropped. Elsewhere the handler before has its turn.
+struct sigaction handler_before;
+void bad_address(int signal, siginfo_t* info, void* context) {
+    if (current && running) {
+        const ptrdiff_t offset = (const unsigned char*)info->si_addr - current->shared;
+        fail("a plain access to %p, which is no memory the kernel has (offset %td of the block's %u bytes of shared memory)", info->si_addr, offset,
+             current->shared_bytes);
+    }
+    if (handler_before.sa_flags & SA_SIGINFO)
+        handler_before.sa_sigaction(signal, info, context);
+    else if (handler_before.sa_handler != SIG_DFL && handler_before.sa_handler != SIG_IGN)
+        handler_before.sa_handler(signal);
+    else
+        sigaction(SIGSEGV, &handler_before, nullptr);  // and the access is tried again
+}
+void catch_bad_addresses() {
+    static std::once_flag once;
+    std::call_once(once, [] {
+        struct sigaction action = {};
+        action.sa_sigaction = bad_address;
+        action.sa_flags = SA_SIGINFO | SA_NODEFER;
+        sigemptyset(&action.sa_mask);
+        sigaction(SIGSEGV, &action, &handler_before);
+    });
+}
+
 std::string kernel_name(const void* kernel, const Options& options) {
     if (options.name) return options.name;
     Dl_info info;
@@ -888,12 +915,14 @@ void run(void (*call)(void*), void* context, const void* kernel, dim3 grid, dim3
     const uint64_t threads = (uint64_t)block.x * block.y * block.z, total = (uint64_t)grid.x * grid.y * grid.z;
     if (threads == 0 || threads > 1024 || threads % 32) throw error(name + ": blocks of " + std::to_string(threads) + " threads; 32 … 1024 in whole warps");
     if (total == 0 || shared_bytes > (1u << 20)) throw error(name + ": empty grid or over 1 MiB of shared memory");
+    catch_bad_addresses();
     Launch l;
     Cleanup cleanup{l};
     l.call = call;
     l.context = context;
     l.name = name;
     l.devices = options.devices;
+    if (options.accesses) l.accesses = options.accesses;
     l.grid = grid;
     l.block = block;
     l.shared_bytes = (uint32_t)shared_bytes;
