@@ -23,7 +23,7 @@
  *   Every function that can fail returns a cp_status; cp_last_error gives the text: which argument, what was got, what is allowed, which
  *   rank. Outputs are written only on success. If the arguments of one rank are wrong, that rank gets its error and all others
  *   CP_ERR_MISMATCH naming it; nothing has moved and everything stays usable. After CP_ERR_TRANSPORT, _TIMEOUT, _PEER_LOST, _ABORTED, _CUDA, _NCCL
- *   and _INTERNAL the group is lost: destroy it. Every wait has a deadline (cp_group_config.timeout_ms).
+ *   and _INTERNAL the group is lost: destroy it. Every wait has a deadline (cp_group_config.timeout_ms), also that of a device for a peer.
  *
  * STRUCTS
  *   The first field is the struct's size. Zero means default, for every field now and later. A shorter struct is read as if the rest
@@ -31,7 +31,14 @@
  *
  * NUMBERS
  *   Storage is fp32, bf16 or fp16; running softmax state and gradient sums are fp32 and are rounded once at the end. The same inputs on the
- *   same number of ranks give the same bits, run after run, for any number of threads.
+ *   same number of ranks give the same bits, run after run, for any number of threads; on CUDA dQ does so with CP_ATTENTION_DETERMINISTIC.
+ *
+ * CUDA
+ *   A group and its layers are on one device per rank (device_type, device_id), with all tensors, workspace and saved buffers. The library
+ *   opens libcuda.so.1 and libnccl.so.2 when they are first asked for, uses the device's primary context, as the CUDA runtime and torch do, and
+ *   leaves the calling thread's current context as it was. Forward and backward are work on the caller's stream.
+ *   Every function says whether it is local (this rank alone; does not block unless it says so) or collective, and what it is during the
+ *   capture of a CUDA graph: allowed (and leaves nothing in the graph), captured, or not allowed ("any time": allowed).
  */
 
 
@@ -647,7 +654,7 @@ typedef uint32_t cp_plan_format;
 extern "C" {
 #endif // __cplusplus
 
-// Version of the library as major*1000000 + minor*1000 + patch. Any thread, any time, also after fork.
+// Version of the library as major*1000000 + minor*1000 + patch. Local. Any thread, any time, also after fork.
 uint32_t cp_version(void);
 
 // What the library was built with and what it found, as one line of JSON: version, backends, simd, kernels (the CUDA kernels compiled in: by
@@ -655,92 +662,107 @@ uint32_t cp_version(void);
 // a group would use; null if none). The text lives as long as the library. Local. Any thread, any time; starts neither CUDA nor NCCL.
 const char *cp_build_info(void);
 
-// A status as a short phrase; "unknown status" for any other number. Static text. Any thread, any time.
+// A status as a short phrase; "unknown status" for any other number. Static text. Local. Any thread, any time.
 const char *cp_status_string(cp_status status);
 
 // Text of this thread's last error: what, which argument, got and allowed, the rank. Empty before the first; never NULL. Valid until the
-// thread's next call of this library that fails.
+// thread's next call of this library that fails. Local. Any time.
 const char *cp_last_error(void);
 
 // Copies the text of this thread's last error, cut to fit and always ended by 0, and returns its full length without the 0. With NULL or
-// capacity 0 only the length is returned.
+// capacity 0 only the length is returned. Local. Any time.
 //
 // Requires:
 // `text` is NULL or has room for `capacity` bytes.
 size_t cp_last_error_copy(char *text, size_t capacity);
 
 // Makes the id of one new group. Call it in the process that will be rank 0 and give the 128 bytes to all ranks.
-// Not collective, not blocking.
+// Local. During a capture: allowed.
 //
 // Requires:
 // `id` has room for one cp_unique_id.
 cp_status cp_get_unique_id(struct cp_unique_id *id);
 
-// Makes a group. Collective over its ranks; blocks until all have come, at most `timeout_ms`.
+// Makes a group. Collective over its ranks; blocks until all have come, at most `timeout_ms`. During a capture: not allowed.
 //
-// The ranks find each other through one of: `id` (all ranks give the same), `allgather` (the caller's own collective, called once
-// on every rank), `transport` (the caller's own transport), or CP_BOOTSTRAP_ENV. Size 1 needs none.
-// Errors: CP_ERR_INVALID_ARGUMENT, CP_ERR_MISMATCH (ranks disagree about size or kind), CP_ERR_UNSUPPORTED (ranks on several hosts without
-// a transport), CP_ERR_TIMEOUT naming a rank that has not come, CP_ERR_PEER_LOST.
+// The ranks find each other through one of: `id` (all ranks give the same), `allgather` (the caller's own collective), `transport` (the
+// caller's own transport), CP_BOOTSTRAP_ENV, or on CUDA `nccl_comm`. Size 1 needs none.
+// On CUDA the hosts agree through what these make, and devices exchange as CP_TRANSPORT_* says. Ranks on several hosts give `allgather` or
+// `nccl_comm` (NCCL then is all that connects them, and their hosts cannot agree), or `transport`, or `nccl_comm` with `transport`.
+// Errors: CP_ERR_INVALID_ARGUMENT, CP_ERR_MISMATCH (ranks disagree about size or kind, or one rank lacks its device or library), CP_ERR_UNSUPPORTED
+// (ranks on several hosts without a way to each other; no CUDA driver; no NCCL), CP_ERR_TIMEOUT naming a rank that has not come, CP_ERR_PEER_LOST,
+// CP_ERR_CUDA, CP_ERR_NCCL.
 //
 // Requires:
 // `config` points to `struct_size` bytes; its pointers are as its docs say; `group` has room for a pointer.
-cp_status cp_group_init(const struct cp_group_config *config, struct cp_group **group);
+cp_status cp_group_init(const struct cp_group_config *config,
+                        struct cp_group **group);
 
 // The group of some ranks of a group, in the given order: `ranks[i]`, a rank of `group`, becomes rank i. Local: nothing is
 // communicated and no communicator is made; only members call it. The subset stays valid when `group` is destroyed.
-// Ranks that share several subsets call them in the same order, as in MPI.
+// Ranks that share several subsets call them in the same order, as in MPI. During a capture: allowed.
 //
 // Requires:
 // `group` is a handle; `ranks` points to `count` numbers; `subset` has room for a pointer.
 cp_status cp_group_subset(const struct cp_group *group, const uint32_t *ranks, size_t count, struct cp_group **subset);
 
-// This rank's number in the group. Local.
+// This rank's number in the group. Local. During a capture: allowed.
 //
 // Requires:
 // `group` is a handle; `rank` has room for a number.
 cp_status cp_group_rank(const struct cp_group *group, uint32_t *rank);
 
-// Number of ranks. Local.
+// Number of ranks. Local. During a capture: allowed.
 //
 // Requires:
 // `group` is a handle; `size` has room for a number.
 cp_status cp_group_size(const struct cp_group *group, uint32_t *size);
 
-// Ranks of the parent group, in this group's order. `capacity` must be at least the group's size. Local.
+// Ranks of the parent group, in this group's order. `capacity` must be at least the group's size. Local. During a capture: allowed.
 //
 // Requires:
 // `group` is a handle; `ranks` has room for `capacity` numbers.
 cp_status cp_group_global_ranks(const struct cp_group *group, uint32_t *ranks, size_t capacity);
 
-// Waits until all ranks of the group have come. Collective, blocking.
+// Waits until the hosts of all ranks of the group have come; devices may still be at work. Collective, blocking. CP_ERR_UNSUPPORTED where NCCL is
+// all that connects the ranks. During a capture: allowed, captures nothing.
 //
 // Requires:
 // `group` is a handle.
 cp_status cp_group_barrier(struct cp_group *group);
 
+// Connects the group's ranks pair by pair and allocates what a transport needs for that, so that later calls do neither: NCCL does both at a
+// pair's first message. Elsewhere like a barrier. Collective, blocking, not capturable.
+//
+// Requires:
+// `group` is a handle.
+cp_status cp_group_warm_up(struct cp_group *group);
+
 // Makes pending and future calls of the group and its relatives fail with CP_ERR_ABORTED, here and on the ranks that can be reached.
-// From any thread, also while another is inside a call. Not collective, not blocking. Afterwards the group can only be destroyed.
+// From any thread, also while another is inside a call. Local. Afterwards the group can only be destroyed. What devices wait for from peers
+// over NCCL ends too. During a capture: not allowed.
 //
 // Requires:
 // `group` is a handle that is not being destroyed.
 cp_status cp_group_abort(struct cp_group *group);
 
-// What the group and its relatives have moved so far on this rank. Local.
+// What the group and its relatives have moved so far on this rank; on CUDA, what was enqueued. Local. During a capture: allowed.
 //
 // Requires:
 // `group` is a handle; `statistics` points to `struct_size` bytes.
 cp_status cp_group_statistics(const struct cp_group *group, struct cp_statistics *statistics);
 
 // Destroys the group's handle; NULL does nothing. Local. Layers that use the group keep it alive until they are destroyed. The transport
-// ends with the last group and layer that use it; a peer that still waits for this rank then sees CP_ERR_PEER_LOST.
+// ends with the last group and layer that use it; a peer that still waits for this rank then sees CP_ERR_PEER_LOST. On CUDA that end may block
+// until what was enqueued is done, at most `timeout_ms`; graphs that captured calls of the group are not launched afterwards. During a capture:
+// not allowed.
 //
 // Requires:
 // `group` is NULL or a handle that no other call uses.
 cp_status cp_group_destroy(struct cp_group *group);
 
 // Smallest length at or above `length` that gives every rank the same number of tokens: a multiple of 2·ranks for zigzag, else of
-// ranks. This library needs no such padding; frameworks that exchange equal shapes do.
+// ranks. This library needs no such padding; frameworks that exchange equal shapes do. Local. Any thread, any time.
 //
 // Requires:
 // `padded` has room for a number.
@@ -748,7 +770,7 @@ cp_status cp_partition_padded_length(cp_partition partition, uint32_t ranks, uin
 
 // Tokens that `rank` holds, in the order of its local rows: indices into the padded sequences laid one after another, on the side
 // `side`. For packed sequences this is the list that selects the rank's rows from the whole packed buffer; for dense ones, entry b's tokens
-// start at b·seq. Writes at most `capacity` indices and the full number to `count`; `indices` may be NULL.
+// start at b·seq. Writes at most `capacity` indices and the full number to `count`; `indices` may be NULL. Local. Any thread, any time.
 //
 // Requires:
 // `sequences` as its docs say (lists for `ranks` ranks); `indices` is NULL or has room for `capacity` numbers; `count` for one.
@@ -762,25 +784,30 @@ cp_status cp_partition_tokens(cp_partition partition,
                               size_t capacity,
                               size_t *count);
 
-// Makes a layer, without a group: it computes alone until cp_set_group. Local.
+// Makes a layer, without a group: it computes alone until cp_set_group. Local. On CUDA it may block while kernels are loaded. During a capture:
+// not allowed.
 //
-// The instruction set is the best that the CPU has, or CP_SIMD from the environment (scalar, avx2, avx512, avx512_bf16).
+// On the CPU the instruction set is the best that the CPU has, or CP_SIMD from the environment (scalar, avx2, avx512, avx512_bf16).
 //
 // Requires:
 // `config` points to `struct_size` bytes; `attention` has room for a pointer.
-cp_status cp_attention_create(const struct cp_attention_config *config, struct cp_attention **attention);
+cp_status cp_attention_create(const struct cp_attention_config *config,
+                              struct cp_attention **attention);
 
 // Would cp_attention_create and cp_set_group accept this on a group of `ranks`? CP_OK, or the same status as they would give, with the
-// reason in words in cp_last_error. Local.
+// reason in words in cp_last_error. Local. On CUDA it asks the device, and may block while kernels are loaded. During a capture: not allowed.
 //
 // Requires:
 // `config` points to `struct_size` bytes; `comm` is NULL (p2p) or likewise.
-cp_status cp_query_support(const struct cp_attention_config *config, const struct cp_comm_config *comm, uint32_t ranks);
+cp_status cp_query_support(const struct cp_attention_config *config,
+                           const struct cp_comm_config *comm,
+                           uint32_t ranks);
 
 // Attaches a group to a layer, or with NULL turns context parallelism off for it. `comm` NULL is p2p.
 //
-// Collective over a parent group (one that cp_group_init made) the first time the layer gets it: the configuration is agreed, CP_ERR_MISMATCH on all
-// ranks if one differs. Local for every later switch, and for subsets.
+// Collective over a parent group (one that cp_group_init made) the first time the layer gets it, and then blocking: the configuration is agreed,
+// CP_ERR_MISMATCH on all ranks if one differs. (Not where NCCL is all that connects the ranks.) Local for every later switch, and for subsets.
+// A group computes on the layer's device. During a capture: allowed, captures nothing.
 //
 // Requires:
 // `attention` is a handle, `group` NULL or a handle, `comm` NULL or points to `struct_size` bytes.
@@ -789,13 +816,16 @@ cp_status cp_set_group(struct cp_attention *attention,
                        const struct cp_comm_config *comm);
 
 // Workspace that suffices for every call in which no rank holds more than `tokens_per_rank` rows of Q or of K, padding included, on the
-// current group. Local. A call whose sequences need less accepts less.
+// current group, on CUDA with at most `max_segments` pieces. Local. A call whose sequences need less accepts less. During a capture: allowed.
 //
 // Requires:
 // `attention` is a handle; `bytes` has room for a number.
-cp_status cp_attention_workspace_size(const struct cp_attention *attention, uint32_t tokens_per_rank, size_t *bytes);
+cp_status cp_attention_workspace_size(const struct cp_attention *attention,
+                                      uint32_t tokens_per_rank,
+                                      size_t *bytes);
 
 // Bytes that forward leaves for backward with these sequences on the current group: 0 without CP_ATTENTION_SAVE or without a head exchange. Local.
+// During a capture: allowed.
 //
 // Requires:
 // `attention` is a handle; `sequences` as its docs say; `bytes` has room for a number.
@@ -803,7 +833,7 @@ cp_status cp_attention_saved_size(const struct cp_attention *attention,
                                   const struct cp_sequences *sequences,
                                   size_t *bytes);
 
-// What calls with these sequences need and move on this rank. Local.
+// What calls with these sequences need and move on this rank. Local. During a capture: allowed.
 //
 // Requires:
 // `attention` is a handle; `sequences` as its docs say; `out` points to `struct_size` bytes.
@@ -815,6 +845,17 @@ cp_status cp_attention_report(const struct cp_attention *attention, const struct
 // Collective over the layer's group, in the same order on all ranks; blocking on the CPU, where `stream` must be NULL.
 // If one rank's arguments are wrong, that rank gets its error and all others CP_ERR_MISMATCH naming it; nothing has moved.
 //
+// On CUDA `stream` is a CUstream of the layer's device (NULL: the legacy default stream), and the call is work on it: it begins after what the
+// stream has, and later work sees its results. Over NCCL, or without peers, the host returns at once; with CP_TRANSPORT_LOCAL it waits for the
+// peers' hosts, with CP_TRANSPORT_STAGED for devices as well. The arrays of `sequences` are read before it returns, everything else when the stream
+// comes to it. Over NCCL the ranks compare nothing: if one rank's arguments are wrong the others wait for it until the deadline and lose the group
+// (CP_GROUP_AGREE finds such a rank). What goes wrong on the device after the return (CP_ERR_CUDA, _NCCL, _TIMEOUT, _PEER_LOST) is the error of the
+// group's next call.
+//
+// During a capture of `stream`: captured, if the group is over NCCL or of one rank and the workspace is the caller's or from `device_alloc`, else
+// CP_ERR_NOT_CAPTURABLE. A call of the same kind and sequences comes before it, uncaptured. A graph replays these sequences and addresses; all ranks
+// launch theirs in the same order. Layer, group and workspace outlive the graph.
+//
 // Requires:
 // `attention` is a handle; `args` points to `struct_size` bytes; its tensors' memory is as their shapes and strides say, and outputs overlap nothing.
 cp_status cp_attention_forward(struct cp_attention *attention,
@@ -823,15 +864,17 @@ cp_status cp_attention_forward(struct cp_attention *attention,
 
 // Gradients of Q, K and V. Finds the group and communication that the forward used in `context`, whatever is attached now.
 //
-// Collective over that group; blocking on the CPU, where `stream` must be NULL. Gradients of padding are exactly 0.
-// Errors as in cp_attention_forward, and CP_ERR_INVALID_ARGUMENT for a context of another layer or of other sequences.
+// Collective over that group; blocking on the CPU, where `stream` must be NULL; on CUDA, and during a capture, as cp_attention_forward. Gradients of
+// padding are exactly 0. Errors as in cp_attention_forward, and CP_ERR_INVALID_ARGUMENT for a context of another layer or of other sequences.
 //
 // Requires:
 // As cp_attention_forward.
-cp_status cp_attention_backward(struct cp_attention *attention, const struct cp_backward_args *args, void *stream);
+cp_status cp_attention_backward(struct cp_attention *attention,
+                                const struct cp_backward_args *args,
+                                void *stream);
 
 // This rank's plan for these sequences on the current group, as text or JSON. Writes at most `capacity` bytes, ended by 0, and the full
-// length without the 0 to `length`. With `text` NULL only the length. Local.
+// length without the 0 to `length`. With `text` NULL only the length. Local. During a capture: allowed.
 //
 // Requires:
 // `attention` is a handle; `sequences` as its docs say; `text` is NULL or has room for `capacity` bytes; `length` has room for a number.
@@ -843,7 +886,7 @@ cp_status cp_attention_plan(const struct cp_attention *attention,
                             size_t capacity,
                             size_t *length);
 
-// Destroys the layer; NULL does nothing. Local.
+// Destroys the layer; NULL does nothing. Local. On CUDA it may block until its calls are done. During a capture: not allowed.
 //
 // Requires:
 // `attention` is NULL or a handle that no other call uses.

@@ -657,6 +657,9 @@ impl Function {
                 std::ptr::null_mut(),
             )
         };
+        if code == sys::CUresult::CUDA_SUCCESS {
+            return Ok(());
+        }
         check(&format!("cuLaunchKernel {name} {how:?}"), code)
     }
 }

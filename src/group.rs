@@ -141,6 +141,8 @@ pub enum Call {
     Forward = 3,
     /// `cp_attention_backward`.
     Backward = 4,
+    /// `cp_group_warm_up`.
+    WarmUp = 5,
 }
 
 impl Call {
@@ -150,6 +152,7 @@ impl Call {
             2 => "cp_set_group",
             3 => "cp_attention_forward",
             4 => "cp_attention_backward",
+            5 => "cp_group_warm_up",
             _ => "an unknown call",
         }
     }
@@ -311,6 +314,14 @@ impl Group {
         self.size() > 1 && self.lane().is_some_and(|lane| lane.transport.same_pieces())
     }
 
+    /// Can calls be captured in a CUDA graph? The error says why not.
+    pub fn capturable(&self) -> Result<()> {
+        match self.lane() {
+            Some(lane) if self.size() > 1 => lane.transport.capturable(),
+            _ => Ok(()),
+        }
+    }
+
     fn lane(&self) -> Option<MutexGuard<'_, CommLane>> {
         self.parent.device.as_ref().and_then(|d| d.lane.as_ref()).map(lock)
     }
@@ -331,6 +342,15 @@ impl Group {
             )));
         }
         self.agree(Header { call: Call::Barrier, hash: 0 }, Ok(()))
+    }
+
+    /// Connects this group's ranks pair by pair, so that later calls do not. Collective.
+    pub fn warm_up(&self) -> Result<()> {
+        self.agree(Header { call: Call::WarmUp, hash: 0 }, Ok(()))?;
+        let me = self.parent.rank;
+        let peers: Vec<u32> = self.members.iter().copied().filter(|m| *m != me).collect();
+        let warmed = self.lane().map(|mut lane| lane.transport.warm_up(&peers));
+        warmed.map_or(Ok(()), |result| self.watch(result))
     }
 
     /// Makes pending and future calls of this group and its relatives fail with `Aborted`, here and on every rank that can be

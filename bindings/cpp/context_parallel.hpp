@@ -235,6 +235,7 @@ class Group {
 
     /// Waits for all ranks. Collective.
     void barrier() { check(cp_group_barrier(handle_)); }
+    void warm_up() { check(cp_group_warm_up(handle_)); }
 
     /// Ends pending and future calls of the group. From any thread.
     void abort() { check(cp_group_abort(handle_)); }

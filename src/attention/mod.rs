@@ -5,7 +5,7 @@ mod engine;
 use crate::backend::View;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Cuda, check_view};
-use crate::driver::CUstream;
+use crate::driver::{self, CUstream};
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
 use crate::exec::device::Target;
@@ -467,6 +467,13 @@ impl Attention {
                 return Err(Error::argument(text));
             }
             self.check(&problem, &at.group, &args)?;
+            if let (Engine::Device(_), Some(device)) = (&self.engine, at.group.device()) {
+                let _current = device.enter()?;
+                // SAFETY: a stream of the device, by the caller's promise.
+                if unsafe { driver::is_capturing(args.stream)? } {
+                    at.group.capturable()?;
+                }
+            }
             let dense = |tensor| args.views.iter().any(|(x, v)| *x == tensor && v.is_dense());
             let pack = !(dense(Tensor::K) && dense(Tensor::V));
             let options = self.options(&at.group, pack);

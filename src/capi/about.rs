@@ -11,7 +11,7 @@ use libc::c_char;
 use std::ffi::CString;
 use std::sync::OnceLock;
 
-/// Version of the library as major*1000000 + minor*1000 + patch. Any thread, any time, also after fork.
+/// Version of the library as major*1000000 + minor*1000 + patch. Local. Any thread, any time, also after fork.
 #[unsafe(no_mangle)]
 pub extern "C" fn cp_version() -> u32 {
     const fn number(text: &str) -> u32 {
@@ -60,7 +60,7 @@ pub fn build_info() -> String {
     )
 }
 
-/// A status as a short phrase; "unknown status" for any other number. Static text. Any thread, any time.
+/// A status as a short phrase; "unknown status" for any other number. Static text. Local. Any thread, any time.
 #[unsafe(no_mangle)]
 pub extern "C" fn cp_status_string(status: cp_status) -> *const c_char {
     let text = Status::from_i32(status).map_or(c"unknown status", Status::as_c_str);
@@ -68,14 +68,14 @@ pub extern "C" fn cp_status_string(status: cp_status) -> *const c_char {
 }
 
 /// Text of this thread's last error: what, which argument, got and allowed, the rank. Empty before the first; never NULL. Valid until the
-/// thread's next call of this library that fails.
+/// thread's next call of this library that fails. Local. Any time.
 #[unsafe(no_mangle)]
 pub extern "C" fn cp_last_error() -> *const c_char {
     last_error()
 }
 
 /// Copies the text of this thread's last error, cut to fit and always ended by 0, and returns its full length without the 0. With NULL or
-/// capacity 0 only the length is returned.
+/// capacity 0 only the length is returned. Local. Any time.
 ///
 /// # Safety
 /// `text` is NULL or has room for `capacity` bytes.

@@ -36,9 +36,10 @@ unsafe fn layer<'a>(attention: *const cp_attention) -> Result<MutexGuard<'a, Att
     enter("attention", unsafe { object(attention)? })
 }
 
-/// Makes a layer, without a group: it computes alone until cp_set_group. Local.
+/// Makes a layer, without a group: it computes alone until cp_set_group. Local. On CUDA it may block while kernels are loaded. During a capture:
+/// not allowed.
 ///
-/// The instruction set is the best that the CPU has, or CP_SIMD from the environment (scalar, avx2, avx512, avx512_bf16).
+/// On the CPU the instruction set is the best that the CPU has, or CP_SIMD from the environment (scalar, avx2, avx512, avx512_bf16).
 ///
 /// # Safety
 /// `config` points to `struct_size` bytes; `attention` has room for a pointer.
@@ -83,7 +84,7 @@ fn thread_count(asked: u32) -> Result<usize> {
 }
 
 /// Would cp_attention_create and cp_set_group accept this on a group of `ranks`? CP_OK, or the same status as they would give, with the
-/// reason in words in cp_last_error. Local.
+/// reason in words in cp_last_error. Local. On CUDA it asks the device, and may block while kernels are loaded. During a capture: not allowed.
 ///
 /// # Safety
 /// `config` points to `struct_size` bytes; `comm` is NULL (p2p) or likewise.
@@ -114,8 +115,9 @@ pub unsafe extern "C" fn cp_query_support(
 
 /// Attaches a group to a layer, or with NULL turns context parallelism off for it. `comm` NULL is p2p.
 ///
-/// Collective over a parent group (one that cp_group_init made) the first time the layer gets it: the configuration is agreed, CP_ERR_MISMATCH on all
-/// ranks if one differs. Local for every later switch, and for subsets.
+/// Collective over a parent group (one that cp_group_init made) the first time the layer gets it, and then blocking: the configuration is agreed,
+/// CP_ERR_MISMATCH on all ranks if one differs. (Not where NCCL is all that connects the ranks.) Local for every later switch, and for subsets.
+/// A group computes on the layer's device. During a capture: allowed, captures nothing.
 ///
 /// # Safety
 /// `attention` is a handle, `group` NULL or a handle, `comm` NULL or points to `struct_size` bytes.
@@ -143,7 +145,7 @@ pub unsafe extern "C" fn cp_set_group(
 }
 
 /// Workspace that suffices for every call in which no rank holds more than `tokens_per_rank` rows of Q or of K, padding included, on the
-/// current group. Local. A call whose sequences need less accepts less.
+/// current group, on CUDA with at most `max_segments` pieces. Local. A call whose sequences need less accepts less. During a capture: allowed.
 ///
 /// # Safety
 /// `attention` is a handle; `bytes` has room for a number.
@@ -163,6 +165,7 @@ pub unsafe extern "C" fn cp_attention_workspace_size(
 }
 
 /// Bytes that forward leaves for backward with these sequences on the current group: 0 without CP_ATTENTION_SAVE or without a head exchange. Local.
+/// During a capture: allowed.
 ///
 /// # Safety
 /// `attention` is a handle; `sequences` as its docs say; `bytes` has room for a number.
@@ -182,7 +185,7 @@ pub unsafe extern "C" fn cp_attention_saved_size(
     })
 }
 
-/// What calls with these sequences need and move on this rank. Local.
+/// What calls with these sequences need and move on this rank. Local. During a capture: allowed.
 ///
 /// # Safety
 /// `attention` is a handle; `sequences` as its docs say; `out` points to `struct_size` bytes.
@@ -225,6 +228,17 @@ pub unsafe extern "C" fn cp_attention_report(
 /// O = softmax(scale·Q·Kᵀ)·V; LSE = log Σ exp(scale·q·k), natural log, fp32. A row that sees no key, and padding: O = 0, LSE = -inf.
 /// Collective over the layer's group, in the same order on all ranks; blocking on the CPU, where `stream` must be NULL.
 /// If one rank's arguments are wrong, that rank gets its error and all others CP_ERR_MISMATCH naming it; nothing has moved.
+///
+/// On CUDA `stream` is a CUstream of the layer's device (NULL: the legacy default stream), and the call is work on it: it begins after what the
+/// stream has, and later work sees its results. Over NCCL, or without peers, the host returns at once; with CP_TRANSPORT_LOCAL it waits for the
+/// peers' hosts, with CP_TRANSPORT_STAGED for devices as well. The arrays of `sequences` are read before it returns, everything else when the stream
+/// comes to it. Over NCCL the ranks compare nothing: if one rank's arguments are wrong the others wait for it until the deadline and lose the group
+/// (CP_GROUP_AGREE finds such a rank). What goes wrong on the device after the return (CP_ERR_CUDA, _NCCL, _TIMEOUT, _PEER_LOST) is the error of the
+/// group's next call.
+///
+/// During a capture of `stream`: captured, if the group is over NCCL or of one rank and the workspace is the caller's or from `device_alloc`, else
+/// CP_ERR_NOT_CAPTURABLE. A call of the same kind and sequences comes before it, uncaptured. A graph replays these sequences and addresses; all ranks
+/// launch theirs in the same order. Layer, group and workspace outlive the graph.
 ///
 /// # Safety
 /// `attention` is a handle; `args` points to `struct_size` bytes; its tensors' memory is as their shapes and strides say, and outputs overlap nothing.
@@ -287,8 +301,8 @@ unsafe fn forward_args(
 
 /// Gradients of Q, K and V. Finds the group and communication that the forward used in `context`, whatever is attached now.
 ///
-/// Collective over that group; blocking on the CPU, where `stream` must be NULL. Gradients of padding are exactly 0.
-/// Errors as in cp_attention_forward, and CP_ERR_INVALID_ARGUMENT for a context of another layer or of other sequences.
+/// Collective over that group; blocking on the CPU, where `stream` must be NULL; on CUDA, and during a capture, as cp_attention_forward. Gradients of
+/// padding are exactly 0. Errors as in cp_attention_forward, and CP_ERR_INVALID_ARGUMENT for a context of another layer or of other sequences.
 ///
 /// # Safety
 /// As cp_attention_forward.
@@ -424,7 +438,7 @@ unsafe fn problem(layer: &Attention, sequences: *const cp_sequences) -> Result<A
 }
 
 /// This rank's plan for these sequences on the current group, as text or JSON. Writes at most `capacity` bytes, ended by 0, and the full
-/// length without the 0 to `length`. With `text` NULL only the length. Local.
+/// length without the 0 to `length`. With `text` NULL only the length. Local. During a capture: allowed.
 ///
 /// # Safety
 /// `attention` is a handle; `sequences` as its docs say; `text` is NULL or has room for `capacity` bytes; `length` has room for a number.
@@ -479,7 +493,7 @@ pub unsafe extern "C" fn cp_attention_plan(
     })
 }
 
-/// Destroys the layer; NULL does nothing. Local.
+/// Destroys the layer; NULL does nothing. Local. On CUDA it may block until its calls are done. During a capture: not allowed.
 ///
 /// # Safety
 /// `attention` is NULL or a handle that no other call uses.

@@ -11,7 +11,7 @@ use crate::partition::{Partition, Side, padded_length};
 use crate::problem::{Problem, Wire};
 
 /// Smallest length at or above `length` that gives every rank the same number of tokens: a multiple of 2·ranks for zigzag, else of
-/// ranks. This library needs no such padding; frameworks that exchange equal shapes do.
+/// ranks. This library needs no such padding; frameworks that exchange equal shapes do. Local. Any thread, any time.
 ///
 /// # Safety
 /// `padded` has room for a number.
@@ -37,7 +37,7 @@ pub unsafe extern "C" fn cp_partition_padded_length(
 
 /// Tokens that `rank` holds, in the order of its local rows: indices into the padded sequences laid one after another, on the side
 /// `side`. For packed sequences this is the list that selects the rank's rows from the whole packed buffer; for dense ones, entry b's tokens
-/// start at b·seq. Writes at most `capacity` indices and the full number to `count`; `indices` may be NULL.
+/// start at b·seq. Writes at most `capacity` indices and the full number to `count`; `indices` may be NULL. Local. Any thread, any time.
 ///
 /// # Safety
 /// `sequences` as its docs say (lists for `ranks` ranks); `indices` is NULL or has room for `capacity` numbers; `count` for one.

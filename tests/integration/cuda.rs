@@ -74,3 +74,21 @@ fn corpus_nccl() {
 fn corpus_staged() {
     corpus(Way::Staged);
 }
+
+/// A small step of three ranks over each way, in which planted faults of the driver and of NCCL have to show: see tests/softgpu/api_faults.
+#[test]
+#[ignore = "needs a CUDA device or the software GPU: tests/run"]
+fn scenario() {
+    let case = cases().iter().find(|c| c.name == "causal_101_sbhd").expect("in the corpus");
+    let only = std::env::var("CP_SCENARIO_WAY").ok();
+    for way in [Way::Local, Way::Nccl, Way::Staged] {
+        if only.as_ref().is_some_and(|w| *w != format!("{way:?}")) {
+            continue;
+        }
+        for comm in [CommType::P2p, CommType::A2a] {
+            let run = Run::plain(case, 3, comm, DType::Bf16);
+            let on = OnCuda { way, deterministic: true, margin: 0 };
+            check(&run, on).unwrap_or_else(|e| panic!("{e}"));
+        }
+    }
+}

@@ -318,6 +318,7 @@ fn groups_switch_between_forward_and_backward() {
         let done = on_threads(local_group(4), |rank, t| {
             let run = || -> Result<(Shard, Option<Shard>)> {
                 let group = group(t, way)?;
+                group.warm_up()?;
                 let mut layer = layer(Config { save: true, ..config() }, None);
                 let stream = stream();
                 layer.set_group(&group, Ok(Comm::of(CommType::A2a)))?;

@@ -18,7 +18,11 @@ use context_parallel::transport::local::local_group;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-const TIMEOUT: Duration = Duration::from_secs(120);
+/// How long ranks wait for each other; short where a planted fault leaves them waiting (tests/softgpu/api_faults).
+fn timeout() -> Duration {
+    let asked = std::env::var("CP_TEST_TIMEOUT_MS").ok().and_then(|ms| ms.parse().ok());
+    Duration::from_millis(asked.unwrap_or(120_000))
+}
 
 /// How ranks run on CUDA.
 #[derive(Clone, Copy, Debug)]
@@ -78,7 +82,7 @@ fn rank(
     let host = Arc::new(Mutex::new(host));
     let mut transport = match problem.ranks {
         1 => None,
-        _ => Some(join(Ok(device.clone()), &host, on.way, TIMEOUT).map_err(text)?),
+        _ => Some(join(Ok(device.clone()), &host, on.way, timeout()).map_err(text)?),
     };
     let _current = device.enter().map_err(text)?;
     let mut run = || -> Result<()> {

@@ -2,6 +2,7 @@
 
 mod cli;
 mod cuda;
+mod cuda_capi;
 mod cuda_layers;
 mod cuda_ranks;
 mod header;

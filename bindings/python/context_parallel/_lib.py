@@ -78,6 +78,7 @@ FUNCTIONS = {
     "cp_group_size": (c_int32, [c_void_p, POINTER(c_uint32)]),
     "cp_group_global_ranks": (c_int32, [c_void_p, POINTER(c_uint32), c_size_t]),
     "cp_group_barrier": (c_int32, [c_void_p]),
+    "cp_group_warm_up": (c_int32, [c_void_p]),
     "cp_group_abort": (c_int32, [c_void_p]),
     "cp_group_statistics": (c_int32, [c_void_p, POINTER(_abi.cp_statistics)]),
     "cp_group_destroy": (c_int32, [c_void_p]),

@@ -146,6 +146,10 @@ class Group:
         """Waits until all ranks have come. Collective."""
         self._handle.call(lib.cp_group_barrier)
 
+    def warm_up(self):
+        """Connects all pairs of ranks, which NCCL otherwise does at a pair's first message. Collective."""
+        self._handle.call(lib.cp_group_warm_up)
+
     def abort(self):
         """Ends pending and future calls of this group and its relatives, here and elsewhere, with ABORTED. From any thread."""
         self._handle.call(lib.cp_group_abort)

@@ -2,7 +2,7 @@
 
 use super::image;
 use super::params;
-use super::shapes::{SHAPES, Shape};
+use super::shapes::{BIG_SHARED, SHAPES, Shape};
 use super::tables::{AttendWork, RowsWork};
 use crate::backend::{Backward, CopyRows, Delta, Forward, HeadMap, View};
 use crate::driver::{CUdeviceptr, CUstream, Device, Function, Launch, Module};
@@ -26,6 +26,8 @@ struct Kernel {
 /// The kernels of one device, loaded when they are first asked for.
 pub(super) struct Kernels {
     device: Arc<Device>,
+    /// The big set of shapes: the device has the shared memory for it, and this library code.
+    big: bool,
     /// Loaded images by their place in the list, or why they cannot be loaded.
     modules: Mutex<Vec<Option<Result<Arc<Module>>>>>,
     forward: [[OnceLock<Kernel>; SHAPES.len()]; 2],
@@ -57,17 +59,26 @@ impl Kernels {
         if let Some(known) = all.iter().find(|k| k.device.ordinal == device.ordinal) {
             return Ok(known.clone());
         }
-        let kernels = Arc::new(Kernels {
+        let mut kernels = Kernels {
             device: device.clone(),
+            big: false,
             modules: Mutex::new(image::IMAGES.iter().map(|_| None).collect()),
             forward: Default::default(),
             backward: Default::default(),
             copy_rows: OnceLock::new(),
             fill_rows: OnceLock::new(),
             delta: OnceLock::new(),
-        });
+        };
+        // A GPU that is newer than this library runs PTX, of which there is only the small set.
+        kernels.big = device.shared_bytes >= BIG_SHARED && kernels.has(&SHAPES[0]);
+        let kernels = Arc::new(kernels);
         all.push(kernels.clone());
         Ok(kernels)
+    }
+
+    /// Is there a backward kernel of this shape for this device?
+    fn has(&self, shape: &Shape) -> bool {
+        self.backward(DType::Bf16, shape).is_ok()
     }
 
     /// Loads what a problem of this type and shape needs, so that launches load nothing.
@@ -229,7 +240,7 @@ impl Cuda {
     }
 
     fn shape(&self, dtype: DType, dim_qk: usize, dim_v: usize) -> Result<&'static Shape> {
-        Shape::of(dtype, dim_qk, dim_v, self.device.shared_bytes)
+        Shape::of(dtype, dim_qk, dim_v, self.kernels.big)
     }
 
     /// Enqueues a forward step. `step.slices` is not read: `work` is made of it.

@@ -31,7 +31,7 @@ pub struct Shape {
 }
 
 /// What the big backward kernels need to be able to ask for.
-const BIG_SHARED: u32 = 163 * 1024;
+pub const BIG_SHARED: u32 = 163 * 1024;
 
 /// For GPUs with [`BIG_SHARED`] bytes of shared memory per block; smallest first: a problem takes the first that it fits in.
 pub static SHAPES: [Shape; 5] = [
@@ -77,13 +77,8 @@ const fn block(q_rows: u32, k_rows: u32, warps: u32, shared: u32) -> Block {
 }
 
 impl Shape {
-    /// The shape for these tensors on a GPU whose blocks can ask for `shared_bytes` of shared memory, or the reason why there is none.
-    pub fn of(
-        dtype: DType,
-        dim_qk: usize,
-        dim_v: usize,
-        shared_bytes: u32,
-    ) -> Result<&'static Shape> {
+    /// The shape for these tensors, of the big or the small set, or the reason why there is none.
+    pub fn of(dtype: DType, dim_qk: usize, dim_v: usize, big: bool) -> Result<&'static Shape> {
         if dtype == DType::F32 {
             return Err(Error::unsupported("dtype: got fp32, on CUDA bf16 or fp16"));
         }
@@ -94,7 +89,7 @@ impl Shape {
                 )));
             }
         }
-        let shapes = if shared_bytes >= BIG_SHARED { &SHAPES } else { &SMALL_SHAPES };
+        let shapes = if big { &SHAPES } else { &SMALL_SHAPES };
         let fits = |s: &&Shape| dim_qk <= s.dim_qk as usize && dim_v <= s.dim_v as usize;
         shapes.iter().find(fits).ok_or_else(|| Error::internal("the largest shape fits all"))
     }
@@ -165,7 +160,7 @@ mod tests {
         for qk in 0..300 {
             for v in 0..300 {
                 let valid = |d: usize| d.is_multiple_of(8) && (8..=256).contains(&d);
-                match Shape::of(DType::F16, qk, v, 0) {
+                match Shape::of(DType::F16, qk, v, true) {
                     Ok(s) => {
                         assert!(valid(qk) && valid(v), "{qk} {v}");
                         assert!(s.dim_qk as usize >= qk && s.dim_v as usize >= v);
@@ -178,9 +173,9 @@ mod tests {
                 }
             }
         }
-        let refused = Shape::of(DType::F32, 64, 64, 0).unwrap_err();
+        let refused = Shape::of(DType::F32, 64, 64, true).unwrap_err();
         assert_eq!(refused.text, "dtype: got fp32, on CUDA bf16 or fp16");
-        let refused = Shape::of(DType::F16, 64, 12, 0).unwrap_err();
+        let refused = Shape::of(DType::F16, 64, 12, true).unwrap_err();
         assert_eq!(refused.text, "head dimension of v: got 12, on CUDA a multiple of 8 up to 256");
     }
 
@@ -192,10 +187,7 @@ mod tests {
             assert!(big.backward_block.shared <= BIG_SHARED, "{big:?}");
             assert!(small.backward_block.shared <= 99 * 1024, "{small:?}");
         }
-        // H100 and A100 take the big set, consumer GPUs the small one.
-        for (shared_bytes, suffix) in [(232_448, ""), (166_912, ""), (101_376, "_small")] {
-            let shape = Shape::of(DType::Bf16, 128, 128, shared_bytes).unwrap();
-            assert_eq!(shape.backward_suffix, suffix);
-        }
+        let suffix = |big| Shape::of(DType::Bf16, 128, 128, big).unwrap().backward_suffix;
+        assert_eq!((suffix(true), suffix(false)), ("", "_small"));
     }
 }

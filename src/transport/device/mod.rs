@@ -45,6 +45,12 @@ pub trait DeviceTransport: Send {
         step: Step,
     ) -> Result<()>;
 
+    /// Makes the way to these ranks, which name this one too, so that later exchanges with them allocate and connect nothing. Blocks.
+    fn warm_up(&mut self, peers: &[u32]) -> Result<()> {
+        let _ = peers;
+        Ok(())
+    }
+
     /// Called when all of a call has been enqueued: `stream` is where its exchanges were.
     ///
     /// # Safety

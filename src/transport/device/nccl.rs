@@ -220,73 +220,6 @@ impl Nccl {
         self.size
     }
 
-    /// Collective among ranks that name each other: NCCL allocates and connects at a pair's first message, so every pair that will exchange
-    /// anything sends a few bytes here, and both check who is there. Blocks.
-    pub fn warm_up(&mut self, peers: &[u32]) -> Result<()> {
-        if peers.is_empty() {
-            return Ok(());
-        }
-        let device = self.device.clone();
-        let _current = device.enter()?;
-        let stream = Stream::new(&device, true)?;
-        // This rank's number, then a place for each peer's.
-        const CELL: usize = 16;
-        let bytes = CELL * (1 + peers.len());
-        let (memory, mirror) =
-            (DeviceBuffer::new(&device, bytes)?, PinnedBuffer::new(&device, bytes)?);
-        // SAFETY: `bytes` are owned, and nothing else knows them.
-        let host = unsafe { std::slice::from_raw_parts_mut(mirror.ptr(), bytes) };
-        host.fill(0xff);
-        host[..4].copy_from_slice(&self.rank.to_ne_bytes());
-        let cell = |i: usize| {
-            let ptr = (memory.address() as usize + CELL * i) as *mut u8;
-            vec![Piece { ptr, len: CELL }]
-        };
-        let to = |place: usize| {
-            move |(i, &peer): (usize, &u32)| Message { peer, pieces: cell(place * (1 + i)) }
-        };
-        let sends: Vec<Message> = peers.iter().enumerate().map(to(0)).collect();
-        let recvs: Vec<Message> = peers.iter().enumerate().map(to(1)).collect();
-        let done = Event::new(&device)?;
-        // SAFETY: all memory lives until the event is done, or the communicator is aborted and the stream drained.
-        unsafe {
-            copy_to_device(memory.address(), mirror.ptr(), bytes, stream.raw())?;
-            self.exchange(&sends, &recvs, stream.raw(), WARM_UP)?;
-            copy_to_host(mirror.ptr(), memory.address(), bytes, stream.raw())?;
-            done.record(stream.raw())?;
-        }
-        let late = Instant::now() + self.timeout + Duration::from_secs(2);
-        while !done.is_done()? && self.failed().is_none() {
-            if Instant::now() > late {
-                let text =
-                    format!("rank {}: warm-up with ranks {peers:?} is not through", self.rank);
-                self.watched.fail(Error::new(Status::Timeout, text));
-            }
-            thread::sleep(Duration::from_micros(50));
-        }
-        if let Some(why) = self.failed() {
-            // The abort frees the stream, and then the memory; if it does not, the memory stays.
-            let late = Instant::now() + FAREWELL;
-            while matches!(done.is_done(), Ok(false)) && Instant::now() < late {
-                thread::sleep(Duration::from_micros(50));
-            }
-            if done.is_done() != Ok(true) {
-                std::mem::forget((memory, mirror));
-            }
-            return Err(why);
-        }
-        for (i, &peer) in peers.iter().enumerate() {
-            let at = CELL * (1 + i);
-            let got = u32::from_ne_bytes([host[at], host[at + 1], host[at + 2], host[at + 3]]);
-            if got != peer {
-                let text =
-                    format!("rank {}: what came from rank {peer} says rank {got}", self.rank);
-                return Err(self.watched.fail(Error::new(Status::Nccl, text)));
-            }
-        }
-        Ok(())
-    }
-
     /// The group of an exchange, up to NCCL's answer to its end.
     ///
     /// # Safety
@@ -380,6 +313,72 @@ impl DeviceTransport for Nccl {
 
     fn meets(&self) -> bool {
         false
+    }
+
+    /// NCCL allocates and connects at a pair's first message, so every pair sends a few bytes, and both check who is there.
+    fn warm_up(&mut self, peers: &[u32]) -> Result<()> {
+        if peers.is_empty() {
+            return Ok(());
+        }
+        let device = self.device.clone();
+        let _current = device.enter()?;
+        let stream = Stream::new(&device, true)?;
+        // This rank's number, then a place for each peer's.
+        const CELL: usize = 16;
+        let bytes = CELL * (1 + peers.len());
+        let (memory, mirror) =
+            (DeviceBuffer::new(&device, bytes)?, PinnedBuffer::new(&device, bytes)?);
+        // SAFETY: `bytes` are owned, and nothing else knows them.
+        let host = unsafe { std::slice::from_raw_parts_mut(mirror.ptr(), bytes) };
+        host.fill(0xff);
+        host[..4].copy_from_slice(&self.rank.to_ne_bytes());
+        let cell = |i: usize| {
+            let ptr = (memory.address() as usize + CELL * i) as *mut u8;
+            vec![Piece { ptr, len: CELL }]
+        };
+        let to = |place: usize| {
+            move |(i, &peer): (usize, &u32)| Message { peer, pieces: cell(place * (1 + i)) }
+        };
+        let sends: Vec<Message> = peers.iter().enumerate().map(to(0)).collect();
+        let recvs: Vec<Message> = peers.iter().enumerate().map(to(1)).collect();
+        let done = Event::new(&device)?;
+        // SAFETY: all memory lives until the event is done, or the communicator is aborted and the stream drained.
+        unsafe {
+            copy_to_device(memory.address(), mirror.ptr(), bytes, stream.raw())?;
+            self.exchange(&sends, &recvs, stream.raw(), WARM_UP)?;
+            copy_to_host(mirror.ptr(), memory.address(), bytes, stream.raw())?;
+            done.record(stream.raw())?;
+        }
+        let late = Instant::now() + self.timeout + Duration::from_secs(2);
+        while !done.is_done()? && self.failed().is_none() {
+            if Instant::now() > late {
+                let text =
+                    format!("rank {}: warm-up with ranks {peers:?} is not through", self.rank);
+                self.watched.fail(Error::new(Status::Timeout, text));
+            }
+            thread::sleep(Duration::from_micros(50));
+        }
+        if let Some(why) = self.failed() {
+            // The abort frees the stream, and then the memory; if it does not, the memory stays.
+            let late = Instant::now() + FAREWELL;
+            while matches!(done.is_done(), Ok(false)) && Instant::now() < late {
+                thread::sleep(Duration::from_micros(50));
+            }
+            if done.is_done() != Ok(true) {
+                std::mem::forget((memory, mirror));
+            }
+            return Err(why);
+        }
+        for (i, &peer) in peers.iter().enumerate() {
+            let at = CELL * (1 + i);
+            let got = u32::from_ne_bytes([host[at], host[at + 1], host[at + 2], host[at + 3]]);
+            if got != peer {
+                let text =
+                    format!("rank {}: what came from rank {peer} says rank {got}", self.rank);
+                return Err(self.watched.fail(Error::new(Status::Nccl, text)));
+            }
+        }
+        Ok(())
     }
 
     unsafe fn exchange(

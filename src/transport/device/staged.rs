@@ -10,12 +10,9 @@ use super::{DeviceTransport, Step};
 use crate::driver::{self, CUdeviceptr, CUstream, Device, Event, PinnedBuffer};
 use crate::error::{Error, Result, Status};
 use crate::transport::roll::lock;
-use crate::transport::{Message, Piece, Transport};
-use std::sync::{Arc, Mutex};
+use crate::transport::{Message, Piece, Shared, Transport};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
-
-/// A host transport that a group and its device transport share.
-pub type Shared = Arc<Mutex<Box<dyn Transport>>>;
 
 /// Every message begins at a multiple of this in page-locked memory.
 const ALIGN: usize = 256;

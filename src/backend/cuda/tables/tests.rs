@@ -7,6 +7,8 @@ use std::collections::BTreeMap;
 
 const FORWARD: Tiling = Tiling { q_rows: 128, k_rows: 64 };
 const BACKWARD: Tiling = Tiling { q_rows: 64, k_rows: 128 };
+/// Tiles that are no power of two, and small ones.
+const OTHERS: [Tiling; 2] = [Tiling { q_rows: 64, k_rows: 96 }, Tiling { q_rows: 32, k_rows: 32 }];
 
 /// Numbers for tests; xorshift64*.
 struct Random(u64);
@@ -40,7 +42,7 @@ struct Lists {
 }
 
 impl Lists {
-    fn new(blob: &[u8], work: &AttendWork, rows: [u32; 2]) -> Lists {
+    fn new(blob: &[u8], work: &AttendWork, rows: [u32; 2], tiling: Tiling) -> Lists {
         let parts: Vec<params::Part> = read(blob, work.parts, work.part_count);
         let table: Vec<params::Slice> =
             read(blob, work.slices, parts.iter().map(|p| p.slice + p.slices).max().unwrap_or(0));
@@ -62,7 +64,7 @@ impl Lists {
         };
         let turns: usize = parts
             .iter()
-            .map(|p| (p.end.div_ceil(BACKWARD.q_rows) - p.begin / BACKWARD.q_rows) as usize)
+            .map(|p| (p.end.div_ceil(tiling.q_rows) - p.begin / tiling.q_rows) as usize)
             .sum();
         Lists {
             tiles: read(blob, work.tiles, work.tile_count),
@@ -101,25 +103,25 @@ fn allowed(slices: &[Slice], rows: [u32; 2]) -> Vec<Vec<u8>> {
     pairs
 }
 
-fn check_forward(slices: &[Slice], rows: [u32; 2], always: bool) -> AttendWork {
-    let mut builder = TableBuilder::new(FORWARD, BACKWARD);
+fn check_forward(slices: &[Slice], rows: [u32; 2], always: bool, tiling: Tiling) -> AttendWork {
+    let mut builder = TableBuilder::new(tiling, BACKWARD);
     let work = builder.forward(slices, rows[0], rows[1], always);
     let blob = builder.finish();
-    let bound = forward_bound(FORWARD, rows[0] as usize, rows[1] as usize, limits(slices, rows));
+    let bound = forward_bound(tiling, rows[0] as usize, rows[1] as usize, limits(slices, rows));
     assert!(blob.len() <= bound, "{} bytes, bound {bound}", blob.len());
-    let lists = Lists::new(&blob, &work, rows);
+    let lists = Lists::new(&blob, &work, rows, tiling);
     let want = allowed(slices, rows);
     let mut got = vec![vec![0u8; rows[1] as usize]; rows[0] as usize];
     let mut owners = vec![0; rows[0] as usize];
     let mut costs = Vec::new();
     for tile in &lists.tiles {
-        assert!(tile.rows >= 1 && tile.rows <= FORWARD.q_rows);
+        assert!(tile.rows >= 1 && tile.rows <= tiling.q_rows);
         let own = tile.row..tile.row + tile.rows;
         own.clone().for_each(|row| owners[row as usize] += 1);
         let mut cost = 0;
         for part in lists.parts_of(tile) {
             assert!(part.begin < part.end && part.end <= rows[1], "{part:?}");
-            cost += (part.end - part.begin).div_ceil(FORWARD.k_rows);
+            cost += (part.end - part.begin).div_ceil(tiling.k_rows);
             let seen: Vec<Range<u32>> = own.clone().map(|row| lists.keys(part, row)).collect();
             for (row, keys) in own.clone().zip(&seen) {
                 for key in keys.clone() {
@@ -151,26 +153,26 @@ fn check_forward(slices: &[Slice], rows: [u32; 2], always: bool) -> AttendWork {
     work
 }
 
-fn check_backward(slices: &[Slice], rows: [u32; 2]) -> AttendWork {
-    let mut builder = TableBuilder::new(FORWARD, BACKWARD);
+fn check_backward(slices: &[Slice], rows: [u32; 2], tiling: Tiling) -> AttendWork {
+    let mut builder = TableBuilder::new(FORWARD, tiling);
     let work = builder.backward(slices, rows[0], rows[1], true);
     let blob = builder.finish();
     let bound =
-        backward_bound(BACKWARD, rows[0] as usize, rows[1] as usize, limits(slices, rows), true);
+        backward_bound(tiling, rows[0] as usize, rows[1] as usize, limits(slices, rows), true);
     assert!(blob.len() <= bound, "{} bytes, bound {bound}", blob.len());
-    let lists = Lists::new(&blob, &work, rows);
+    let lists = Lists::new(&blob, &work, rows, tiling);
     let want = allowed(slices, rows);
     let mut got = vec![vec![0u8; rows[1] as usize]; rows[0] as usize];
     let mut owners = vec![0; rows[1] as usize];
     let (mut costs, mut adds) = (Vec::new(), BTreeMap::new());
     for tile in &lists.tiles {
-        assert!(tile.rows >= 1 && tile.rows <= BACKWARD.k_rows);
+        assert!(tile.rows >= 1 && tile.rows <= tiling.k_rows);
         let own = tile.row..tile.row + tile.rows;
         own.clone().for_each(|row| owners[row as usize] += 1);
         let mut cost = 0;
         for part in lists.parts_of(tile) {
             assert!(part.begin < part.end && part.end <= rows[0], "{part:?}");
-            let visited = part.begin / BACKWARD.q_rows..part.end.div_ceil(BACKWARD.q_rows);
+            let visited = part.begin / tiling.q_rows..part.end.div_ceil(tiling.q_rows);
             cost += visited.len();
             let (mut runs, mut run, mut hull) = (Vec::new(), 0, (u32::MAX, 0));
             for row in 0..rows[0] {
@@ -201,7 +203,7 @@ fn check_backward(slices: &[Slice], rows: [u32; 2]) -> AttendWork {
     assert!(costs.is_sorted(), "longest first, then in order of rows");
     assert!(owners.iter().all(|n| *n <= 1));
     assert!(work.counters(3) >= adds.keys().max().map_or(0, |t| 3 * (*t as usize + 1)));
-    check_bitmaps(&lists, slices, rows, 1, 0, BACKWARD.q_rows);
+    check_bitmaps(&lists, slices, rows, 1, 0, tiling.q_rows);
     work
 }
 
@@ -247,8 +249,8 @@ fn limits(slices: &[Slice], rows: [u32; 2]) -> SliceLimits {
 }
 
 fn check(slices: &[Slice], rows: [u32; 2]) -> [AttendWork; 2] {
-    check_forward(slices, rows, false);
-    [check_forward(slices, rows, true), check_backward(slices, rows)]
+    check_forward(slices, rows, false, FORWARD);
+    [check_forward(slices, rows, true, FORWARD), check_backward(slices, rows, BACKWARD)]
 }
 
 /// Slices of two lists of segments, each of which lies in its buffer where its `offset` says; and the rows of the buffers.
@@ -361,7 +363,12 @@ fn random_segments() {
             2 => window(r.below(200), 0),
             _ => window(r.below(50), r.below(50)),
         };
-        check(&slices(&q, &k, mask, |_| 1000), [q_rows, k_rows]);
+        let work = slices(&q, &k, mask, |_| 1000);
+        check(&work, [q_rows, k_rows]);
+        for tiling in OTHERS {
+            check_forward(&work, [q_rows, k_rows], true, tiling);
+            check_backward(&work, [q_rows, k_rows], tiling);
+        }
     }
 }
 
@@ -419,7 +426,7 @@ fn nothing_to_do() {
     let [forward, backward] = check(&[], [300, 100]);
     assert_eq!((forward.tile_count, forward.visits), (3, 0));
     assert_eq!((backward.tile_count, backward.visits), (0, 0));
-    assert_eq!(check_forward(&[], [300, 100], false).tile_count, 0);
+    assert_eq!(check_forward(&[], [300, 100], false, FORWARD).tile_count, 0);
     check(&[], [0, 0]);
 }
 
@@ -438,7 +445,7 @@ fn lists_of_a_plan_share_one_blob() {
     };
     let (blob, a, b, c, d) = build();
     assert_eq!(build(), (blob.clone(), a, b, c, d));
-    assert_eq!(Lists::new(&blob, &a, [200, 200]).tiles.len(), 2);
+    assert_eq!(Lists::new(&blob, &a, [200, 200], FORWARD).tiles.len(), 2);
     assert_eq!((b.turns, b.counters(9)), (None, 0));
     assert_eq!((c.run_count, c.row_count, d.run_count, d.row_count), (2, 10, 2, 6));
     let runs: Vec<params::Run> = read(&blob, c.runs, 2);
