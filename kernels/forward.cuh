@@ -102,7 +102,7 @@ struct Forward {
                 if (!inside(tile, r)) {
                     continue;
                 }
-                softmax.max[m][h] = load_global(max_from);
+                softmax.max[m][h] = fmaxf(load_global(max_from), softmax.NONE);
                 softmax.sum[m][h] = lane % 4 == 0 ? load_global(sum_from) : 0.0f;
 #pragma unroll
                 for (int d = 0; d < D; d++) {
@@ -123,34 +123,38 @@ struct Forward {
         KeyRange* const ranges = (KeyRange*)(shared + RANGES_AT) + warp * WM;
 
         const cp_tile tile = this->tile();
-        const uint32_t end = tile.part + tile.parts;
         uint32_t index = tile.part, key = 0;
         cp_part part{};
         TileLoader<BM, DQK, THREADS> q;
         TileLoader<BN, DQK, THREADS> k;
         TileLoader<BN, DV, THREADS> v;
-        float scale_log2 = p.scale_log2;
+        // |scale·log2(e)|, or 1 for 0: flip() does the rest. On bits, so that it stays in a register of the whole warp.
+        const uint32_t magnitude = __float_as_uint(p.scale_log2) & 0x7fffffffu;
+        const float scale_log2 = __uint_as_float(magnitude == 0 ? 0x3f800000u : magnitude);
 
         sync_block();  // all warps are done with the work before
         q.start(p.q, head(), tile.row, thread);
         q.load(q_tile, p.q, tile.row, tile.row + tile.rows, p.q_used, p.dim_qk, thread);
-        if (scale_log2 <= 0.0f) {
+        if (p.scale_log2 <= 0.0f) {
             cp_async_commit();
             cp_async_wait<0>();
             sync_block();
-            scale_log2 = flip(q_tile);
+            flip(q_tile);
         }
 
         // The loop is turned so that every piece of code is there once: S of one pass becomes P in the next.
         float scores[M][N][4];
         bool pending = false;  // there are scores
         for (bool more = true; more;) {
-            if (key >= part.end) {  // to the next part
-                more = index < end;
+            const bool turn = key >= part.end;  // to the next part
+            if (turn) {
+                const cp_tile tile = this->tile();
+                more = index < tile.part + tile.parts;
                 if (more) {
+                    sync_warp();  // its lanes have read the ranges before
+                    ask(ranges, tile.row, index);
                     part = load_part(p.parts, index++);
                     key = part.begin;
-                    find_ranges(ranges, part);
                     const uint32_t kv_head = (p.q_first + head()) / p.head_group - p.kv_first;
                     k.start(p.k, kv_head, key, thread);
                     v.start(p.v, kv_head, key, thread);
@@ -161,10 +165,13 @@ struct Forward {
                 cp_async_commit();
             }
             if (pending) {
-                softmax.add(scores, out, scale_log2);
-                multiply_values(scores, v_tile);
+                softmax.meet(scores, out, scale_log2);
+                multiply_values(scores, v_tile, scale_log2);
             }
             if (more) {
+                if (turn) {
+                    answer(ranges);
+                }
                 cp_async_wait<0>();
                 sync_block();
                 v.load(v_tile, p.v, key, part.end, p.k_used, p.dim_v, thread);
@@ -172,24 +179,29 @@ struct Forward {
                 multiply_keys(scores, q_tile, k_tile);
                 cp_async_wait<0>();
                 sync_block();
-                pending = true;
-                if (key < part.full_begin || key + BN > part.full_end) {  // hidden from some row of the tile; of this warp?
-                    const KeyRange range = ranges[lane % WM];
-                    pending = any_lane(range.lo < key + BN && range.hi > key);
-                    if (any_lane(range.lo > key || range.hi < key + BN)) {
-                        hide(scores, ranges, key, lane);
-                    }
+                // What this warp's rows see of the tile: nothing, or something, or all. Finer than the part's own full_begin, full_end.
+                const KeyRange range = ranges[lane % WM];
+                pending = any_lane(range.lo < key + BN && range.hi > key);
+                if (any_lane(range.lo > key || range.hi < key + BN)) {
+                    hide(scores, ranges, key, lane);
                 }
                 key += BN;
             }
         }
     }
 
-    // What the rows of this warp see in a part. Only this warp reads it.
-    DEVICE void find_ranges(KeyRange* ranges, const cp_part& part) {
-        sync_warp();
+    // What the rows of this warp see in a part: looked up between other work, so asked first (row and part, in the place of the answer) and
+    // answered later. Only this warp reads it.
+    DEVICE void ask(KeyRange* ranges, uint32_t row, uint32_t part) {
         if (lane < WM) {
-            KeyRange range = keys_of_row(p.slices, part, tile().row + warp * WM + lane);
+            ranges[lane] = KeyRange{row + warp * WM + lane, part};
+        }
+    }
+    DEVICE void answer(KeyRange* ranges) {
+        if (lane < WM) {
+            const uint32_t row = ranges[lane].lo;
+            const cp_part part = load_part(p.parts, ranges[lane].hi);
+            KeyRange range = keys_of_row(p.slices, part, row);
             range.lo = max(range.lo, part.begin);
             range.hi = max(min(range.hi, part.end), range.lo);
             ranges[lane] = range;
@@ -197,15 +209,14 @@ struct Forward {
         sync_warp();
     }
 
-    // The maximum of score·scale needs scale > 0. Gives this warp's Q the sign (or zero) of the scale instead; returns what is left of it.
-    DEVICE float flip(unsigned char* q_tile) {
+    // The maximum of score·scale needs scale > 0. Gives this warp's Q the sign (or zero) of the scale instead.
+    DEVICE void flip(unsigned char* q_tile) {
         const uint32_t keep = p.scale_log2 == 0.0f ? 0 : 0xffffffffu, sign = p.scale_log2 == 0.0f ? 0 : 0x80008000u;
         uint32_t* const words = (uint32_t*)(q_tile + warp * WM * QTile::STRIDE);
         for (uint32_t i = lane; i < WM * QTile::STRIDE / 4; i += 32) {
             words[i] = (words[i] & keep) ^ sign;
         }
         sync_warp();
-        return p.scale_log2 == 0.0f ? 1.0f : -p.scale_log2;
     }
 
     // scores = Q·Kᵀ
@@ -238,17 +249,19 @@ struct Forward {
         }
     }
 
-    // out += P·V
-    DEVICE void multiply_values(const float (&weights)[M][N][4], const unsigned char* v_tile) {
+    // out += P·V, P = softmax of the scores, made 16 columns at a time
+    DEVICE void multiply_values(float (&scores)[M][N][4], const unsigned char* v_tile, float scale_log2) {
         const uint32_t v_lane = VTile::lane_across(0, lane);
 #pragma unroll
         for (int k = 0; k < BN / 16; k++) {
             uint32_t a[M][4];
 #pragma unroll
             for (int m = 0; m < M; m++) {
+                softmax.weigh(scores[m][2 * k], m, scale_log2);
+                softmax.weigh(scores[m][2 * k + 1], m, scale_log2);
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
-                    const float(&x)[4] = weights[m][2 * k + i / 2];
+                    const float(&x)[4] = scores[m][2 * k + i / 2];
                     a[m][i] = pack2<T>(x[i % 2 * 2], x[i % 2 * 2 + 1]);
                 }
             }

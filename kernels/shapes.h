@@ -1,6 +1,6 @@
 // The compiled shapes: which (dim_qk, dim_v) a kernel is built for, how large its tiles are and what it asks for at the launch.
 // A problem takes the first row with dim_qk <= DQK and dim_v <= DV; the kernel's name ends in DQK. Rust reads this table too
-// (src/backend/cuda/launch.rs compares).
+// (src/backend/cuda/shapes.rs compares).
 #pragma once
 
 // X(DQK, DV, query tile rows, key tile rows, warps). At most 99 KB of shared memory each, so that one set serves every GPU since sm_80.

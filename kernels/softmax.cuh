@@ -19,22 +19,24 @@ DEVICE float quad_sum(float x) {
 
 template <int M>
 struct RunningSoftmax {
+    // The maximum of a row that has seen nothing: below every score, but finite, because −∞ − −∞ must not happen.
+    static constexpr float NONE = -1e30f;
+
     float max[M][2];
     float sum[M][2];  // of the lane's own columns; the quad's total is the row's
 
     DEVICE void clear() {
 #pragma unroll
         for (int m = 0; m < M; m++) {
-            max[m][0] = max[m][1] = -INFINITY;
+            max[m][0] = max[m][1] = NONE;
             sum[m][0] = sum[m][1] = 0.0f;
         }
     }
 
-    // Takes in scores q·k (hidden ones −∞) and leaves 2^(score·scale_log2 − maximum) in their place; `out` belongs to the maximum and is scaled
-    // when that changes. The maximum follows only when a score exceeds it by SLACK: any number near the true one serves, and so `out` is
-    // rarely touched. scale_log2 > 0.
+    // Takes note of scores q·k (hidden ones −∞): `out` belongs to the maximum and is scaled when that changes. The maximum follows only when a
+    // score exceeds it by SLACK: any number near the true one serves, and so `out` is rarely touched. scale_log2 > 0.
     template <int N, int D>
-    DEVICE void add(float (&scores)[M][N][4], float (&out)[M][D][4], float scale_log2) {
+    DEVICE void meet(const float (&scores)[M][N][4], float (&out)[M][D][4], float scale_log2) {
         const float SLACK = 8.0f;
         float top[M][2];
         bool grows = false;
@@ -54,20 +56,14 @@ struct RunningSoftmax {
         if (any_lane(grows)) {
             follow(top, out);
         }
+    }
+
+    // Four scores of block row m become weights 2^(score·scale_log2 − maximum), added to the sum.
+    DEVICE void weigh(float (&x)[4], int m, float scale_log2) {
 #pragma unroll
-        for (int m = 0; m < M; m++) {
-#pragma unroll
-            for (int h = 0; h < 2; h++) {
-                const float base = finite(max[m][h]);
-#pragma unroll
-                for (int n = 0; n < N; n++) {
-#pragma unroll
-                    for (int e = 2 * h; e < 2 * h + 2; e++) {
-                        scores[m][n][e] = exp2_approx(fmaf(scores[m][n][e], scale_log2, -base));
-                        sum[m][h] += scores[m][n][e];
-                    }
-                }
-            }
+        for (int e = 0; e < 4; e++) {
+            x[e] = exp2_approx(fmaf(x[e], scale_log2, -max[m][e / 2]));
+            sum[m][e / 2] += x[e];
         }
     }
 
@@ -79,7 +75,7 @@ struct RunningSoftmax {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const float higher = fmaxf(max[m][h], top[m][h]);
-                const float shrink = exp2_approx(max[m][h] - finite(higher));
+                const float shrink = exp2_approx(max[m][h] - higher);
                 max[m][h] = higher;
                 sum[m][h] *= shrink;
 #pragma unroll
@@ -90,9 +86,6 @@ struct RunningSoftmax {
             }
         }
     }
-
-    // A row that has seen nothing yet has the maximum −∞: any finite number will do instead, and −∞ − −∞ must not happen.
-    DEVICE static float finite(float maximum) { return maximum == -INFINITY ? 0.0f : maximum; }
 };
 
 // Hides scores: column c of the accumulators is key row key + c; `ranges` are those of the warp's rows.
