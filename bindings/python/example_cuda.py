@@ -1,4 +1,4 @@
-"""Causal attention over 8000 tokens in torch's autograd, split across the GPUs of torchrun's ranks; without GPUs the same on CPUs.
+"""Causal attention over 4000 tokens in torch's autograd, split across the GPUs of torchrun's ranks; without GPUs the same on CPUs.
 
     torchrun --nproc_per_node 8 example_cuda.py
 """
@@ -15,10 +15,10 @@ group = cp.Group.from_env(device=device)  # on GPUs data goes by NCCL
 layer = cp.Attention(heads=8, kv_heads=2, head_dim=64, dtype=torch.bfloat16, causal=True, device=device)
 layer.set_group(group, "p2p")
 
-sequences = cp.Sequences.dense(batch=1, seq=8000)  # of all ranks together
+sequences = cp.Sequences.dense(batch=1, seq=4000)  # of all ranks together
 mine = cp.partition_tokens("zigzag", "bshd", sequences, group.size, group.rank)
 generator = torch.Generator().manual_seed(0)  # the same on every rank
-x = torch.randn(1, 8000, 12, 64, generator=generator)[:, mine].to(device, torch.bfloat16).requires_grad_()
+x = torch.randn(1, 4000, 12, 64, generator=generator)[:, mine].to(device, torch.bfloat16).requires_grad_()
 q, k, v = x.split((8, 2, 2), dim=2)  # views, used in place
 
 out = attention(layer, q, k, v, sequences)  # on torch's current stream; the host does not wait

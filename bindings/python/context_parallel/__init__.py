@@ -8,7 +8,8 @@
     out, lse, context = layer.forward(q[:, mine], k[:, mine], v[:, mine], sequences)
     dq, dk, dv = layer.backward(context, d_out)
 
-Arrays are NumPy's (also strided, also ml_dtypes.bfloat16) or torch's on the CPU, used in place. `context_parallel.torch` has an autograd function.
+Arrays are NumPy's (also strided, also ml_dtypes.bfloat16), torch's, or any that offer DLPack or the CUDA array interface (CuPy, JAX), used in place.
+On GPUs the group and the layer get device="cuda:0", and calls are enqueued on a stream. `context_parallel.torch` has an autograd function.
 """
 
 from ._lib import Error, Status, build_info

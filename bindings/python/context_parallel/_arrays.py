@@ -174,7 +174,8 @@ def _of_interface(array, stream):
         raise ValueError("got a masked array")
     works_on = about.get("stream")
     if works_on is not None and (works_on or 1) != (stream or 1):
-        raise ValueError(f"its library works on stream {works_on:#x}, this call on {stream or 1:#x}; pass stream=, or order them and pass an array without a stream")
+        names = f"its library works on stream {works_on:#x}, this call on {stream or 1:#x}"
+        raise ValueError(f"{names}; pass stream=, or order them and pass an array that names no stream")
     shape = tuple(about["shape"])
     strides = about.get("strides")
     strides = _dense(shape) if strides is None else _elements(tuple(strides), dtype.itemsize)

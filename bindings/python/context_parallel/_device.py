@@ -9,7 +9,8 @@ from ._lib import argument_error, number
 
 
 def device(value):
-    """(CP_DEVICE_CUDA or 0, which is the CPU, index) from None, "cpu", "cuda", "cuda:1", ("cuda", 1), or a torch.device. "cuda" is torch's current device, without torch 0."""
+    """(CP_DEVICE_CUDA, index) or, for the CPU, (0, 0), from None, "cpu", "cuda", "cuda:1", ("cuda", 1), or a torch.device. "cuda" is torch's current
+    device, without torch 0."""
     if value is None:
         return 0, 0
     kind, index = value if isinstance(value, (tuple, list)) and len(value) == 2 else str(value).partition(":")[::2]

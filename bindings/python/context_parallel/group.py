@@ -30,9 +30,9 @@ class Group:
     One thread at a time uses a group and its subsets; only abort() may come from another. Collective methods are called by all ranks in the same
     order. `timeout`, in seconds, is the deadline of every wait (None: 300).
 
-    On CUDA, for all ways to make one: device: this rank's, as for Attention. transport: "nccl" (a device per rank; "auto" between processes, where NCCL is found),
-    "local" (ranks are threads; several may share a device), "staged" (through the host, slow). nccl_comm: the caller's ncclComm_t, as an integer; it
-    stays the caller's. nccl_library: file of libnccl.so.2 (None: CP_NCCL, one that the process has, as torch's, or what is installed). agree: ranks compare
+    On CUDA, for all ways to make one: device: this rank's, as for Attention. transport: "nccl" (a device per rank; "auto" between processes, where NCCL is
+    found), "local" (ranks are threads; several may share a device), "staged" (through the host, slow). nccl_comm: the caller's ncclComm_t, as an
+    integer; it stays the caller's. nccl_library: file of libnccl.so.2 (None: CP_NCCL, one that the process has, or what is installed). agree: ranks compare
     every call before it also over NCCL, so that wrong arguments are named everywhere: for debugging, hosts wait for each other.
     """
 

@@ -8,6 +8,7 @@ import sys
 import ml_dtypes
 import numpy as np
 import pytest
+from numpy.lib.stride_tricks import as_strided
 
 import context_parallel as cp
 import devices
@@ -15,7 +16,7 @@ from context_parallel import Status
 from corpus import cases, check
 from devices import DeviceArray, DLPackArray, InterfaceArray, OldDLPackArray, Stream
 from launched import CUDA_CASES
-from ranks import collect, everywhere, run_case
+from ranks import collect, everywhere, outcomes, run_case
 from test_interface import qkv, raises, random
 from test_processes import SCRIPT, check_results, done, launch, mpirun
 
@@ -88,6 +89,35 @@ def test_a_device_for_every_rank(two_devices, transport, comm):
     dtype = ("bfloat16", "float16")[COMMS.index(comm) % 2]
     own = lambda rank: rank
     with_groups(2, transport, own, lambda groups: run(groups, "causal_33", dtype, comm, DLPackArray, False, own))
+
+
+class NcclId(ctypes.Structure):
+    _fields_ = [("bytes", ctypes.c_char * 128)]
+
+
+def test_nccl_communicator_of_the_caller(two_devices):
+    nccl, id = ctypes.CDLL("libnccl.so.2"), NcclId()
+    nccl.ncclCommInitRank.argtypes = [ctypes.POINTER(ctypes.c_void_p), ctypes.c_int, NcclId, ctypes.c_int]
+    assert nccl.ncclGetUniqueId(ctypes.byref(id)) == 0
+
+    def make(rank):
+        comm = ctypes.c_void_p()
+        with devices.on(rank):
+            assert nccl.ncclCommInitRank(ctypes.byref(comm), 2, id, rank) == 0
+        return comm, cp.Group.from_nccl(comm.value, ("cuda", rank), timeout=60)
+
+    made = outcomes([0, 1], make)
+    groups = [group for _, group in made]
+    assert [(group.rank, group.size) for group in groups] == [(0, 2), (1, 2)]
+    run(groups, "causal_33", "bfloat16", "p2p", DLPackArray, False, lambda rank: rank)
+    raises(Status.UNSUPPORTED, "CP_GROUP_AGREE", cp.Group.from_nccl, made[0][0].value, "cuda:0", agree=True)
+
+    def end(rank):
+        groups[rank].close()
+        with devices.on(rank):
+            assert nccl.ncclCommDestroy(made[rank][0]) == 0
+
+    assert outcomes([0, 1], end) == [None, None]
 
 
 @pytest.mark.parametrize("transport", ["auto", "staged"])
@@ -289,7 +319,7 @@ class Copied(DLPackArray):
 Q, OUT = qkv(24)[0].astype(BF16), np.zeros((2, 24, 4, 16), BF16)
 WRONG = {
     "address": ("q.data|16", dict(q=lambda: shifted(Q, 8))),
-    "stride": ("q.stride[1]|got 66 elements|multiple of 8", dict(q=lambda: DLPackArray(np.lib.stride_tricks.as_strided(np.zeros(24 * 70 * 2, BF16), Q.shape, (24 * 132, 132, 32, 2))))),
+    "stride": ("q.stride[1]|got 66 elements|multiple of 8", dict(q=lambda: DLPackArray(as_strided(np.zeros(24 * 70 * 2, BF16), Q.shape, (3168, 132, 32, 2))))),
     "dtype": ("q.dtype", dict(q=lambda: DLPackArray(Q.astype(np.float32)))),
     "bf16 by the interface": ("q|typestr|__dlpack__", dict(q=lambda: InterfaceArray(Q))),
     "nothing offered": ("q|DeviceArray|__dlpack__", dict(q=lambda: DeviceArray(Q))),

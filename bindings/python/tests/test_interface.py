@@ -1,5 +1,6 @@
 """Everything but numbers: groups, errors that name the argument on every rank, arrays in place, order of calls, lifetimes."""
 
+import ctypes
 import gc
 import json
 import threading
@@ -572,3 +573,49 @@ def test_scatter_and_gather(format):
         assert local.flags.c_contiguous
         cp.gather_rows(back, tokens, local, format)
     np.testing.assert_array_equal(back, whole)
+
+
+# CUDA on a machine without it; with it: test_cuda.py
+
+
+def test_cuda_that_is_not_there():
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        pass
+    else:
+        pytest.skip("this machine has a CUDA driver")
+    for _ in range(2):
+        raises(Status.UNSUPPORTED, "libcuda", cp.Group.threads, 1, device="cuda:0")
+        raises(Status.UNSUPPORTED, "libcuda", cp.Attention, **{**CONFIG, "dtype": "bfloat16", "device": "cuda"})
+    good, why = cp.query_support(2, **{**CONFIG, "dtype": "bfloat16", "device": "cuda"})
+    assert not good and "libcuda" in why
+    assert np.isfinite(cp.Attention(**CONFIG, device="cpu").forward(*qkv(24), SEQ)[0]).all()
+
+
+class FromElsewhere:
+    """An array of another library on the CPU: NumPy's capsule, and nothing else of it."""
+
+    def __init__(self, array, *hidden):
+        self.array, self.hidden = array, hidden
+
+    def __dlpack_device__(self):
+        return self.array.__dlpack_device__()
+
+    def __dlpack__(self, **settings):
+        if self.hidden and settings:
+            raise TypeError("an old producer")
+        return self.array.__dlpack__(**settings)
+
+
+@pytest.mark.parametrize("hidden", [(), ("max_version",)])
+def test_dlpack_on_the_cpu(hidden):
+    layer, arrays = cp.Attention(**CONFIG), qkv(24)
+    out, lse = np.zeros((2, 24, 4, 16), np.float32), np.zeros((2, 4, 24), np.float32)
+    layer.forward(*(FromElsewhere(x, *hidden) for x in arrays), SEQ, out=FromElsewhere(out, *hidden), lse=FromElsewhere(lse, *hidden))
+    expected = layer.forward(*arrays, SEQ)
+    np.testing.assert_array_equal(out, expected[0])
+    np.testing.assert_array_equal(lse, expected[1])
+    raises(Status.INVALID_ARGUMENT, "out|the caller gives them", layer.forward, *map(FromElsewhere, arrays), SEQ)
+    raises(Status.INVALID_ARGUMENT, "device|'gpu'", cp.Attention, **CONFIG, device="gpu")
+    raises(Status.INVALID_ARGUMENT, "stream|NULL on the CPU", layer.forward, *arrays, SEQ, stream=64)

@@ -17,6 +17,7 @@ from ranks import collect
 
 SCRIPT = ROOT / "bindings/python/tests/launched.py"
 EXAMPLE = ROOT / "bindings/python/example.py"
+CUDA_EXAMPLE = ROOT / "bindings/python/example_cuda.py"
 
 
 def leftovers():
@@ -123,3 +124,14 @@ def test_example_under_mpirun():
 def test_example_under_torchrun(torch):
     count, worst = errors_of_example(launch([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, EXAMPLE]))
     assert count == 8 and worst < 1e-4
+
+
+def test_cuda_example_without_gpus(torch):
+    """One rank and two: the gradient as a whole has the same norm."""
+    norms = []
+    for ranks in (1, 2):
+        printed = launch([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks, CUDA_EXAMPLE])
+        found = re.findall(r"tokens, gradient norm (\d+\.\d+)", printed)
+        assert len(found) == ranks, printed
+        norms.append(sum(float(norm) ** 2 for norm in found) ** 0.5)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2)
