@@ -19,9 +19,10 @@ use std::{env, fs};
 
 /// Real architectures, and `ptx`: PTX for compute_80, which every later GPU can compile for itself.
 const ARCHS: [&str; 5] = ["80", "90", "100", "120", "ptx"];
-/// Kernels that need over 99 KB of shared memory are in files *_big.cu, their replacements in *_small.cu.
+/// Kernels that need over 99 KB of shared memory are in files *_big.cu, their replacements in *_small.cu. Machine code for sm_80 also runs
+/// on sm_86 and sm_89, which have 99 KB.
 const BIG: [&str; 3] = ["80", "90", "100"];
-const SMALL: [&str; 2] = ["120", "ptx"];
+const SMALL: [&str; 3] = ["80", "120", "ptx"];
 /// The first CUDA whose compiler knows all of them.
 const OLDEST_CUDA: (u32, u32) = (12, 8);
 /// No warning is left; ptxas says what each kernel uses, which also names the kernels.

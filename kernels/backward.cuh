@@ -172,12 +172,16 @@ struct Backward {
     };
     DEVICE Turn* turn_of(uint32_t stage) const { return (Turn*)(shared + C::AT_TURN) + stage; }
 
-    DEVICE void enter_part(QueryTile& at) const { at.row = load_part(p.parts, at.part).begin / C::BM * C::BM; }
+    // A part is swept from its last query tile to its first: under a causal or window mask the blocks of neighbouring key tiles, which start
+    // together, then go over the same query tiles together, and in deterministic order none waits for long.
+    DEVICE void enter_part(QueryTile& at) const { at.row = (load_part(p.parts, at.part).end - 1) / C::BM * C::BM; }
 
     // The next query tile: of the part, of the next part, of the next head. False: there is none.
     DEVICE bool advance(QueryTile& at) const {
-        at.row += C::BM;
-        if (at.row < load_part(p.parts, at.part).end) return true;
+        if (at.row > load_part(p.parts, at.part).begin) {
+            at.row -= C::BM;
+            return true;
+        }
         if (++at.part == work().tile.part + work().tile.parts) {
             at.part = work().tile.part;
             if (++at.head == work().heads_end) return false;

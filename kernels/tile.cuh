@@ -72,16 +72,18 @@ DEVICE int64_t element_offset(const cp_view& view, uint32_t row, uint32_t head) 
     return offset + row * view.stride_row;
 }
 
-// Bit of a row in a bitmap of used rows; and whether all of `rows` rows from `first` on have it (rows > 0).
+// Bit of a row in a bitmap of used rows; and whether all of ROWS rows from `first` on have it.
 DEVICE bool is_used(uint64_t bitmap, uint32_t row) { return load_constant((const uint32_t*)bitmap + row / 32) >> (row % 32) & 1; }
-DEVICE bool all_used(uint64_t bitmap, uint32_t first, uint32_t rows) {
-    const uint32_t last = first + rows - 1;
+template <int ROWS>
+DEVICE bool all_used(uint64_t bitmap, uint32_t first) {
+    const uint32_t last = first + ROWS - 1;
     uint32_t missing = 0;
-#pragma unroll 1
-    for (uint32_t i = first / 32; i <= last / 32; i++) {
-        uint32_t mask = i == first / 32 ? 0xffffffffu << (first % 32) : 0xffffffffu;
-        mask &= i == last / 32 ? 0xffffffffu >> (31 - last % 32) : 0xffffffffu;
-        missing |= ~load_constant((const uint32_t*)bitmap + i) & mask;
+#pragma unroll
+    for (uint32_t i = 0; i < ROWS / 32 + 1; i++) {  // words, the last one perhaps twice
+        const uint32_t word = min(first / 32 + i, last / 32);
+        uint32_t mask = word == first / 32 ? 0xffffffffu << (first % 32) : 0xffffffffu;
+        mask &= word == last / 32 ? 0xffffffffu >> (31 - last % 32) : 0xffffffffu;
+        missing |= ~load_constant((const uint32_t*)bitmap + word) & mask;
     }
     return missing == 0;
 }
@@ -111,7 +113,7 @@ struct TileLoader {
         // Rows to the end of the batch entry of the thread's next row, itself included.
         int32_t left = view.rows_per_batch == 0 ? 0 : (int32_t)(view.rows_per_batch - (next + thread / Shape::GROUP) % view.rows_per_batch);
         const bool together = view.rows_per_batch == 0 || left > ROWS - PASS;  // the thread's rows are in one entry
-        if (together && next + ROWS <= end && dim == COLS && (used == 0 || all_used(used, next, ROWS))) {
+        if (together && next + ROWS <= end && dim == COLS && (used == 0 || all_used<ROWS>(used, next))) {
 #pragma unroll
             for (int r = 0; r < ROWS; r += PASS) {
 #pragma unroll

@@ -21,7 +21,7 @@ from collections import Counter, defaultdict
 REGISTERS = 65536  # of a multiprocessor, every architecture here
 ARCHS = {"sm_80", "sm_90", "sm_100", "sm_120"}
 BIG_ARCHS = {"sm_80", "sm_90", "sm_100"}
-SMALL_ARCHS = {"sm_120"}
+SMALL_ARCHS = {"sm_80", "sm_120"}  # sm_80 for sm_86 and sm_89
 DIMS = (64, 96, 128, 192, 256)
 ROW_KERNELS = ("cp_copy_rows", "cp_fill_rows", "cp_delta")
 

@@ -72,5 +72,7 @@ def test_missing_kernels_are_named():
     del small["cp_backward_f16_256", "sm_120"]
     assert gates.missing(small) == ["cp_backward_f16_256: not there for sm_120"]
     small["cp_backward_f16_256_small", "sm_120"] = None
+    assert gates.missing(small) == ["cp_backward_f16_256_small: not there for sm_80"]
+    small["cp_backward_f16_256_small", "sm_80"] = None
     assert gates.missing(small) == []
     assert gates.missing({**every, ("cp_new", "sm_80"): None}) == ["cp_new: not a kernel of this library"]

@@ -10,7 +10,8 @@ use half::bf16;
 use libc::c_void;
 use std::ffi::{CStr, c_int};
 use std::ptr::{null, null_mut};
-use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Barrier, Mutex};
 use std::thread;
 
 const SEQ: usize = 96;
@@ -399,6 +400,72 @@ fn communicator_of_the_callers() {
             // SAFETY: the group has ended; the communicator is still the caller's.
             assert_eq!(unsafe { (nccl.destroy)(comm) }, 0);
         });
+    }
+}
+
+/// An allgather among threads. It makes the last rank look as if it were on another host, where the library asks for that.
+struct Gather {
+    size: usize,
+    turn: Barrier,
+    blobs: Mutex<Vec<Vec<u8>>>,
+    calls: AtomicUsize,
+}
+
+struct Gatherer<'a>(&'a Gather, usize);
+
+unsafe extern "C" fn gather(
+    ctx: *mut c_void,
+    mine: *const c_void,
+    all: *mut c_void,
+    bytes: usize,
+) -> i32 {
+    // SAFETY: what `several_hosts` gave, and memory as the callback's contract says.
+    let (Gatherer(shared, rank), mine) =
+        unsafe { (&*ctx.cast::<Gatherer>(), std::slice::from_raw_parts(mine.cast::<u8>(), bytes)) };
+    let mut blob = mine.to_vec();
+    if bytes == 136 && *rank == shared.size - 1 {
+        blob[128] ^= 1;
+    }
+    shared.calls.fetch_add(1, Ordering::SeqCst);
+    shared.blobs.lock().unwrap()[*rank] = blob;
+    shared.turn.wait();
+    let joined = shared.blobs.lock().unwrap().concat();
+    // SAFETY: room for everybody's bytes.
+    unsafe { all.cast::<u8>().copy_from(joined.as_ptr(), joined.len()) };
+    shared.turn.wait();
+    0
+}
+
+/// With nothing but the caller's allgather NCCL connects ranks of several hosts; other ways say that they cannot.
+#[test]
+#[ignore = "needs a CUDA device or the software GPU: tests/run"]
+fn several_hosts() {
+    let (all, size) = (inputs(5), 2);
+    let wanted = expected(&all);
+    for (kind, calls) in [(CP_TRANSPORT_AUTO, 2), (CP_TRANSPORT_NCCL, 2), (CP_TRANSPORT_STAGED, 1)]
+    {
+        let shared = Gather {
+            size: size as usize,
+            turn: Barrier::new(size as usize),
+            blobs: Mutex::new(vec![Vec::new(); size as usize]),
+            calls: AtomicUsize::new(0),
+        };
+        on_all(size, |rank, device, stream| {
+            let gatherer = Gatherer(&shared, rank as usize);
+            let mut c = config(rank, size, None);
+            c.transport_kind = kind;
+            c.allgather = Some(gather);
+            c.allgather_ctx = (&raw const gatherer).cast_mut().cast();
+            if kind == CP_TRANSPORT_STAGED {
+                let mut group = null_mut();
+                // SAFETY: a configuration that is refused.
+                let status = unsafe { cp_group_init(&c, &mut group) };
+                assert!(status != CP_OK && group.is_null(), "{}", text());
+                return;
+            }
+            use_group(init(&c), (rank, size), device, &all, &wanted, stream);
+        });
+        assert_eq!(shared.calls.into_inner(), calls * size as usize, "kind {kind}");
     }
 }
 

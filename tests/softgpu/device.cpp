@@ -1,27 +1,10 @@
-// Runs a kernel's grid on this OS thread: fibers, the scheduler that orders warps and blocks, the collectives of a warp, barriers,
-// asynchronous copies, and the registry of memory that kernels may touch. The declarations are in device.h.
-#include "device.h"
-
-#include "race.h"
-
-#include <dlfcn.h>
+// What a thread of a kernel executes: the collectives of its warp, barriers, asynchronous copies, waits. The declarations are in device.h.
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
-#include <sys/mman.h>
-#include <unistd.h>
 
-#include <map>
-#include <memory>
-#include <mutex>
-#include <unordered_map>
-#include <vector>
+#include "fiber.h"
 
-#if defined(__x86_64__) && !defined(SOFTGPU_UCONTEXT)
-#define SOFTGPU_SWITCH_X86
-#else
-#include <ucontext.h>
-#endif
 #ifdef __SSE2__
 #include <immintrin.h>
 #endif
@@ -31,178 +14,8 @@ namespace softgpu {
 __thread Lane* current;
 __thread Range* ranges;
 const RaceDetector* race_detector;
-
-namespace {
-
-const uint32_t ALL = 0xffffffffu;
-const size_t STACK = 128 * 1024;  // of a fiber; only touched pages cost memory
-const uint32_t BARRIERS = 16;
-const uint64_t IDLE_LIMIT = 20000;  // polls by load_acquire without anything else happening, after which they count as a deadlock
-
-uint64_t mix(uint64_t x) {
-    x += 0x9e3779b97f4a7c15ull;
-    x = (x ^ (x >> 30)) * 0xbf58476d1ce4e5b9ull;
-    x = (x ^ (x >> 27)) * 0x94d049bb133111ebull;
-    return x ^ (x >> 31);
-}
-struct Random {
-    uint64_t state;
-    uint32_t below(uint32_t n) { return (uint32_t)((mix(state++) >> 32) * n >> 32); }
-};
-
-uint64_t environment_seed() {
-    const char* s = getenv("SOFTGPU_SEED");
-    return s && *s ? strtoull(s, nullptr, 0) : 1;
-}
-
-// ---- Fibers -------------------------------------------------------------------------------------------------------------------
-
-#ifdef SOFTGPU_SWITCH_X86
-struct Context {
-    void* sp = nullptr;
-};
-extern "C" void softgpu_switch(void** save, void* load);
-// Saves the registers that a call preserves on the old stack and takes them from the new one.
-asm(R"(
-.text
-.p2align 4
-.local softgpu_switch
-.type softgpu_switch,@function
-softgpu_switch:
-    pushq %rbp
-    pushq %rbx
-    pushq %r12
-    pushq %r13
-    pushq %r14
-    pushq %r15
-    movq %rsp, (%rdi)
-    movq %rsi, %rsp
-    popq %r15
-    popq %r14
-    popq %r13
-    popq %r12
-    popq %rbx
-    popq %rbp
-    ret
-.size softgpu_switch,.-softgpu_switch
-)");
-inline void switch_context(Context& from, Context& to) { softgpu_switch(&from.sp, to.sp); }
-void start_context(Context& c, char* stack, size_t bytes, void (*entry)()) {
-    void** s = (void**)(stack + bytes);
-    *--s = nullptr;  // where a return address of entry's caller would be: keeps the ABI's alignment
-    *--s = (void*)entry;
-    for (int i = 0; i < 6; i++) *--s = nullptr;
-    c.sp = s;
-}
-#else
-struct Context {
-    ucontext_t u;
-};
-inline void switch_context(Context& from, Context& to) { swapcontext(&from.u, &to.u); }
-void start_context(Context& c, char* stack, size_t bytes, void (*entry)()) {
-    getcontext(&c.u);
-    c.u.uc_stack.ss_sp = stack;
-    c.u.uc_stack.ss_size = bytes;
-    c.u.uc_link = nullptr;
-    makecontext(&c.u, entry, 0);
-}
-#endif
-
-// ---- State --------------------------------------------------------------------------------------------------------------------
-
-struct Copy {
-    void* to;
-    const void* from;  // null: zeros
-    uint64_t group;
-};
-struct Fiber : Lane {
-    Context context;
-    std::vector<Copy> copies;
-    size_t first_copy = 0;
-    uint64_t groups = 0;                // committed so far
-    const uint32_t* awaited = nullptr;  // wait_for: the bytes in this process, their address as the kernel sees it, the value
-    const uint32_t* awaited_address = nullptr;
-    uint32_t awaited_value = 0;
-};
-
-enum Op { NONE, MMA_BF16, MMA_F16, LDMATRIX, LDMATRIX_TRANS, SHUFFLE, VOTE, SYNC_WARP, SYNC_BLOCK, SYNC_SOME };
-const char* const OP_NAMES[] = {"nothing",           "mma_m16n8k16<bf16_t>", "mma_m16n8k16<f16_t>", "ldmatrix_x4",
-                                "ldmatrix_x4_trans", "shuffle",              "any_lane",            "sync_warp",           "sync_block", "sync_some"};
-}  // namespace
-
-struct Block;
-struct Warp {
-    Block* block;
-    Fiber* fibers;     // 32
-    uint32_t index;
-    uint32_t ready;    // lanes that can run
-    uint32_t arrived;  // lanes in the collective `op`
-    uint32_t polling;  // lanes in wait_for
-    uint32_t exited;
-    Op op;
-    uint32_t op_argument;
-    int barrier;       // that all lanes wait at, or −1
-    int32_t quantum;   // collectives until the scheduler is asked again
-    // Operands and results, by lane; results are written by the last lane to arrive, when all others have read the last ones.
-    alignas(64) uint32_t a[16][8];     // mma: row, pair of columns
-    alignas(64) uint32_t b[8][8];      // pair of rows, column
-    alignas(64) float d[16][8];
-    alignas(64) uint32_t matrix[4][32];
-    const void* rows[32];
-    uint32_t values[32], sources[32], shuffled[32];
-};
-
-struct Barrier {
-    uint32_t arrived, expected;
-};
-struct Block {
-    Launch* launch;
-    uint3 index;
-    uint64_t number;
-    std::unique_ptr<Fiber[]> fibers;
-    std::unique_ptr<Warp[]> warps;
-    Barrier barriers[BARRIERS];
-    unsigned char* shared = nullptr;
-    uint32_t live = 0;  // warps
-    Schedule schedule;
-    bool lanes_descend;
-    uint32_t last = 0;    // warp that ran last
-    bool polled = false;  // it gave way in load_acquire
-    Random random;
-    char* stacks = nullptr;
-    unsigned char* shared_map = nullptr;
-    size_t stacks_bytes = 0, shared_map_bytes = 0;
-    bool running = false;
-    RaceBlock* races = nullptr;
-};
-
-struct Launch {
-    void (*call)(void*);
-    void* context;
-    std::string name;
-    dim3 grid, block;
-    uint32_t shared_bytes, threads, warps;
-    uint64_t devices;
-    Context scheduler;
-    std::vector<std::unique_ptr<Block>> blocks;
-    Random random;
-    Range ranges[RANGES];
-    uint64_t generation;  // of the registry, when `ranges` was filled
-    std::string failure;
-    uint64_t idle = 0;
-    Counts counts = {};
-    // Which 4-byte words were read as constants or written: per 4 KB page, a bit per word.
-    struct Words {
-        uint64_t constant[16], written[16];
-    };
-    std::unordered_map<uintptr_t, Words> words;
-    uintptr_t last_page = ~(uintptr_t)0;
-    Words* last_words = nullptr;
-};
-
-namespace {
+bool track_reads;
 __thread Launch* running;
-__thread Counts last_counts;
 
 void to_scheduler() {
     Fiber* me = (Fiber*)current;
@@ -210,8 +23,6 @@ void to_scheduler() {
     switch_context(me->context, running->scheduler);
 }
 
-[[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
-// Ends the launch from inside a fiber, naming where it is. The fibers are dropped as they stand: kernels own nothing.
 [[noreturn]] void fail(const char* format, ...) {
     char text[1024], where[256];
     va_list args;
@@ -224,15 +35,6 @@ void to_scheduler() {
     running->failure = std::string(where) + text;
     to_scheduler();
     abort();
-}
-
-// Accesses to shared memory by lanes of the current warp, for the race detector.
-void shared_access(const void* p, uint32_t bytes, uint32_t mask, bool write) {
-    const Lane* l = current;
-    if (!l->races) return;
-    const std::string race =
-        race_detector->access((RaceBlock*)l->races, l->warp->index, mask, (uint32_t)((const unsigned char*)p - l->shared), bytes, write);
-    if (!race.empty()) fail("%s", race.c_str());
 }
 
 std::string lanes_text(uint32_t mask) {
@@ -248,116 +50,8 @@ std::string lanes_text(uint32_t mask) {
     return s;
 }
 
-// ---- Registry -----------------------------------------------------------------------------------------------------------------
-
-struct Piece {
-    uintptr_t end;
-    ptrdiff_t shift;
-    std::string name;
-    int device;
-};
-struct Registry {
-    std::mutex mutex;
-    std::map<uintptr_t, Piece> pieces;
-    uint64_t generation = 1;
-    const std::pair<const uintptr_t, Piece>* find(uintptr_t address) {
-        auto i = pieces.upper_bound(address);
-        if (i == pieces.begin()) return nullptr;
-        --i;
-        return address < i->second.end ? &*i : nullptr;
-    }
-};
-Registry& registry() {
-    static Registry* r = new Registry;  // outlives every static destructor
-    return *r;
-}
-
-}  // namespace
-
 void fail_here(const std::string& text) { fail("%s", text.c_str()); }
 
-void register_memory(const void* address, size_t bytes, const char* name, ptrdiff_t shift, int device) {
-    Registry& r = registry();
-    std::lock_guard<std::mutex> lock(r.mutex);
-    const uintptr_t begin = (uintptr_t)address, end = begin + bytes;
-    auto next = r.pieces.lower_bound(begin);
-    if (bytes == 0 || (next != r.pieces.end() && next->first < end) || r.find(begin))
-        throw error(std::string("register_memory: ") + name + " is empty or overlaps live memory");
-    r.pieces[begin] = {end, shift, name, device};
-    r.generation++;
-}
-void unregister_memory(const void* address) {
-    Registry& r = registry();
-    std::lock_guard<std::mutex> lock(r.mutex);
-    r.pieces.erase((uintptr_t)address);
-    r.generation++;
-}
-void* resolve(const void* address, size_t bytes) {
-    Registry& r = registry();
-    std::lock_guard<std::mutex> lock(r.mutex);
-    const auto* p = r.find((uintptr_t)address);
-    if (!p || bytes > p->second.end - (uintptr_t)address) return nullptr;
-    return (char*)address + p->second.shift;
-}
-
-namespace {
-const char* const ACCESS_NAMES[] = {"load_global", "load_constant", "store_global", "an atomic add"};
-
-void track(uintptr_t address, uint32_t bytes, Access access) {
-    Launch& l = *running;
-    const uintptr_t page = address >> 12;
-    if (page != l.last_page) {
-        l.last_words = &l.words[page];
-        l.last_page = page;
-    }
-    const uint32_t first = (address & 4095) / 4, count = (bytes + 3) / 4;
-    const uint64_t bits = ((1ull << count) - 1) << first % 64;  // aligned accesses of 16 bytes at most: one word of 64 bits
-    Launch::Words& w = *l.last_words;
-    (access == CONSTANT ? w.constant : w.written)[first / 64] |= bits;
-    if ((access == CONSTANT ? w.written : w.constant)[first / 64] & bits)
-        fail("%s of %u bytes at %p: the launch both writes this and reads it with load_constant", ACCESS_NAMES[access], bytes, (void*)address);
-}
-}  // namespace
-
-void* find_global(uintptr_t address, uint32_t bytes, Access access) {
-    if (address % bytes) fail("%s of %u bytes at %p, which is not aligned", ACCESS_NAMES[access], bytes, (void*)address);
-    if (access != READ) {
-        track(address, bytes, access);
-        running->idle = 0;
-    }
-    Range& r = ranges[(address >> 16) % RANGES];
-    if (!(address >= r.begin && address + bytes <= r.end)) {
-        Registry& all = registry();
-        std::unique_lock<std::mutex> lock(all.mutex);
-        const auto* p = all.find(address);
-        if (!p || address + bytes > p->second.end) {
-            std::string near = "no live memory is near";
-            auto i = all.pieces.upper_bound(address);
-            if (i != all.pieces.begin()) {
-                --i;
-                near = std::to_string(address - i->second.end) + " bytes after the end of " + i->second.name + " (" +
-                       std::to_string(i->second.end - i->first) + " bytes)";
-            } else if (i != all.pieces.end()) {
-                near = std::to_string(i->first - address) + " bytes before " + i->second.name;
-            }
-            lock.unlock();
-            fail("%s of %u bytes at %p, outside live memory: %s", ACCESS_NAMES[access], bytes, (void*)address, near.c_str());
-        }
-        if (p->second.device >= 0 && !(running->devices >> p->second.device & 1)) {
-            const std::string name = p->second.name;
-            lock.unlock();
-            fail("%s at %p in %s: peer access is not enabled", ACCESS_NAMES[access], (void*)address, name.c_str());
-        }
-        r = {p->first, p->second.end, p->second.shift};
-    }
-    return (char*)address + r.shift;
-}
-
-namespace {
-
-// ---- Warps --------------------------------------------------------------------------------------------------------------------
-
-// Lets another lane of the warp run, or the scheduler; returns when this lane is to go on.
 void yield_lane() {
     Fiber* me = (Fiber*)current;
     Warp& w = *me->warp;
@@ -379,6 +73,21 @@ void yield_lane() {
         switch_context(me->context, other->context);
     }
 }
+
+namespace {
+
+const uint64_t IDLE_LIMIT = 20000;  // polls by load_acquire without anything else happening, after which they count as a deadlock
+
+// Accesses to shared memory by lanes of the current warp, for the race detector.
+void shared_access(const void* p, uint32_t bytes, uint32_t mask, bool write) {
+    const Lane* l = current;
+    if (!l->races) return;
+    const std::string race =
+        race_detector->access((RaceBlock*)l->races, l->warp->index, mask, (uint32_t)((const unsigned char*)p - l->shared), bytes, write);
+    if (!race.empty()) fail("%s", race.c_str());
+}
+
+// ---- Warps --------------------------------------------------------------------------------------------------------------------
 
 // Where all lanes of the warp meet. True for the last to arrive, who does the work and calls `leave`; for the others, true work is done
 // when this returns false.
@@ -683,263 +392,6 @@ float f16_to_float(uint16_t x) {
     if (magnitude < 0x400u) return __uint_as_float(sign | __float_as_uint((float)magnitude * 0x1p-24f));
     return __uint_as_float(sign | ((magnitude << 13) + 0x38000000u));
 #endif
-}
-
-// ---- Blocks and the scheduler -------------------------------------------------------------------------------------------------
-
-namespace {
-
-void fiber_entry() {
-    running->call(running->context);
-    Fiber* me = (Fiber*)current;
-    Warp& w = *me->warp;
-    const uint32_t bit = 1u << me->lane;
-    if (w.arrived) fail("exits while %s of the warp are in %s", lanes_text(w.arrived).c_str(), OP_NAMES[w.op]);
-    w.exited |= bit;
-    w.ready &= ~bit;
-    running->idle = 0;
-    if (w.exited == ALL) {
-        w.block->live--;
-        to_scheduler();
-    } else {
-        yield_lane();
-    }
-    abort();
-}
-
-size_t pages(size_t bytes) {
-    const size_t page = (size_t)sysconf(_SC_PAGESIZE);
-    return (bytes + page - 1) / page * page;
-}
-char* map(size_t bytes) {
-    void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (p == MAP_FAILED) throw error("softgpu: no memory for stacks");
-    return (char*)p;
-}
-
-// A block's dynamic shared memory ends where an inaccessible page begins, give or take the alignment to 128 bytes, whose rest is checked
-// when the block ends; the page before it is inaccessible too.
-const unsigned char CANARY = 0xa5;
-
-void start_block(Launch& l, Block& b, uint64_t number) {
-    b.launch = &l;
-    b.number = number;
-    b.index = {(unsigned)(number % l.grid.x), (unsigned)(number / l.grid.x % l.grid.y), (unsigned)(number / ((uint64_t)l.grid.x * l.grid.y))};
-    if (!b.fibers) {
-        b.fibers.reset(new Fiber[l.threads]);
-        b.warps.reset(new Warp[l.warps]);
-        // Odd multiples of a cache line between the stacks, so that they do not all share the same sets.
-        b.stacks_bytes = (STACK + 1088) * l.threads;
-        b.stacks = map(b.stacks_bytes);
-        const size_t page = pages(1), inner = pages(l.shared_bytes + 128);
-        b.shared_map_bytes = inner + 2 * page;
-        b.shared_map = (unsigned char*)map(b.shared_map_bytes);
-        mprotect(b.shared_map, page, PROT_NONE);
-        mprotect(b.shared_map + page + inner, page, PROT_NONE);
-        if (race_detector) b.races = race_detector->make(l.shared_bytes, l.warps);
-        b.shared = b.shared_map + page + inner - (l.shared_bytes + 127) / 128 * 128;
-    }
-    memset(b.shared, 0xff, l.shared_bytes);
-    memset(b.shared + l.shared_bytes, CANARY, (128 - l.shared_bytes % 128) % 128);
-    memset(b.barriers, 0, sizeof b.barriers);
-    if (b.races) race_detector->reset(b.races);
-    b.random.state = mix(l.random.state ^ mix(number));
-    b.schedule = (Schedule)b.random.below(SCHEDULES);
-    b.lanes_descend = b.random.below(2);
-    b.last = b.random.below(l.warps);
-    b.live = l.warps;
-    b.running = true;
-    for (uint32_t i = 0; i < l.warps; i++) {
-        Warp& w = b.warps[i];
-        memset((void*)&w, 0, sizeof w);
-        w.block = &b;
-        w.index = i;
-        w.fibers = &b.fibers[32 * i];
-        w.ready = ALL;
-        w.barrier = -1;
-    }
-    for (uint32_t i = 0; i < l.threads; i++) {
-        Fiber& f = b.fibers[i];
-        f.thread = {i % l.block.x, i / l.block.x % l.block.y, i / (l.block.x * l.block.y)};
-        f.block = b.index;
-        f.block_dim = l.block;
-        f.grid_dim = l.grid;
-        f.shared = b.shared;
-        f.shared_bytes = l.shared_bytes;
-        f.lane = i % 32;
-        f.warp = &b.warps[i / 32];
-        f.launch = &l;
-        f.races = b.races;
-        f.copies.clear();
-        f.first_copy = 0;
-        f.groups = 0;
-        f.awaited = nullptr;
-        start_context(f.context, b.stacks + (STACK + 1088) * i, STACK, fiber_entry);
-    }
-}
-
-// True if a lane of the warp can go on; takes lanes out of wait_for whose value has come.
-bool runnable(Warp& w) {
-    for (uint32_t m = w.polling; m; m &= m - 1) {
-        Fiber& f = w.fibers[__builtin_ctz(m)];
-        if (*f.awaited == f.awaited_value) {
-            w.polling &= ~(1u << f.lane);
-            w.ready |= 1u << f.lane;
-        }
-    }
-    return w.ready != 0;
-}
-
-Warp* pick(Block& b) {
-    const uint32_t n = b.launch->warps;
-    const bool descend = b.schedule == REVERSED || (b.schedule == GREEDY && b.lanes_descend);
-    uint32_t first = b.last + (descend ? n - 1 : 1);
-    if (b.schedule == GREEDY && !b.polled) first = b.last;
-    b.polled = false;
-    if (b.schedule == RANDOM) first = b.random.below(n);
-    for (uint32_t i = 0; i < n; i++) {
-        Warp& w = b.warps[(first + (descend ? n - i : i)) % n];
-        if (w.exited != ALL && runnable(w)) {
-            b.last = w.index;
-            return &w;
-        }
-    }
-    return nullptr;
-}
-
-void run_warp(Launch& l, Block& b, Warp& w) {
-    switch (b.schedule) {
-        case GREEDY: w.quantum = 1 << 30; break;
-        case RANDOM: w.quantum = (int32_t)b.random.below(16); break;
-        default: w.quantum = 2; break;
-    }
-    uint32_t lane = b.lanes_descend ? 31 - __builtin_clz(w.ready) : __builtin_ctz(w.ready);
-    if (w.ready != ALL)  // any of them, so that no lane's polling starves another
-        for (lane = b.random.below(32); !(w.ready >> lane & 1); lane = (lane + 1) % 32) {
-        }
-    Fiber& f = w.fibers[lane];
-    current = &f;
-    switch_context(l.scheduler, f.context);
-    current = nullptr;
-}
-
-std::string describe(const Block& b) {
-    std::string s;
-    char text[256];
-    for (uint32_t i = 0; i < b.launch->warps; i++) {
-        const Warp& w = b.warps[i];
-        snprintf(text, sizeof text, "\n  block (%u,%u,%u) warp %u:", b.index.x, b.index.y, b.index.z, i);
-        s += text;
-        if (w.exited) s += " " + lanes_text(w.exited) + " exited;";
-        if (w.barrier >= 0) {
-            const Barrier& at = b.barriers[w.barrier];
-            snprintf(text, sizeof text, " all lanes at %s %d (%u of %u threads there);", w.barrier ? "sync_some" : "sync_block, barrier", w.barrier,
-                     at.arrived, at.expected);
-            s += text;
-        }
-        if (w.arrived) s += " " + lanes_text(w.arrived) + " in " + OP_NAMES[w.op] + ";";
-        for (uint32_t m = w.polling; m; m &= m - 1) {
-            const Fiber& f = w.fibers[__builtin_ctz(m)];
-            snprintf(text, sizeof text, " lane %u in wait_for(%p, %u), where %u is;", f.lane, (const void*)f.awaited_address, f.awaited_value, *f.awaited);
-            s += text;
-        }
-    }
-    return s;
-}
-
-void end_block(Launch& l, Block& b) {
-    b.running = false;
-    for (uint32_t i = l.shared_bytes; i % 128; i++)
-        if (b.shared[i] != CANARY)
-            throw error(l.name + ": block " + std::to_string(b.number) + " wrote past its " + std::to_string(l.shared_bytes) + " bytes of shared memory");
-}
-
-void free_block(Block& b) {
-    if (b.stacks) munmap(b.stacks, b.stacks_bytes);
-    if (b.races) race_detector->free(b.races);
-    if (b.shared_map) munmap(b.shared_map, b.shared_map_bytes);
-}
-
-struct Cleanup {
-    Launch& launch;
-    ~Cleanup() {
-        for (auto& b : launch.blocks) free_block(*b);
-        last_counts = launch.counts;
-        running = nullptr;
-        ranges = nullptr;
-        current = nullptr;
-    }
-};
-
-std::string kernel_name(const void* kernel, const Options& options) {
-    if (options.name) return options.name;
-    Dl_info info;
-    return kernel && dladdr((void*)kernel, &info) && info.dli_sname ? info.dli_sname : "kernel";
-}
-
-}  // namespace
-
-Counts counts() { return last_counts; }
-
-void run(void (*call)(void*), void* context, const void* kernel, dim3 grid, dim3 block, size_t shared_bytes, const Options& options) {
-    static uint64_t launches;
-    const std::string name = kernel_name(kernel, options);
-    if (running) throw error(name + ": launched from inside a kernel");
-    const uint64_t threads = (uint64_t)block.x * block.y * block.z, total = (uint64_t)grid.x * grid.y * grid.z;
-    if (threads == 0 || threads > 1024 || threads % 32) throw error(name + ": blocks of " + std::to_string(threads) + " threads; 32 … 1024 in whole warps");
-    if (total == 0 || shared_bytes > (1u << 20)) throw error(name + ": empty grid or over 1 MiB of shared memory");
-    Launch l;
-    Cleanup cleanup{l};
-    l.call = call;
-    l.context = context;
-    l.name = name;
-    l.devices = options.devices;
-    l.grid = grid;
-    l.block = block;
-    l.shared_bytes = (uint32_t)shared_bytes;
-    l.threads = (uint32_t)threads;
-    l.warps = (uint32_t)threads / 32;
-    l.random.state = options.seed ? mix(options.seed) : mix(environment_seed() ^ mix(__atomic_fetch_add(&launches, 1, __ATOMIC_RELAXED)));
-    memset((void*)l.ranges, 0, sizeof l.ranges);
-    running = &l;
-    ranges = l.ranges;
-    uint64_t resident = options.resident ? options.resident : 1 + l.random.below(3);
-    if (resident > total) resident = total;
-    for (uint64_t i = 0; i < resident; i++) l.blocks.emplace_back(new Block());
-
-    uint64_t next = 0, live = 0;
-    uint32_t at = 0, turns = 0;
-    while (next < total || live) {
-        for (auto& b : l.blocks)
-            if (!b->running && next < total) {
-                start_block(l, *b, next++);
-                if (options.schedule >= 0) b->schedule = (Schedule)options.schedule;
-                live++;
-            }
-        // One block for some turns, then another; any that can run if this one cannot.
-        if (turns-- == 0) {
-            turns = l.random.below(64);
-            at = l.random.below((uint32_t)resident);
-        }
-        Block* b = nullptr;
-        Warp* w = nullptr;
-        for (uint64_t i = 0; i < resident && !w; i++) {
-            b = l.blocks[(at + i) % resident].get();
-            if (b->running) w = pick(*b);
-        }
-        if (!w) {
-            std::string text = name + ": deadlock, no thread can go on:";
-            for (auto& r : l.blocks)
-                if (r->running) text += describe(*r);
-            throw error(text);
-        }
-        run_warp(l, *b, *w);
-        if (!l.failure.empty()) throw error(l.failure);
-        if (!b->live) {
-            end_block(l, *b);
-            live--;
-        }
-    }
 }
 
 }  // namespace softgpu

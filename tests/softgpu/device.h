@@ -108,6 +108,7 @@ struct Lane {
 extern __thread Lane* current __attribute__((tls_model("initial-exec")));
 
 enum Access { READ, CONSTANT, WRITE, ATOMIC };
+extern bool track_reads;  // plain loads are recorded, too
 
 // A live piece of device memory: addresses begin … end as kernels see them; this process finds the bytes `shift` higher.
 struct Range {
@@ -123,7 +124,7 @@ void* find_global(uintptr_t address, uint32_t bytes, Access access);
 inline void* global(const void* p, uint32_t bytes, Access access) {
     const uintptr_t address = (uintptr_t)p;
     const Range& r = ranges[(address >> 16) % RANGES];
-    if (access == READ && address >= r.begin && address + bytes <= r.end && address % bytes == 0) return (char*)p + r.shift;
+    if (access == READ && !track_reads && address >= r.begin && address + bytes <= r.end && address % bytes == 0) return (char*)p + r.shift;
     return find_global(address, bytes, access);
 }
 
@@ -157,6 +158,8 @@ struct Registered {
     Registered& operator=(const Registered&) = delete;
 };
 
+struct Accesses;
+
 // The order of warps and blocks; each block draws its own from the seed unless one is forced.
 enum Schedule { ROUND_ROBIN, REVERSED, GREEDY, RANDOM, SCHEDULES };
 
@@ -165,6 +168,7 @@ struct Options {
     uint64_t seed = 0;           // 0: from SOFTGPU_SEED (default 1) and the number of the launch
     int schedule = -1;           // -1: drawn per block
     uint64_t devices = ~0ull;    // a bit per device whose memory the kernel may touch
+    Accesses* accesses = nullptr;  // filled with what the kernel touches (access.h)
     uint32_t resident = 0;       // blocks in flight at once; 0: drawn from 1 … 3
 };
 

@@ -198,6 +198,7 @@ CUDA cuInit(unsigned flags) {
     read_faults();
     driver.seed = number("SOFTGPU_SEED", 1);
     driver.trace = number("SOFTGPU_TRACE", 0);
+    driver.races = softgpu::track_reads = number("SOFTGPU_RACES", 0);
     driver.timeout = 1e-3 * (double)number("SOFTGPU_TIMEOUT_MS", 60000);
     memory_bytes = number("SOFTGPU_MEMORY_MB", 8192) << 20;
     void* p = mmap(nullptr, RESERVED, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
@@ -382,6 +383,7 @@ CUDA cuCtxSynchronize() {
     if (Result r = enter(c)) return r;
     if (Result r = forbidden_in_capture("cuCtxSynchronize")) return r;
     if (Result r = wait_host(lock, all_work(c->device), "cuCtxSynchronize")) return r;
+    order_host_device(c->device);
     return sticky(c->device);
 }
 CUDA cuCtxEnablePeerAccess(void* peer, unsigned flags) {
@@ -441,6 +443,7 @@ static Result release(uint64_t address, bool pinned, const char* call) {
     wait_not_executing(lock);
     driver.allocations.erase(address);
     softgpu::unregister_memory((const void*)address);
+    forget_memory(address, a.bytes);
     driver.statistics.live_bytes -= a.bytes;
     if (!pinned) driver.contexts[(size_t)a.device]->used -= a.bytes;
     const size_t page = 4096, mapped = (a.bytes + page - 1) / page * page;
@@ -626,6 +629,7 @@ CUDA cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsig
     const Context* const context = driver.contexts[(size_t)s->device].get();
     action->execute = [=](uint64_t run, std::string& why) -> int {
         softgpu::Options options;
+        options.accesses = recording;
         {
             Lock lock(driver.mutex);
             options.devices = 1ull << context->device % 64;

@@ -2,6 +2,7 @@
 //   driver.cpp         devices, contexts, memory, modules, launches, errors
 //   driver_stream.cpp  streams, events, copies, host functions: what is enqueued
 //   driver_graph.cpp   stream capture and graphs
+//   driver_race.cpp    whether two operations touch the same memory in no order
 //   driver_queue.cpp   the device thread, which executes it, and host-side waits
 // One mutex guards everything; the device thread lets go of it while it executes.
 #pragma once
@@ -22,6 +23,7 @@
 #include "softgpu.h"
 
 namespace softgpu {
+struct Accesses;
 namespace driver {
 
 enum Result : int {
@@ -54,9 +56,12 @@ enum Result : int {
     CAPTURE_WRONG_THREAD = 908,
 };
 
+struct Order;  // driver_race.cpp
 // Something that happens once.
 struct Done {
     bool done = false;
+    uint32_t number = 0;  // with SOFTGPU_RACES: of the operation, and all that are before its end
+    std::shared_ptr<const Order> order;
     double time = 0;   // seconds, when it was done
     std::string what;  // for reports
 };
@@ -164,6 +169,7 @@ struct Driver {
     int pid = 0;
     uint64_t seed = 1;
     bool trace = false;
+    bool races = false;
     double timeout = 60;
 
     std::vector<std::unique_ptr<Context>> contexts;  // by device
@@ -211,6 +217,8 @@ bool is_device_address(uint64_t address);
 
 // driver_queue.cpp
 extern thread_local bool on_device_thread;
+extern thread_local const Done* executing;  // on the device thread: the end of the operation being executed
+extern thread_local Accesses* recording;  // of the operation being executed; null: not recorded
 // Puts an operation at the end of a stream, or into its capture. Call with the lock held.
 Result enqueue(Stream& stream, const ActionPtr& action, std::vector<DonePtr> waits = {}, DonePtr done = nullptr);
 void push(const QueuePtr& queue, Op op);
@@ -220,6 +228,16 @@ Result wait_host(Lock& lock, const std::vector<DonePtr>& all, const char* what);
 void wait_not_executing(Lock& lock);
 // Everything enqueued on a device.
 std::vector<DonePtr> all_work(int device);
+
+// driver_race.cpp; all do nothing without SOFTGPU_RACES
+// Called with the operation about to go to the end of the queue.
+void order_push(const Queue& queue, Op& op);
+// Some host thread knows that this is done.
+void order_host(const Done& done);
+void order_host_device(int device);  // and everything enqueued on this device
+void forget_memory(uint64_t address, size_t bytes);
+// What the operation touched and nothing orders after others; empty: nothing.
+std::string find_race(const Done& done, const Accesses& accesses);
 
 // driver_graph.cpp
 // A call that may not happen while some stream captures, as CUDA's modes have it; invalidates the captures it would disturb.

@@ -6,12 +6,15 @@
 #include <algorithm>
 #include <chrono>
 
+#include "access.h"
 #include "driver.h"
 
 namespace softgpu {
 namespace driver {
 
 thread_local bool on_device_thread = false;
+thread_local const Done* executing = nullptr;
+thread_local Accesses* recording = nullptr;
 
 namespace {
 
@@ -106,8 +109,16 @@ void device_thread() {
             driver.busy = !action->polls;
             lock.unlock();
             if (driver.trace && !action->polls) fprintf(stderr, "softgpu: %s: %s\n", best->name.c_str(), action->name.c_str());
+            Accesses accesses;
+            executing = op.done.get();
+            if (driver.races) recording = &accesses;
             result = action->execute(run, why);
+            recording = nullptr;
             lock.lock();
+            if (driver.races && result >= 0) {
+                why = find_race(*op.done, accesses);
+                if (!why.empty()) result = -LAUNCH_FAILED;
+            }
             driver.executing = driver.busy = false;
         }
         if (result == SOFTGPU_NOT_YET) {
@@ -166,6 +177,7 @@ void push(const QueuePtr& queue, Op op) {
     if (!op.done) op.done = std::make_shared<Done>();
     if (op.done->what.empty()) op.done->what = (op.action ? op.action->name : std::string("an event wait")) + " on " + queue->name;
     op.run = driver.next_id++;
+    order_push(*queue, op);
     queue->last = op.done;
     if (std::find(driver.queues.begin(), driver.queues.end(), queue) == driver.queues.end()) {
         driver.queues.push_back(queue);
@@ -190,9 +202,10 @@ Result enqueue(Stream& stream, const ActionPtr& action, std::vector<DonePtr> wai
                     s->capture->invalid = true;
                     return complain(CAPTURE_IMPLICIT, "an operation on the default stream while a blocking stream captures");
                 }
-                if (s->queue->last && !s->queue->last->done) waits.push_back(s->queue->last);
+                if (s->queue->last && (driver.races || !s->queue->last->done)) waits.push_back(s->queue->last);
             }
-    } else if (stream.blocking && context.legacy && context.legacy->queue->last && !context.legacy->queue->last->done) {
+    } else if (stream.blocking && context.legacy && context.legacy->queue->last &&
+               (driver.races || !context.legacy->queue->last->done)) {
         waits.push_back(context.legacy->queue->last);
     }
     push(stream.queue, Op{action, std::move(waits), std::move(done), 0});
@@ -208,7 +221,10 @@ std::vector<DonePtr> all_work(int device) {
 
 Result wait_host(Lock& lock, const std::vector<DonePtr>& all, const char* what) {
     auto done = [&] { return std::all_of(all.begin(), all.end(), [](const DonePtr& d) { return d->done; }); };
-    if (done()) return SUCCESS;
+    if (done()) {
+        for (const DonePtr& d : all) order_host(*d);
+        return SUCCESS;
+    }
     driver.host_waits++;
     driver.work.notify_all();
     uint64_t seen = driver.completed;
@@ -228,6 +244,8 @@ Result wait_host(Lock& lock, const std::vector<DonePtr>& all, const char* what) 
         }
     }
     driver.host_waits--;
+    if (!result)
+        for (const DonePtr& d : all) order_host(*d);
     return result;
 }
 

@@ -2,6 +2,7 @@
 #include <stdio.h>
 #include <string.h>
 
+#include "access.h"
 #include "device.h"
 #include "driver.h"
 
@@ -146,7 +147,9 @@ CUDA cuStreamQuery(void* stream) {
         s->capture->invalid = true;
         return complain(CAPTURE_UNSUPPORTED, "cuStreamQuery of a stream that captures");
     }
-    return !s->queue->last || s->queue->last->done ? SUCCESS : NOT_READY;
+    if (s->queue->last && !s->queue->last->done) return NOT_READY;
+    if (s->queue->last) order_host(*s->queue->last);
+    return SUCCESS;
 }
 CUDA cuStreamWaitEvent(void* stream, void* event, unsigned) {
     Lock lock(driver.mutex);
@@ -160,7 +163,7 @@ CUDA cuStreamWaitEvent(void* stream, void* event, unsigned) {
     bool handled = false;
     const Result r = capture_wait(*s, *e, handled);
     if (handled) return r;
-    if (!e->record || e->record->done) return SUCCESS;
+    if (!e->record || (e->record->done && !driver.races)) return SUCCESS;
     return enqueue(*s, nullptr, {e->record});
 }
 
@@ -211,8 +214,9 @@ CUDA cuEventQuery(void* event) {
     if (Result r = find_event(event, e)) return r;
     if (Result r = forbidden_in_capture("cuEventQuery")) return r;
     if (Result r = not_captured(*e, "cuEventQuery")) return r;
-    if (!e->record || e->record->done) return SUCCESS;
-    return fault("early_sync") ? SUCCESS : NOT_READY;
+    if (e->record && !e->record->done) return fault("early_sync") ? SUCCESS : NOT_READY;
+    if (e->record) order_host(*e->record);
+    return SUCCESS;
 }
 CUDA cuEventSynchronize(void* event) {
     Lock lock(driver.mutex);
@@ -221,8 +225,8 @@ CUDA cuEventSynchronize(void* event) {
     if (Result r = find_event(event, e)) return r;
     if (Result r = forbidden_in_capture("cuEventSynchronize")) return r;
     if (Result r = not_captured(*e, "cuEventSynchronize")) return r;
-    if (!e->record || e->record->done) return SUCCESS;
-    if (fault("early_sync")) return SUCCESS;
+    if (!e->record) return SUCCESS;
+    if (!e->record->done && fault("early_sync")) return SUCCESS;
     const int device = e->device;
     if (Result r = wait_host(lock, {e->record}, "cuEventSynchronize")) return r;
     return sticky(device);
@@ -264,6 +268,11 @@ Result classify(uint64_t p, size_t bytes, const char* call, Side& side) {
     return SUCCESS;
 }
 
+// The operation touches this.
+void note(uint64_t p, size_t bytes, bool write) {
+    if (recording && bytes) recording->add(p, bytes, write);
+}
+
 // The bytes of a pointer when the operation is executed.
 char* at(uint64_t p, size_t bytes, Side side, std::string& why) {
     if (side == PAGEABLE_SIDE) return (char*)p;
@@ -297,6 +306,8 @@ Result copy(Lock& lock, uint64_t to, uint64_t from, size_t bytes, void* stream, 
     std::shared_ptr<std::vector<char>> taken;
     if (from_side == PAGEABLE_SIDE && !s->capture) taken = std::make_shared<std::vector<char>>((const char*)from, (const char*)from + bytes);
     action->execute = [=](uint64_t, std::string& why) -> int {
+        note(to, bytes, true);
+        if (!taken) note(from, bytes, false);
         char* d = at(to, bytes, to_side, why);
         const char* f = taken ? taken->data() : at(from, bytes, from_side, why);
         if (!d || !f) return -ILLEGAL_ADDRESS;
@@ -341,6 +352,7 @@ Result fill(uint64_t to, uint32_t value, size_t size, size_t count, void* stream
     action->name = text;
     action->count = &driver.statistics.memsets;
     action->execute = [=](uint64_t, std::string& why) -> int {
+        note(to, bytes, true);
         char* d = at(to, bytes, side, why);
         if (!d) return -ILLEGAL_ADDRESS;
         if (size == 1)
@@ -393,6 +405,10 @@ CUDA cuLaunchHostFunc(void* stream, void (*function)(void*), void* data) {
     action->name = "a host function";
     action->count = &driver.statistics.host_functions;
     action->execute = [=](uint64_t, std::string&) -> int {
+        if (driver.races) {
+            Lock inner(driver.mutex);
+            order_host(*executing);  // it may tell a host thread
+        }
         function(data);
         return SOFTGPU_DONE;
     };
@@ -420,6 +436,7 @@ extern "C" int softgpu_enqueue(void* stream, const softgpu_operation* operation)
     if (o.release) action->release = [=] { o.release(o.data); };  // not before it is enqueued: on an error the caller keeps the data
     return SUCCESS;
 }
+extern "C" void softgpu_note(uint64_t p, size_t bytes, int write) { note(p, bytes, write != 0); }
 extern "C" int softgpu_stream_device(void* stream) {
     Lock lock(driver.mutex);
     Stream* s;

@@ -133,7 +133,9 @@ bool Operation::start(uint64_t r) {
         void* to = memory(t, "receives into", 0, t.bytes);
         if (!to) return false;
         memset(to, 0xff, t.bytes);
+        softgpu_note(t.address, t.bytes, 1);
     }
+    for (const Transfer& t : sends) softgpu_note(t.address, t.bytes, 0);
     begin_at = now() + 1e-6 * (c.random.below(3) ? 0 : c.random.below(1000));
     end_at = 0;
     return true;

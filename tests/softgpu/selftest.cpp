@@ -194,6 +194,8 @@ static void mistake(const Mistake m) {
         case 14: t == 0 ? wait_for(m.p + 3, 99) : (void)0; sync_block(); break;
         case 15: while (load_acquire(m.p + 3) != 99) {} break;
         case 16: shuffle_xor(1.0f, 32); break;
+        case 22: *(volatile int*)(shared + 8192) = 1; break;
+        case 23: *(volatile int*)((uintptr_t)t * 4) = 1; break;
         case 17: shared[1001] = 1; break;
         case 18: mma_m16n8k16<bf16_t>(d, a, 0, 0); lane < 31 ? mma_m16n8k16<bf16_t>(d, a, 0, 0) : mma_m16n8k16<f16_t>(d, a, 0, 0); break;
         case 19: sync_some(16, 64); break;
@@ -220,6 +222,10 @@ static void test_mistakes() {
             refused(names[i], texts[i], [&](const softgpu::Options& o) {
                 softgpu::launch(mistake, 1, 64, i == 17 ? 1001 : 1024, o, Mistake{memory.data(), far.data(), i});
             });
+    for (int i = 22; i < 24; i++)
+        refused(i == 22 ? "a plain write far past shared memory" : "a plain write through a null pointer", "a plain access", [&](const softgpu::Options& o) {
+            softgpu::launch(mistake, 1, 64, 1024, o, Mistake{memory.data(), far.data(), i});
+        });
     refused("ldmatrix past the end", "offset 1024", [&](const softgpu::Options& o) {
         softgpu::launch(mistake, 1, 64, 1024, o, Mistake{memory.data(), far.data(), 4});
     });

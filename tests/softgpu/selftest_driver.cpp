@@ -555,6 +555,27 @@ static bool passes(void (*test)(), int seed, bool quiet, const char* fault = nul
     return WIFEXITED(status) && WEXITSTATUS(status) == 0;
 }
 
+// Both streams read, then one writes again.
+static void readers_and_writer(bool ordered) {
+    start();
+    void *a = stream(), *b = stream(), *e = event();
+    const uint64_t x = device_memory(), y = device_memory(), z = device_memory();
+    OK(cuMemsetD32Async(x, 1, N, a));
+    OK(cuEventRecord(e, a));
+    OK(cuStreamWaitEvent(b, e, 0));
+    OK(add(x, y, 1, a));
+    OK(add(x, z, 1, b));
+    OK(cuEventRecord(e, b));
+    if (ordered) OK(cuStreamWaitEvent(a, e, 0));
+    OK(cuMemsetD32Async(x, 2, N, a));
+    OK(cuStreamSynchronize(a));
+    OK(cuCtxSynchronize());
+    OK(cuMemsetD32Async(x, 3, N, b));  // the host has seen all
+    OK(cuCtxSynchronize());
+}
+static void readers_then_writer() { readers_and_writer(true); }
+static void writer_beside_reader() { readers_and_writer(false); }
+
 int main(int argc, char** argv) {
     const bool verbose = argc > 1 && !strcmp(argv[1], "-v");
     const int seeds = 12;
@@ -566,10 +587,18 @@ int main(int argc, char** argv) {
                 {"capture and graphs", graphs}, {"operations of the communication stand-in", operations}, {"host functions may not call CUDA", host_functions},
                 {"use after free is a sticky error", use_after_free}, {"a kernel out of bounds is a sticky error", out_of_bounds},
                 {"two devices", two_devices},
-                {"no peer access", no_peer_access}, {"a stream that never goes on times out", timeout}, {"a forked child is refused", forked},
+                {"no peer access", no_peer_access}, {"readers, then a writer", readers_then_writer}, {"a stream that never goes on times out", timeout}, {"a forked child is refused", forked},
                 {"the host cannot dereference device memory", host_cannot_dereference}},
       fail[] = {{"two streams without an event", no_event}, {"a staging buffer reused early", staging_reused}, {"a result read early", result_read_early},
                 {"the default stream and a non-blocking one", default_stream_and_non_blocking}, {"graph nodes without a dependency", graph_without_dependency}};
+    const struct {
+        const char* name;
+        void (*test)();
+        const char* fault;
+    } races[] = {{"two streams without an event", no_event, nullptr}, {"a writer beside a reader", writer_beside_reader, nullptr},
+                 {"the default stream and a non-blocking one", default_stream_and_non_blocking, nullptr},
+                 {"graph nodes without a dependency", graph_without_dependency, nullptr}, {"a wait that is dropped", streams_and_events, "drop_wait:3"},
+                 {"a record that is dropped", streams_and_events, "drop_record:4"}};
     for (const auto& t : hold) {
         int good = 0;
         for (int seed = 1; seed <= seeds; seed++) good += passes(t.test, seed, !verbose);
@@ -582,6 +611,22 @@ int main(int argc, char** argv) {
         printf("%s %s: caught under %d of %d seeds\n", good < seeds ? "ok  " : "FAIL", t.name, seeds - good, seeds);
         failures += good == seeds;
     }
+    // With SOFTGPU_RACES, what is right stays so and what is wrong between streams is found under every seed, in whatever order it ran.
+    setenv("SOFTGPU_RACES", "1", 1);
+    for (const auto& t : hold) {
+        if (t.test == operations) continue;  // two writes there are ordered by the meeting alone
+        int good = 0;
+        for (int seed = 1; seed <= 4; seed++) good += passes(t.test, seed, !verbose);
+        printf("%s %s, looking for races: right under %d of 4 seeds\n", good == 4 ? "ok  " : "FAIL", t.name, good);
+        failures += good != 4;
+    }
+    for (const auto& t : races) {
+        int good = 0;
+        for (int seed = 1; seed <= seeds; seed++) good += passes(t.test, seed, !verbose, t.fault);
+        printf("%s %s, looking for races: caught under %d of %d seeds\n", good == 0 ? "ok  " : "FAIL", t.name, seeds - good, seeds);
+        failures += good != 0;
+    }
+    unsetenv("SOFTGPU_RACES");
     const struct {
         const char* fault;
         void (*test)();

@@ -36,6 +36,9 @@ SOFTGPU_EXPORT int softgpu_enqueue(void* stream, const struct softgpu_operation*
 // not inside one live allocation. Device pointers themselves cannot be dereferenced by the host.
 SOFTGPU_EXPORT void* softgpu_resolve(uint64_t device_pointer, size_t bytes);
 
+// From a poll, in the run's first call: it will read, or write, this memory at some time before it is done (for SOFTGPU_RACES).
+SOFTGPU_EXPORT void softgpu_note(uint64_t device_pointer, size_t bytes, int write);
+
 // Says that a poll that returned SOFTGPU_NOT_YET may now do better. Without it the device thread polls again after at most a millisecond.
 SOFTGPU_EXPORT void softgpu_wake(void);
 

@@ -6,6 +6,8 @@ use crate::probe::{self, Library};
 use crate::text::{self, bold, dim, good};
 use context_parallel::backend::cpu::Simd;
 use context_parallel::backend::cuda::image;
+use context_parallel::driver::{self, Device};
+use std::sync::Arc;
 
 pub const COMMAND: Command = Command {
     name: "info",
@@ -18,11 +20,11 @@ pub const COMMAND: Command = Command {
 /// Where CUDA is usually installed when the loader does not know it.
 const CUDA_PLACES: [&str; 3] =
     ["/usr/local/cuda/lib64", "/usr/lib/x86_64-linux-gnu", "/usr/lib/wsl/lib"];
-const CPU_ONLY: &str =
-    "this build computes on the CPU; CUDA and NCCL are looked for, but not used yet";
 
 struct Found {
     simd: Result<Simd, String>,
+    /// CUDA devices, or what is missing to compute on them.
+    devices: Result<Vec<Arc<Device>>, String>,
     cuda: Library,
     nccl: Library,
     mpi: Vec<(&'static str, Option<String>)>,
@@ -32,12 +34,25 @@ pub fn run(given: &Given) -> Result<(), Failure> {
     let program = |name| (name, probe::program(name).map(|p| p.display().to_string()));
     let found = Found {
         simd: Simd::from_env().map_err(|e| e.to_string()),
+        devices: devices(),
         cuda: Library::find("libcuda.so.1", None, &CUDA_PLACES),
         nccl: Library::find("libnccl.so.2", Some("CP_NCCL"), &CUDA_PLACES),
         mpi: ["mpirun", "mpicc", "mpiexec"].map(program).to_vec(),
     };
     text::out(&if given.flag("json") { json(&found) + "\n" } else { people(&found) });
     Ok(())
+}
+
+fn devices() -> Result<Vec<Arc<Device>>, String> {
+    if image::NVCC.is_none() {
+        return Err("not on GPUs: this build has no CUDA kernels".into());
+    }
+    driver::open().map_err(|e| format!("not on GPUs: {}", e.text))?;
+    let count = driver::device_count().map_err(|e| format!("not on GPUs: {}", e.text))?;
+    if count == 0 {
+        return Err("not on GPUs: CUDA's driver is here, but sees no device".into());
+    }
+    (0..count).map(|ordinal| Device::get(ordinal).map_err(|e| e.to_string())).collect()
 }
 
 fn profile() -> &'static str {
@@ -58,13 +73,19 @@ fn json(f: &Found) -> String {
         .maybe("used", f.simd.as_ref().ok().map(|s| s.name()))
         .maybe("error", f.simd.as_ref().err().map(String::as_str))
         .end();
+    let backends = if image::NVCC.is_some() { &["cpu", "cuda"][..] } else { &["cpu"] };
+    let device = |d: &Arc<Device>| {
+        let o = Object::default().raw("ordinal", d.ordinal).text("name", &d.name);
+        o.raw("arch", d.arch).raw("multiprocessors", d.multiprocessors).end()
+    };
+    let devices = f.devices.as_ref().map_or(&[][..], |d| d).iter().map(device);
     let mpi = f.mpi.iter().fold(Object::default(), |o, (name, at)| o.maybe(name, at.as_deref()));
     Object::default()
         .text("version", env!("CARGO_PKG_VERSION"))
         .text("profile", profile())
         .text("target", &target())
-        .raw("backends", array([string("cpu")]))
-        .raw("transports", array(["local", "shm", "user"].map(string)))
+        .raw("backends", array(backends.iter().copied().map(string)))
+        .raw("transports", array(["local", "shm", "user", "nccl", "staged"].map(string)))
         .text("cpu", &probe::cpu_name())
         .raw("cores", probe::cores())
         .raw("simd", simd)
@@ -74,7 +95,8 @@ fn json(f: &Found) -> String {
         .raw("mpi", mpi.end())
         .maybe("launcher", launcher)
         .raw("launcher_variables", probe::pairs(&variables))
-        .text("note", CPU_ONLY)
+        .raw("devices", array(devices))
+        .maybe("note", f.devices.as_ref().err().map(String::as_str))
         .end()
 }
 
@@ -89,7 +111,13 @@ fn people(f: &Found) -> String {
     let mut line =
         |name: &str, value: &str| out += &format!("{}  {value}\n", bold(&format!("{name:<11}")));
     line("computes on", "CPU");
-    line("", &dim(CPU_ONLY));
+    match &f.devices {
+        Ok(devices) => devices.iter().for_each(|d| {
+            let (n, name, arch, sms) = (d.ordinal, &d.name, d.arch, d.multiprocessors);
+            line("", &format!("CUDA device {n}: {name}, sm_{arch}, {sms} multiprocessors"));
+        }),
+        Err(why) => line("", &dim(why)),
+    }
     line("processor", &format!("{}, {} for this process", probe::cpu_name(), cores()));
     let sets: Vec<String> = Simd::ALL
         .into_iter()
@@ -116,12 +144,17 @@ fn people(f: &Found) -> String {
         "threads",
         "as many per rank as the caller says; demo and perf divide the cores among their ranks",
     );
-    line("transports", "local   ranks are threads of one process");
+    line(
+        "transports",
+        "local   ranks are threads of one process, also with a CUDA device each or one for all",
+    );
     line("", "shm     ranks are processes of one host, over shared memory without a name");
     line(
         "",
         "user    the caller's own table of functions; MPI comes in this way (context_parallel_mpi.h)",
     );
+    line("", "nccl    CUDA: a device per rank");
+    line("", "staged  CUDA: through host memory and one of the others; the last resort");
     line("kernels", &kernels());
     for library in [&f.cuda, &f.nccl] {
         let name = if library.name.contains("nccl") { "NCCL" } else { "CUDA" };
