@@ -21,6 +21,8 @@ use std::time::{Duration, Instant};
 
 /// Plans kept per parent group. Regular training needs a few; packed batches of ever new lengths replace the oldest.
 const CACHED_PLANS: usize = 1024;
+/// Bytes of work lists for CUDA among them.
+const CACHED_TABLES: usize = 256 << 20;
 
 /// Ranks that compute together. Cheap to clone; clones are the same group.
 #[derive(Clone)]
@@ -473,7 +475,12 @@ impl Group {
             *used = now;
             return prepared.clone();
         }
-        if cache.plans.len() >= CACHED_PLANS {
+        let tables = |c: &PlanCache| -> usize {
+            c.plans.values().filter_map(|(_, p)| p.tables.as_ref()).map(|t| t.bytes()).sum()
+        };
+        while cache.plans.len() >= CACHED_PLANS
+            || (target != Target::Host && tables(&cache) > CACHED_TABLES)
+        {
             let oldest = cache.plans.iter().min_by_key(|(_, (used, _))| *used).map(|(key, _)| *key);
             oldest.and_then(|key| cache.plans.remove(&key));
         }
@@ -513,7 +520,11 @@ impl Group {
                     stream: stream.raw(),
                     call: *calls,
                 };
-                self.watch(f(Some(link)))?
+                let result = f(Some(link));
+                if let Err(e) = &result {
+                    transport.give_up(e.clone());
+                }
+                self.watch(result)?
             }
             _ => f(None)?,
         };

@@ -132,7 +132,7 @@ impl OnDevice {
             let ptr = unsafe { (allocator.alloc)(allocator.ctx, bytes.max(1), stream.cast()) };
             let lease = Lease {
                 ptr: ptr.cast(),
-                give_back: Some((allocator, bytes.max(1), stream)),
+                give_back: Some((device.clone(), allocator, bytes.max(1), stream)),
                 own: false,
             };
             if ptr.is_null() {
@@ -203,7 +203,7 @@ impl Drop for OnDevice {
 /// A workspace for the length of a call.
 pub(super) struct Lease {
     ptr: *mut u8,
-    give_back: Option<(Allocator, usize, CUstream)>,
+    give_back: Option<(Arc<Device>, Allocator, usize, CUstream)>,
     /// It is the layer's own device buffer.
     own: bool,
 }
@@ -221,7 +221,9 @@ impl Lease {
 
 impl Drop for Lease {
     fn drop(&mut self) {
-        if let Some((allocator, bytes, stream)) = self.give_back.filter(|_| !self.ptr.is_null()) {
+        let given = self.give_back.take().filter(|_| !self.ptr.is_null());
+        if let Some((device, allocator, bytes, stream)) = given {
+            let _current = device.enter();
             // SAFETY: what `alloc` gave, once; work that uses it is on the stream.
             unsafe { (allocator.free)(allocator.ctx, self.ptr.cast(), bytes, stream.cast()) };
         }

@@ -285,8 +285,8 @@ impl Attention {
     /// A `comm` that could not be read comes as an error: it is posted to the other ranks, who would wait otherwise.
     pub fn set_group(&mut self, group: &Group, comm: Result<Comm>) -> Result<()> {
         group.usable()?;
-        self.engine.fits(group)?;
-        let fits = comm.and_then(|comm| self.config.supports(comm, group.size()).map(|()| comm));
+        let fits = self.engine.fits(group).and(comm);
+        let fits = fits.and_then(|comm| self.config.supports(comm, group.size()).map(|()| comm));
         let new = !self.known.values().any(|a| a.group.same_parent(group) && a.group.is_parent());
         let comm = if group.is_parent() && new {
             let mut h = Fnv::default();
@@ -387,11 +387,26 @@ impl Attention {
             segments as usize,
             // Two pieces of a sequence on every rank, as zigzag deals them, on either side.
             4 * full.ranks as usize,
-            rows as usize,
-            total as usize,
+            full.inner as usize,
+            [rows as usize * full.inner as usize, total as usize],
         );
-        let (gathering, bound) = (gathering + tables, bound + tables);
+        let packed = if at.group.same_pieces() { self.most_packed(&full) } else { 0 };
+        let (gathering, bound) = (gathering + tables + packed, bound + tables + packed);
         Ok(cap.map_or(bound, |cap| bound.min(cap.saturating_add(gathering))))
+    }
+
+    /// Most bytes of what is packed so that messages are cut alike: own keys for a stage are no more than what arrives in one, members' rows
+    /// no more than the team's. A full mask over whole sequences packs nothing, so the bound does not have them.
+    fn most_packed(&self, full: &Arc<Problem>) -> usize {
+        let of = |pass| -> usize {
+            let group = &self.known[&self.current].group;
+            let plan = Plan::new(full, group.rank(), pass, self.options(group, true));
+            let kinds = |kind| kind == Kind::Recv || (kind == Kind::Team && full.inner > 1);
+            let slots = plan.slots.iter().filter(|s| kinds(s.slot.kind));
+            // Every member's rows are rounded up for themselves.
+            slots.map(|s| s.bytes() + full.inner as usize * ALIGN).sum()
+        };
+        of(Pass::Forward).max(of(Pass::Backward))
     }
 
     fn options(&self, group: &Group, pack: bool) -> Options {

@@ -38,16 +38,17 @@ impl Target {
         steps: usize,
         segments: usize,
         per_row: usize,
-        rows: usize,
-        keys: usize,
+        inner: usize,
+        [rows, keys]: [usize; 2],
     ) -> usize {
         let Target::Device { shape, deterministic } = self else { return 0 };
         let per_row = per_row.min(segments);
         let limits = SliceLimits { count: segments, per_query: per_row, per_key: per_row };
         let forward = forward_bound(shape.forward(), rows, keys, limits);
         let backward = backward_bound(shape.backward(), rows, keys, limits, deterministic);
-        // A stage gathers, clears, converts and sums keys and values; the head exchange copies up to six tensors in and three out.
-        let copies = (8 * steps + 9) * runs_bound(segments);
+        // A stage gathers, clears, converts and sums keys and values; the head exchange copies up to six tensors in and three out, for every
+        // member and perhaps packed; padding cuts a document's rows in two.
+        let copies = (8 * steps + 2 * 9 * inner) * runs_bound(2 * segments);
         steps * forward.max(backward) + copies
     }
 }
@@ -103,6 +104,11 @@ impl Tables {
         let after = at + blob.len().next_multiple_of(ALIGN);
         let bytes = after + counters.next_multiple_of(ALIGN);
         Some(Tables { blob, works, at, counters: after, bytes })
+    }
+
+    /// Bytes of the lists in host memory.
+    pub fn bytes(&self) -> usize {
+        self.blob.len()
     }
 
     /// Bytes of workspace, slots included.
@@ -197,8 +203,6 @@ impl Run<'_> {
         // Two more than the plan's: the fork and the join.
         let (fork, join) = (plan.events as usize, plan.events as usize + 1);
         scratch.reserve(self.cuda, 0, join + 1)?;
-        let Scratch { staging, events, sends, recvs, .. } = scratch;
-        let mut stats = Stats::default();
         let comm = link.as_ref().map_or(self.stream, |l| l.stream);
         // SAFETY: streams of the current device, and the caller's promise about all memory; here and below.
         unsafe {
@@ -206,11 +210,35 @@ impl Run<'_> {
             if let (true, Some(link)) = (captured, &link) {
                 link.transport.capturable()?;
             }
-            staging.upload(&self.tables.blob, self.tables(), self.stream, captured)?;
-            if link.is_some() {
-                events[fork].record(self.stream)?;
-                driver::wait(comm, events[fork].raw())?;
-            }
+            scratch.staging.upload(&self.tables.blob, self.tables(), self.stream, captured)?;
+            let Some(link) = link.as_mut() else { return self.lanes(None, comm, scratch) };
+            scratch.events[fork].record(self.stream)?;
+            driver::wait(comm, scratch.events[fork].raw())?;
+            let result = self.lanes(Some(&mut **link), comm, scratch);
+            let result = result.and_then(|s| link.transport.enqueued(comm, captured).map(|()| s));
+            // After an error too: what is on the comm lane still uses the memory, which whoever follows on the caller's stream may reuse.
+            let events = &scratch.events;
+            let joined = events[join].record(comm);
+            let joined = joined.and_then(|()| driver::wait(self.stream, events[join].raw()));
+            result.and_then(|stats| joined.map(|()| stats))
+        }
+    }
+
+    /// Enqueues every step on its lane.
+    ///
+    /// # Safety
+    /// As [`enqueue`].
+    unsafe fn lanes(
+        &self,
+        mut link: Option<&mut DeviceLink>,
+        comm: CUstream,
+        scratch: &mut Scratch,
+    ) -> Result<Stats> {
+        let plan = self.slots.plan;
+        let Scratch { events, sends, recvs, .. } = scratch;
+        let mut stats = Stats::default();
+        // SAFETY: streams of the current device, and the caller's promise about all memory.
+        unsafe {
             for (index, (step, work)) in plan.steps.iter().zip(&self.tables.works).enumerate() {
                 let lane = if step.lane == Lane::Comm { comm } else { self.stream };
                 for event in &step.waits {
@@ -232,11 +260,6 @@ impl Run<'_> {
                 if let Some(event) = step.signal {
                     events[event as usize].record(lane)?;
                 }
-            }
-            if let Some(link) = link {
-                link.transport.enqueued(comm, captured)?;
-                events[join].record(comm)?;
-                driver::wait(self.stream, events[join].raw())?;
             }
         }
         Ok(stats)

@@ -196,7 +196,8 @@ pub fn check_view(name: &str, view: &View) -> Result<()> {
             )));
         }
     }
-    let limit = u32::MAX as usize;
+    // Kernels count rows in 32 signed bits.
+    let limit = i32::MAX as usize;
     if view.rows > limit {
         return Err(Error::argument(format!("{name}: got {} rows, at most {limit}", view.rows)));
     }

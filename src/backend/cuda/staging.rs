@@ -89,7 +89,11 @@ impl Staging {
         // SAFETY: the caller's promise; the slot stays as it is until its event is done.
         unsafe {
             driver::copy_to_device(to, slot.buffer.ptr(), blob.len(), stream)?;
-            if captured { Ok(()) } else { slot.event.record(stream) }
+            if captured {
+                return Ok(());
+            }
+            // Without a mark nobody will know when the copy is done: the slot is given up.
+            slot.event.record(stream).inspect_err(|_| slot.state = State::Captured)
         }
     }
 

@@ -466,11 +466,15 @@ impl DeviceTransport for Nccl {
 impl Drop for Nccl {
     /// An own communicator ends with its peers: NCCL flushes what is in flight. One whose peers do not come is aborted.
     fn drop(&mut self) {
+        let (_current, _relaxed) = (self.device.enter(), driver::Relaxed::new());
+        // What is enqueued is waited for, however long the computation between takes: the watchdog ends what makes no progress.
+        while !self.watched.is_idle() && self.watched.failed().is_none() {
+            thread::sleep(Duration::from_micros(200));
+        }
         drop(self.watchdog.take());
         if !self.owned {
             return;
         }
-        let _current = self.device.enter();
         let comm = self.watched.take();
         if comm.is_null() {
             return;

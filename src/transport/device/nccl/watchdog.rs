@@ -140,6 +140,16 @@ impl Watched {
         f(self.api, comm)
     }
 
+    /// Is every exchange done?
+    pub fn is_idle(&self) -> bool {
+        let mut queue = lock(&self.queue);
+        // An error is the watchdog's to find.
+        while let Some(Ok(true)) = queue.pending.front_mut().map(Exchange::advance) {
+            queue.retire();
+        }
+        queue.pending.is_empty()
+    }
+
     /// Why the communicator is lost, once it is.
     pub fn failed(&self) -> Option<Error> {
         lock(&self.failed).clone()
