@@ -96,6 +96,31 @@ char* map(size_t bytes) {
     return (char*)p;
 }
 
+// Stacks are kept from launch to launch: to map and touch them anew costs more than a small kernel.
+struct Stacks {
+    std::vector<std::pair<size_t, char*>> kept;
+    char* take(size_t bytes) {
+        for (auto& k : kept)
+            if (k.first == bytes) {
+                char* stacks = k.second;
+                k = kept.back();
+                kept.pop_back();
+                return stacks;
+            }
+        return map(bytes);
+    }
+    void give(size_t bytes, char* stacks) {
+        if (kept.size() < 8)
+            kept.push_back({bytes, stacks});
+        else
+            munmap(stacks, bytes);
+    }
+    ~Stacks() {
+        for (auto& k : kept) munmap(k.second, k.first);
+    }
+};
+thread_local Stacks stacks;
+
 // A block's dynamic shared memory ends where an inaccessible MiB begins, give or take the alignment to 128 bytes, whose rest is checked
 // when the block ends; before it lies another.
 const unsigned char CANARY = 0xa5;
@@ -109,7 +134,7 @@ void start_block(Launch& l, Block& b, uint64_t number) {
         b.warps.reset(new Warp[l.warps]);
         // Odd multiples of a cache line between the stacks, so that they do not all share the same sets.
         b.stacks_bytes = (STACK + 1088) * l.threads;
-        b.stacks = map(b.stacks_bytes);
+        b.stacks = stacks.take(b.stacks_bytes);
         const size_t page = pages(1 << 20), inner = pages(l.shared_bytes + 128);
         b.shared_map_bytes = inner + 2 * page;
         b.shared_map = (unsigned char*)map(b.shared_map_bytes);
@@ -234,7 +259,7 @@ void end_block(Launch& l, Block& b) {
 }
 
 void free_block(Block& b) {
-    if (b.stacks) munmap(b.stacks, b.stacks_bytes);
+    if (b.stacks) stacks.give(b.stacks_bytes, b.stacks);
     if (b.races) race_detector->free(b.races);
     if (b.shared_map) munmap(b.shared_map, b.shared_map_bytes);
 }

@@ -131,7 +131,7 @@ struct Launch {
     PageAccess* last_words = nullptr;
 };
 
-extern __thread Launch* running;  // on this OS thread
+extern __thread Launch* running __attribute__((tls_model("initial-exec")));  // on this OS thread
 
 // Lets another lane of the warp run, or the scheduler; returns when this lane is to go on.
 void yield_lane();

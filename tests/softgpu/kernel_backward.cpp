@@ -381,6 +381,9 @@ static std::vector<Case> cases() {
     add({"nothing", 40, {{10, {}}}});
     add({"scale_negative", 100, {{100, {causal(0, 100, 0, 100)}}}}).scale = -0.3f;
     add({"scale_large", 100, {{100, {causal(0, 100, 0, 100)}}}}).scale = 4.0f;
+    // Scores so low that 2^−lse overflows: what a key that is not there adds must not be 0·∞.
+    add({"scores_low", 300, {{3, {full(0, 300, 0, 3)}}}}).scale = 8.0f;
+    add({"scores_low_masked", 100, {{100, {band(0, 100, 0, 100, -1, 1)}}}}).scale = 8.0f;
     return list;
 }
 

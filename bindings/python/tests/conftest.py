@@ -1,4 +1,5 @@
 import os
+import sys
 
 import pytest
 
@@ -40,5 +41,7 @@ def two_devices(cuda):
         pytest.skip("one CUDA device; this needs two")
 
 
-def pytest_report_header():
-    return f"software GPU, where there is one: SOFTGPU_SEED={os.environ['SOFTGPU_SEED']}"
+def pytest_terminal_summary(terminalreporter):
+    devices = sys.modules.get("devices")
+    if devices is not None and devices.driver.cache_info().currsize:
+        terminalreporter.write_line(f"CUDA devices: {devices.count()}; if of the software GPU, SOFTGPU_SEED={os.environ['SOFTGPU_SEED']}")

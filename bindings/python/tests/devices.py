@@ -89,6 +89,34 @@ def _destroy(index, pointer):
         call("cuStreamDestroy_v2", c_void_p(pointer))
 
 
+class Graph:
+    """What is enqueued on a stream inside a `with` is captured; launch() runs it."""
+
+    def __init__(self, stream):
+        self.stream, self._graph, self._executable = stream, c_void_p(), c_void_p()
+
+    def __enter__(self):
+        with on(self.stream.index):
+            call("cuStreamBeginCapture_v2", c_void_p(self.stream.ptr), 1)
+
+    def __exit__(self, kind, *_):
+        with on(self.stream.index):
+            # After an error inside, the capture may be spoilt.
+            status = driver().cuStreamEndCapture(c_void_p(self.stream.ptr), byref(self._graph))
+            assert status == 0 or kind is not None, status
+            if kind is None:
+                call("cuGraphInstantiateWithFlags", byref(self._executable), self._graph, c_uint64(0))
+
+    def launch(self):
+        with on(self.stream.index):
+            call("cuGraphLaunch", self._executable, c_void_p(self.stream.ptr))
+
+    def close(self):
+        with on(self.stream.index):
+            call("cuGraphExecDestroy", self._executable)
+            call("cuGraphDestroy", self._graph)
+
+
 class Memory:
     """Bytes on a device; given back when nothing uses them any more, which waits for the device."""
 

@@ -14,7 +14,7 @@ import context_parallel as cp
 import devices
 from context_parallel import Status
 from corpus import cases, check
-from devices import DeviceArray, DLPackArray, InterfaceArray, OldDLPackArray, Stream
+from devices import DeviceArray, DLPackArray, Graph, InterfaceArray, OldDLPackArray, Stream
 from launched import CUDA_CASES
 from ranks import collect, everywhere, outcomes, run_case
 from test_interface import qkv, raises, random
@@ -204,6 +204,33 @@ def test_the_stream_that_an_array_names():
     stream.synchronize()
     near(results["out"], on_cpu()[0])
     raises(Status.INVALID_ARGUMENT, "q|its library works on stream", layer.forward, *arrays, SEQ, **results, stream=other)
+
+
+def test_a_graph():
+    """Captured once, run on other inputs; without a workspace of the caller's it is refused by name."""
+    layer, stream = cp.Attention(**CONFIG, deterministic=True), Stream()
+    (q, k, v), results, grads = small(), outputs(), gradients()
+    d_out, memory = DLPackArray(random(2, 24, 4, 16, seed=9).astype(BF16)), devices.buffer(layer.workspace_size(48))
+    with pytest.raises(cp.Error) as refused, Graph(stream):
+        layer.forward(q, k, v, SEQ, **results, stream=stream)
+    assert refused.value.status == Status.NOT_CAPTURABLE and "workspace" in str(refused.value)
+    graph = Graph(stream)
+    with graph:
+        _, _, context = layer.forward(q, k, v, SEQ, **results, workspace=memory, stream=stream)
+        layer.backward(context, d_out, **grads, workspace=memory, stream=stream)
+    assert np.isnan(np.asarray(results["out"], np.float32)).all()
+    zero = np.zeros((2, 24, 4, 16), BF16)
+    q.memory.write(zero)
+    graph.launch()
+    stream.synchronize()
+    plain = cp.Attention(**{**CONFIG, "device": "cpu"})
+    near(results["out"], plain.forward(zero, np.asarray(k), np.asarray(v), SEQ)[0])
+    q.memory.write(np.ascontiguousarray(qkv(24)[0].astype(BF16)))
+    graph.launch()
+    stream.synchronize()
+    for got, wanted in zip([*results.values(), *grads.values()], on_cpu()):
+        near(got, wanted)
+    graph.close()
 
 
 # Workspace
