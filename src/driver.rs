@@ -441,7 +441,8 @@ impl DeviceBuffer {
 impl Drop for DeviceBuffer {
     fn drop(&mut self) {
         if self.bytes > 0 {
-            let _current = self.device.enter();
+            // A garbage collector may come here while a stream captures, which freeing would end otherwise.
+            let (_current, _relaxed) = (self.device.enter(), Relaxed::new());
             // SAFETY: owned; the driver waits for work that uses it.
             unsafe { sys::cuMemFree_v2(self.address) };
         }
@@ -485,7 +486,7 @@ impl PinnedBuffer {
 impl Drop for PinnedBuffer {
     fn drop(&mut self) {
         if self.bytes > 0 {
-            let _current = self.device.enter();
+            let (_current, _relaxed) = (self.device.enter(), Relaxed::new());
             // SAFETY: owned; whoever copied from it has waited (see `staging`).
             unsafe { sys::cuMemFreeHost(self.ptr.cast()) };
         }

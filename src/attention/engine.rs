@@ -195,7 +195,7 @@ impl OnDevice {
 impl Drop for OnDevice {
     fn drop(&mut self) {
         // The last call may still be on its stream, and it uses the workspace. If the device is lost, nothing does any more.
-        let _current = self.cuda.device().enter();
+        let (_current, _relaxed) = (self.cuda.device().enter(), driver::Relaxed::new());
         let _ = self.own_used.synchronize();
     }
 }

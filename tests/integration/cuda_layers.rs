@@ -359,3 +359,28 @@ fn near(what: &str, ranks: u32, seqs: &[Sequence], inputs: &Inputs, shards: &[Sh
         assert!(off <= 0.02 * size, "{what}: {t:?} differs by {off:.2e} of {size:.2e}");
     }
 }
+
+/// A garbage collector may destroy a layer while a stream captures; that must not end the capture.
+#[test]
+#[ignore = "needs a CUDA device or the software GPU: tests/run"]
+fn a_layer_may_go_while_a_stream_captures() {
+    let (seqs, inputs) = one(40);
+    let device = device();
+    let _current = device.enter().unwrap();
+    let mut kept = layer(config(), None);
+    let mut dropped = layer(config(), None);
+    let mut early = Batch::new(&dropped, &seqs, &inputs, &stream()).unwrap();
+    early.both(&mut dropped).unwrap();
+    let stream = stream();
+    let mut batch = Batch::new(&kept, &seqs, &inputs, &stream).unwrap();
+    let bound = kept.workspace_bound(40).unwrap();
+    batch.workspace = Some(DeviceBuffer::new(&device, bound).unwrap());
+    let graph = capture(stream.raw(), || {
+        batch.forward(&mut kept)?;
+        drop(dropped);
+        batch.backward(&mut kept)
+    });
+    // SAFETY: an own graph.
+    driver::check("destroy", unsafe { sys::cuGraphExecDestroy(graph.unwrap()) }).unwrap();
+    early.read().unwrap();
+}

@@ -204,17 +204,29 @@ fn the_readme_shows_what_is_tested() {
         fs::read_to_string(root().join(path)).unwrap_or_else(|e| panic!("{path}: {e}"))
     };
     let readme = read("README.md");
-    let block = |language: &str| {
-        let start = readme.find(&format!("```{language}\n")).unwrap() + language.len() + 4;
-        &readme[start..start + readme[start..].find("```").unwrap()]
+    // Blocks of a language, in order.
+    let blocks = |language: &str| -> Vec<&str> {
+        let fence = format!("```{language}\n");
+        readme.split(&fence).skip(1).map(|rest| rest.split("```").next().unwrap()).collect()
     };
-    assert!(read("bindings/python/example.py").contains(block("python")));
-    let program = read("tests/c/example_mpi.c");
-    for line in block("c").lines().filter(|l| !l.starts_with("/* attend:")) {
-        assert!(
-            program.contains(line.trim()),
-            "the README's C example has a line that the program has not: {line}"
-        );
+    let examples = ["bindings/python/example.py", "bindings/python/example_cuda.py"];
+    let shown = blocks("python");
+    assert_eq!(shown.len(), examples.len());
+    for (path, block) in examples.iter().zip(shown) {
+        assert!(read(path).contains(block), "the README's Python example is not in {path}");
     }
-    assert!(read("tests/data/snapshots/p2p-causal.txt").starts_with(block("text").trim_end()));
+    let programs = ["tests/c/example_mpi.c", "tests/c/example_cuda.c"];
+    let shown = blocks("c");
+    assert_eq!(shown.len(), programs.len());
+    for (path, block) in programs.iter().zip(shown) {
+        let program = read(path);
+        for line in block.lines().filter(|l| !l.starts_with("/* attend:")) {
+            assert!(
+                program.contains(line.trim()),
+                "the README has a line that {path} has not: {line}"
+            );
+        }
+    }
+    let table = blocks("text")[0];
+    assert!(read("tests/data/snapshots/p2p-causal.txt").starts_with(table.trim_end()));
 }

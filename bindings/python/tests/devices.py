@@ -3,6 +3,7 @@ whatever libcuda.so.1 is found: the software GPU (LD_LIBRARY_PATH=target/softgpu
 
 import ctypes
 import functools
+import gc
 import types
 import weakref
 from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_uint64, c_void_p, py_object
@@ -96,10 +97,14 @@ class Graph:
         self.stream, self._graph, self._executable = stream, c_void_p(), c_void_p()
 
     def __enter__(self):
+        # What these tests' own memory does when it is collected would end the capture.
+        gc.collect()
+        gc.disable()
         with on(self.stream.index):
             call("cuStreamBeginCapture_v2", c_void_p(self.stream.ptr), 1)
 
     def __exit__(self, kind, *_):
+        gc.enable()
         with on(self.stream.index):
             # After an error inside, the capture may be spoilt.
             status = driver().cuStreamEndCapture(c_void_p(self.stream.ptr), byref(self._graph))

@@ -169,6 +169,8 @@ fn slot_size(bytes: usize) -> usize {
 impl Drop for Staging {
     fn drop(&mut self) {
         let Ok(_current) = self.device.enter() else { return };
+        // A layer may be dropped while a stream captures.
+        let _relaxed = Relaxed::new();
         for slot in self.slots.drain(..) {
             match slot.state {
                 State::Free => {}
