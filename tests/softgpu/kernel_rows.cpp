@@ -88,6 +88,8 @@ struct Form {
 static const Form FORMS[] = {
     {"dense_128", 3, 128, 0, 0, false, false}, {"dense_8", 2, 8, 0, 0, false, false},      {"gaps_96", 2, 96, 0, 8, false, false},
     {"shifted_64", 2, 64, 1, 0, false, false}, {"odd_7", 3, 7, 0, 0, false, false},         {"odd_gap_40", 2, 40, 0, 3, true, false},
+    // Aligned to half of what a vector needs: of 16-bit elements, of fp32.
+    {"half_gap_64", 2, 64, 0, 4, true, false},   {"quarter_gap_64", 2, 64, 0, 2, true, false},
     {"batches_64", 4, 64, 0, 0, true, false},  {"heads_outside_256", 3, 256, 0, 0, true, true}, {"lse", 5, 1, 1, 0, false, false},
     {"lse_outside", 5, 1, 0, 0, true, true},   {"half_vector_12", 1, 12, 0, 0, false, false}, {"long_520", 1, 520, 0, 0, false, false},
 };
