@@ -465,7 +465,8 @@ typedef struct cp_attention_config {
     int32_t device_type;
     // CUDA's number of the device; 0 on the CPU.
     int32_t device_id;
-    // CUDA: multiprocessors that attention kernels leave to others, such as NCCL's.
+    // CUDA: attention kernels launch so many multiprocessors' worth of blocks fewer, to leave room to others, such as NCCL's. Forward runs two blocks on
+    // a multiprocessor and the device spreads them, so its room is spread too. Deterministic backward leaves none.
     uint32_t sm_margin;
     // CUDA: pieces of the mask (one per pair of query and key chunks or documents that see each other) that one rank computes in one stage, at
     // most; 0 = 1024. Work lists are part of the workspace, and this bounds them.

@@ -345,7 +345,8 @@ pub struct cp_attention_config {
     pub device_type: i32,
     /// CUDA's number of the device; 0 on the CPU.
     pub device_id: i32,
-    /// CUDA: multiprocessors that attention kernels leave to others, such as NCCL's.
+    /// CUDA: attention kernels launch so many multiprocessors' worth of blocks fewer, to leave room to others, such as NCCL's. Forward runs two blocks on
+    /// a multiprocessor and the device spreads them, so its room is spread too. Deterministic backward leaves none.
     pub sm_margin: u32,
     /// CUDA: pieces of the mask (one per pair of query and key chunks or documents that see each other) that one rank computes in one stage, at
     /// most; 0 = 1024. Work lists are part of the workspace, and this bounds them.

@@ -19,7 +19,7 @@ WANTED = {
     "cp_forward_bf16_no_exp2": "no MUFU.EX2 (exp2_approx)",
     "cp_forward_bf16_other_type": "0 tensor core instructions for bf16, 1 for the other type",
     "cp_forward_f16_other_type": "0 tensor core instructions for f16, 1 for the other type",
-    "cp_backward_bf16_no_add": "no RED (add_global)",
+    "cp_backward_bf16_no_add": "no RED.E.ADD.F32 (add_global)",
     "cp_delta_no_bounds": "no launch bounds",
     "cp_delta_local": "local memory: stack 128 bytes",
     "cp_delta_spills": "local memory",

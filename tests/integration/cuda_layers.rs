@@ -2,7 +2,7 @@
 //! bit: everything here is deterministic.
 
 use crate::layers::{PATIENCE, config, one};
-use crate::oracle::{Inputs, Results, Tensor as Named};
+use crate::oracle::{Case, Inputs, Results, Tensor as Named, cases, inputs};
 use crate::ranks::{Layout, Shard, collect, on_threads};
 use context_parallel::attention::{Allocator, Args, Attention, Comm, Config, Context};
 use context_parallel::backend::View;
@@ -10,6 +10,7 @@ use context_parallel::backend::cuda::Cuda;
 use context_parallel::driver::{self, CUstream, Device, DeviceBuffer, Stream};
 use context_parallel::error::{Result, Status};
 use context_parallel::group::{Group, OnDevice};
+use context_parallel::partition::Partition;
 use context_parallel::plan::{Pass, Tensor};
 use context_parallel::problem::{CommType, Problem, Sequence};
 use context_parallel::transport::Transport;
@@ -383,4 +384,41 @@ fn a_layer_may_go_while_a_stream_captures() {
     // SAFETY: an own graph.
     driver::check("destroy", unsafe { sys::cuGraphExecDestroy(graph.unwrap()) }).unwrap();
     early.read().unwrap();
+}
+
+/// Over NCCL messages are packed where they are scattered; the bound counts that. Striped batches and many documents scatter most.
+#[test]
+#[ignore = "needs a CUDA device or the software GPU: tests/run"]
+fn the_bound_suffices_over_nccl() {
+    // Few pieces, so that room for longer work lists does not hide what is missing.
+    let striped = Config { partition: Partition::Striped, max_segments: 8, ..config() };
+    let documents = Config { packed: true, max_segments: 128, ..config() };
+    let two = vec![Sequence::square(960); 2];
+    let many: Vec<Sequence> = (0..24).map(|i| Sequence::square(40 + i % 7 * 6)).collect();
+    for (config, seqs, ranks, kind) in [
+        (striped.clone(), &two, 4, CommType::P2p),
+        (striped.clone(), &two, 3, CommType::A2a),
+        (striped, &two, 4, CommType::A2aP2p),
+        (documents.clone(), &many, 4, CommType::AllGather),
+        (documents.clone(), &many, 2, CommType::A2a),
+        (documents, &many, 4, CommType::A2aP2p),
+    ] {
+        let base = cases().iter().find(|c| c.name == "causal_33").expect("in the corpus");
+        let inputs = inputs(&Case { seqs: seqs.clone(), ..base.clone() }, config.dtype);
+        on_threads(local_group(ranks), |_, t| {
+            let run = || -> Result<()> {
+                let group = group(t, Way::Nccl)?;
+                let mut layer = layer(config.clone(), None);
+                layer.set_group(&group, Ok(Comm::of(kind)))?;
+                let mut batch = Batch::new(&layer, seqs, &inputs, &stream())?;
+                let rows = batch.shard.0.iter().map(|(_, l)| l.view.rows as u32).max().unwrap();
+                let bound = layer.workspace_bound(rows)?;
+                batch.workspace = Some(DeviceBuffer::new(&device(), bound)?);
+                batch.both(&mut layer)?;
+                batch.read().map(|_| ())
+            };
+            run().map_err(|e| e.to_string())
+        })
+        .unwrap_or_else(|e| panic!("{kind:?} on {ranks} ranks, packed {}: {e}", config.packed));
+    }
 }
