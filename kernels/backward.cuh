@@ -321,6 +321,7 @@ struct Backward {
 #pragma unroll
         for (int c = 0; c < QN; c += QC) {
             float d[QM][2 * QC][4];
+            sync_warp();  // as in `run`
             clear(d);
             multiply_nn<T, typename C::S, typename C::K, QM, QC, C::BN / 16>(d, shared + C::AT_DS, shared + C::AT_K, row, block + c, lane);
             if (c == 0) beside();
@@ -430,6 +431,7 @@ struct Backward {
             }
             Row row;
             if (has_row) row = load_row(at);
+            sync_warp();  // ldmatrix and mma want whole warps
             multiply_tn<T, typename C::S, typename C::Q, KM, KN, C::BM / 16>(dk, shared + C::AT_DS, q, keys, dims * KN, lane);
             if (C::Q_STAGES == 1) {
                 sync_block();

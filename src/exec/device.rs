@@ -215,7 +215,8 @@ impl Run<'_> {
             scratch.events[fork].record(self.stream)?;
             driver::wait(comm, scratch.events[fork].raw())?;
             let result = self.lanes(Some(&mut **link), comm, scratch);
-            let result = result.and_then(|s| link.transport.enqueued(comm, captured).map(|()| s));
+            // NCCL's watchdog may have seen a peer fail meanwhile.
+            let result = result.and_then(|s| link.transport.failed().map_or(Ok(s), Err));
             // After an error too: what is on the comm lane still uses the memory, which whoever follows on the caller's stream may reuse.
             let events = &scratch.events;
             let joined = events[join].record(comm);

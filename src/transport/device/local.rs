@@ -97,13 +97,7 @@ impl DeviceTransport for Local {
     }
 
     fn capturable(&self) -> Result<()> {
-        Err(Error::new(
-            Status::NotCapturable,
-            format!(
-                "rank {}: an exchange of the transport `cuda local` cannot be captured in a CUDA graph: the ranks' host threads meet in it; the transport `nccl` can",
-                self.rank
-            ),
-        ))
+        Err(super::not_capturable(self.rank, self.name(), "the ranks' host threads meet in it"))
     }
 
     fn meets(&self) -> bool {
@@ -120,10 +114,6 @@ impl DeviceTransport for Local {
         let mut lane = OnStream { shared: &self.shared, rank: self.rank, stream };
         // SAFETY: the caller's promise.
         unsafe { self.seat.exchange(sends, recvs, &mut lane, step) }
-    }
-
-    unsafe fn enqueued(&mut self, _: CUstream, _: bool) -> Result<()> {
-        Ok(())
     }
 
     fn failed(&self) -> Option<Error> {

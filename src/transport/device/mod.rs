@@ -15,7 +15,7 @@ pub mod staged;
 
 use super::Message;
 use crate::driver::CUstream;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, Status};
 
 /// One way of moving bytes between devices. Called only from the thread that is inside a `cp_` call, with the device current.
 pub trait DeviceTransport: Send {
@@ -51,12 +51,6 @@ pub trait DeviceTransport: Send {
         Ok(())
     }
 
-    /// Called when all of a call has been enqueued: `stream` is where its exchanges were.
-    ///
-    /// # Safety
-    /// `stream` is a stream of the current device.
-    unsafe fn enqueued(&mut self, stream: CUstream, captured: bool) -> Result<()>;
-
     /// An error that came after its call had returned, e.g. a peer that died; the group is lost then.
     fn failed(&self) -> Option<Error>;
 
@@ -68,6 +62,15 @@ pub trait DeviceTransport: Send {
 
     /// Bytes of device memory that the transport holds, as far as it knows.
     fn memory_bytes(&self) -> usize;
+}
+
+fn not_capturable(rank: u32, name: &str, why: &str) -> Error {
+    Error::new(
+        Status::NotCapturable,
+        format!(
+            "rank {rank}: an exchange of the transport `{name}` cannot be captured in a CUDA graph: {why}; the transport `nccl` can"
+        ),
+    )
 }
 
 /// Where in a plan an exchange is.

@@ -431,10 +431,6 @@ impl DeviceTransport for Nccl {
         })
     }
 
-    unsafe fn enqueued(&mut self, _stream: CUstream, _captured: bool) -> Result<()> {
-        self.failed().map_or(Ok(()), Err)
-    }
-
     fn failed(&self) -> Option<Error> {
         self.watched.failed()
     }

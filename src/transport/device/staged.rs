@@ -182,13 +182,7 @@ impl DeviceTransport for Staged {
     }
 
     fn capturable(&self) -> Result<()> {
-        Err(Error::new(
-            Status::NotCapturable,
-            format!(
-                "rank {}: an exchange of the transport `{}` cannot be captured in a CUDA graph: it goes through host memory; the transport `nccl` can",
-                self.rank, self.name
-            ),
-        ))
+        Err(super::not_capturable(self.rank, self.name, "it goes through host memory"))
     }
 
     fn meets(&self) -> bool {
@@ -215,10 +209,6 @@ impl DeviceTransport for Staged {
             self.failed = Some(e.clone());
         }
         result
-    }
-
-    unsafe fn enqueued(&mut self, _: CUstream, _: bool) -> Result<()> {
-        Ok(())
     }
 
     fn failed(&self) -> Option<Error> {
