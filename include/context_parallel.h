@@ -151,6 +151,10 @@
 // The caller's own list, given with the sequences of every call.
 #define CP_PARTITION_LIST 3
 
+// Packed documents stay whole on one rank where they can, and long ones are cut so that all ranks compute alike under a causal mask: few
+// keys move. Pieces are of 256 tokens or more, ranks' rows equal to within 256 (cp_partition_tokens tells). Packed self-attention only.
+#define CP_PARTITION_BALANCED 4
+
 // cp_attention_config.flags: no query sees a later key.
 #define CP_ATTENTION_CAUSAL 1
 

@@ -25,6 +25,7 @@
 //! | room | what it is for |
 //! |---|---|
 //! | [`partition`], [`mask`], [`problem`], [`holding`], [`dtype`], [`error`] | the vocabulary; pure |
+//! | [`balance`] | deals documents out so that all ranks compute alike and few keys move |
 //! | [`plan`] | decides; start with the table that `context-parallel plan` prints, then `plan/stages.rs` |
 //! | [`exec`] | runs one rank's plan |
 //! | [`backend`] | what compute steps mean, and the CPU kernels |
@@ -34,7 +35,7 @@
 //! | [`capi`] | translates C to all of the above and decides nothing |
 //!
 //! # Invariants, most of them absences
-//! * Imports run one way: partition ← mask ← problem ← holding ← plan ← exec ← group ← attention ← capi. `plan` knows neither kernels nor
+//! * Imports run one way: partition ← mask ← problem ← balance ← holding ← plan ← exec ← group ← attention ← capi. `plan` knows neither kernels nor
 //!   transports; a test reads the `use` lines.
 //! * `exec` names no communication type and no mask; a test reads it.
 //! * No waiting without a deadline; no error on one rank that leaves another waiting.
@@ -43,6 +44,7 @@
 
 pub mod attention;
 pub mod backend;
+pub mod balance;
 pub mod capi;
 pub mod driver;
 pub mod dtype;

@@ -3,6 +3,7 @@
 use super::abi::*;
 use super::decode;
 use super::guard::{guard, output};
+use crate::balance::Dealt;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::holding::tokens;
@@ -25,6 +26,11 @@ pub unsafe extern "C" fn cp_partition_padded_length(
     guard(|| {
         let out = output("padded", padded)?;
         let partition = decode::partition("partition", partition)?;
+        if partition == Partition::Balanced {
+            return Err(Error::argument(
+                "partition: balanced gives ranks equal shares, to within 256 tokens, of any length; it has no padded length",
+            ));
+        }
         if matches!(partition, Partition::List { .. }) || ranks == 0 || length > 1 << 60 {
             return Err(Error::argument(format!(
                 "partition: got {partition:?}, {ranks} ranks, length {length}; a caller's list has no padded length"
@@ -107,7 +113,7 @@ unsafe fn problem(
     let (seqs, list) = unsafe {
         decode::sequences(sequences, packed, matches!(partition, Partition::List { .. }), ranks)?
     };
-    let p = Problem {
+    let mut p = Problem {
         ranks,
         inner: ranks,
         stages: 0,
@@ -125,5 +131,6 @@ unsafe fn problem(
         scale: 1.0,
     };
     p.validate()?;
+    Dealt::default().resolve(&mut p);
     Ok(p)
 }

@@ -243,8 +243,9 @@ static void partitions(void) {
     s.struct_size = (uint32_t)sizeof s;
     s.count = 1;
     s.seq_q = 16;
-    BAD("partition: got 4", cp_partition_padded_length(4, 2, 10, &padded));
+    BAD("partition: got 5", cp_partition_padded_length(5, 2, 10, &padded));
     BAD("a caller's list has no padded length", cp_partition_padded_length(CP_PARTITION_LIST, 2, 10, &padded));
+    BAD("balanced gives ranks equal shares", cp_partition_padded_length(CP_PARTITION_BALANCED, 2, 10, &padded));
     BAD("0 ranks", cp_partition_padded_length(CP_PARTITION_ZIGZAG, 0, 10, &padded));
     BAD("length 18446744073709551615", cp_partition_padded_length(CP_PARTITION_ZIGZAG, 2, UINT64_MAX, &padded));
     BAD("padded: got", cp_partition_padded_length(CP_PARTITION_ZIGZAG, 2, 10, NULL));

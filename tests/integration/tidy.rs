@@ -54,14 +54,15 @@ fn imports(text: &str) -> BTreeSet<String> {
     rooms
 }
 
-/// design: partition ← mask ← problem ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
-const MAY_IMPORT: [(&str, &[&str]); 15] = [
+/// design: partition ← mask ← problem ← balance ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
+const MAY_IMPORT: [(&str, &[&str]); 16] = [
     ("error", &[]),
     ("dtype", &[]),
     ("mask", &["partition"]),
     ("partition", &[]),
     ("problem", &["dtype", "error", "mask", "partition"]),
-    ("holding", &["partition", "problem"]),
+    ("balance", &["partition", "problem"]),
+    ("holding", &["balance", "partition", "problem"]),
     // Of `backend` the plan uses plain data only: `HeadMap` and `Run`.
     ("plan", &["backend", "dtype", "error", "holding", "mask", "partition", "problem"]),
     ("driver", &["error"]),
@@ -73,6 +74,7 @@ const MAY_IMPORT: [(&str, &[&str]); 15] = [
         "attention",
         &[
             "backend",
+            "balance",
             "driver",
             "dtype",
             "error",
@@ -90,6 +92,7 @@ const MAY_IMPORT: [(&str, &[&str]); 15] = [
         &[
             "attention",
             "backend",
+            "balance",
             "driver",
             "dtype",
             "error",
