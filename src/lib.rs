@@ -26,6 +26,7 @@
 //! |---|---|
 //! | [`partition`], [`mask`], [`problem`], [`holding`], [`dtype`], [`error`] | the vocabulary; pure |
 //! | [`balance`] | deals documents out so that all ranks compute alike and few keys move |
+//! | [`rows`], [`loss`] | what goes with a rank's rows: positions, shifted labels, whole sequences again; weights and scales of losses |
 //! | [`plan`] | decides; start with the table that `context-parallel plan` prints, then `plan/stages.rs` |
 //! | [`exec`] | runs one rank's plan |
 //! | [`backend`] | what compute steps mean, and the CPU kernels |
@@ -52,8 +53,10 @@ pub mod error;
 pub mod exec;
 pub mod group;
 pub mod holding;
+pub mod loss;
 pub mod mask;
 pub mod partition;
 pub mod plan;
 pub mod problem;
+pub mod rows;
 pub mod transport;

@@ -63,19 +63,7 @@ pub unsafe extern "C" fn cp_partition_tokens(
         let out = output("count", count)?;
         // SAFETY: the caller's promise.
         let problem = unsafe { problem(partition, format, sequences, ranks)? };
-        if rank >= ranks {
-            return Err(Error::argument(format!("rank: got {rank}, allowed 0 … {}", ranks - 1)));
-        }
-        let side = match side {
-            CP_SIDE_Q => Side::Query,
-            CP_SIDE_K => Side::Key,
-            other => {
-                return Err(Error::argument(format!(
-                    "side: got {other}, allowed CP_SIDE_Q (0), CP_SIDE_K (1)"
-                )));
-            }
-        };
-        let held = tokens(&problem, rank, side);
+        let held = tokens(&problem, holder(rank, ranks)?, side_of(side)?);
         if !indices.is_null() {
             output("indices", indices)?;
             // SAFETY: room for `capacity` numbers, by the caller's promise.
@@ -88,24 +76,46 @@ pub unsafe extern "C" fn cp_partition_tokens(
     })
 }
 
+/// A rank of a group of `ranks`.
+pub(super) fn holder(rank: u32, ranks: u32) -> Result<u32> {
+    match rank < ranks {
+        true => Ok(rank),
+        false => Err(Error::argument(format!("rank: got {rank}, allowed 0 … {}", ranks - 1))),
+    }
+}
+
+pub(super) fn side_of(side: cp_side) -> Result<Side> {
+    match side {
+        CP_SIDE_Q => Ok(Side::Query),
+        CP_SIDE_K => Ok(Side::Key),
+        other => {
+            Err(Error::argument(format!("side: got {other}, allowed CP_SIDE_Q (0), CP_SIDE_K (1)")))
+        }
+    }
+}
+
+fn packed(format: cp_format) -> Result<bool> {
+    match format {
+        CP_FORMAT_DENSE => Ok(false),
+        CP_FORMAT_PACKED => Ok(true),
+        other => Err(Error::argument(format!(
+            "format: got {other}, allowed CP_FORMAT_DENSE (0), CP_FORMAT_PACKED (1)"
+        ))),
+    }
+}
+
+/// What is asked about, as a problem.
+///
 /// # Safety
 /// The sequences are as their docs say.
-unsafe fn problem(
+pub(super) unsafe fn problem(
     partition: cp_partition,
     format: cp_format,
     sequences: *const cp_sequences,
     ranks: u32,
 ) -> Result<Problem> {
     let partition = decode::partition("partition", partition)?;
-    let packed = match format {
-        CP_FORMAT_DENSE => false,
-        CP_FORMAT_PACKED => true,
-        other => {
-            return Err(Error::argument(format!(
-                "format: got {other}, allowed CP_FORMAT_DENSE (0), CP_FORMAT_PACKED (1)"
-            )));
-        }
-    };
+    let packed = packed(format)?;
     if ranks == 0 || ranks > 1 << 20 {
         return Err(Error::argument(format!("ranks: got {ranks}, allowed 1 … {}", 1 << 20)));
     }

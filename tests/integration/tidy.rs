@@ -55,7 +55,7 @@ fn imports(text: &str) -> BTreeSet<String> {
 }
 
 /// design: partition ← mask ← problem ← balance ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
-const MAY_IMPORT: [(&str, &[&str]); 16] = [
+const MAY_IMPORT: [(&str, &[&str]); 18] = [
     ("error", &[]),
     ("dtype", &[]),
     ("mask", &["partition"]),
@@ -63,6 +63,8 @@ const MAY_IMPORT: [(&str, &[&str]); 16] = [
     ("problem", &["dtype", "error", "mask", "partition"]),
     ("balance", &["partition", "problem"]),
     ("holding", &["balance", "partition", "problem"]),
+    ("rows", &["holding", "partition", "problem"]),
+    ("loss", &["error", "partition", "problem", "rows"]),
     // Of `backend` the plan uses plain data only: `HeadMap` and `Run`.
     ("plan", &["backend", "dtype", "error", "holding", "mask", "partition", "problem"]),
     ("driver", &["error"]),
@@ -98,10 +100,12 @@ const MAY_IMPORT: [(&str, &[&str]); 16] = [
             "error",
             "group",
             "holding",
+            "loss",
             "mask",
             "partition",
             "plan",
             "problem",
+            "rows",
             "transport",
         ],
     ),
