@@ -632,5 +632,7 @@ pub fn name(tensor: Tensor) -> &'static str {
         Tensor::Delta => "delta",
         Tensor::Max => "max",
         Tensor::Sum => "sum",
+        Tensor::Local => "local",
+        Tensor::Whole => "whole",
     }
 }

@@ -21,3 +21,4 @@ mod plans_time;
 mod ranks;
 mod review;
 mod tidy;
+mod trade;
