@@ -1,6 +1,6 @@
 //! An attention layer: a configuration, the groups it has been attached to, and the two passes.
 
-mod engine;
+pub(crate) mod engine;
 
 use crate::backend::View;
 use crate::backend::cpu::Cpu;

@@ -38,9 +38,11 @@ fn header_is_what_cbindgen_makes() {
     for file in [
         "capi/abi.rs",
         "transport/user.rs",
+        "capi/abi_trade.rs",
         "capi/about.rs",
         "capi/group.rs",
         "capi/partition.rs",
+        "capi/trade.rs",
         "capi/attention.rs",
     ] {
         builder = builder.with_src(root().join("src").join(file));

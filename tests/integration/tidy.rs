@@ -55,7 +55,7 @@ fn imports(text: &str) -> BTreeSet<String> {
 }
 
 /// design: partition ← mask ← problem ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
-const MAY_IMPORT: [(&str, &[&str]); 15] = [
+const MAY_IMPORT: [(&str, &[&str]); 16] = [
     ("error", &[]),
     ("dtype", &[]),
     ("mask", &["partition"]),
@@ -86,6 +86,22 @@ const MAY_IMPORT: [(&str, &[&str]); 15] = [
         ],
     ),
     (
+        "trade",
+        &[
+            "attention",
+            "backend",
+            "driver",
+            "dtype",
+            "error",
+            "exec",
+            "group",
+            "holding",
+            "partition",
+            "plan",
+            "problem",
+        ],
+    ),
+    (
         "capi",
         &[
             "attention",
@@ -99,6 +115,7 @@ const MAY_IMPORT: [(&str, &[&str]); 15] = [
             "partition",
             "plan",
             "problem",
+            "trade",
             "transport",
         ],
     ),
