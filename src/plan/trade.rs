@@ -197,8 +197,8 @@ impl Plan {
             events: 0,
         };
         match pass {
-            Pass::ToHeads => b.to_heads(),
-            _ => b.to_sequence(),
+            Pass::ToHeads => b.deal_heads(),
+            _ => b.deal_rows(),
         }
         Plan {
             problem: trade.problem.clone(),
@@ -234,7 +234,7 @@ struct Builder<'a> {
 }
 
 impl Builder<'_> {
-    fn to_heads(&mut self) {
+    fn deal_heads(&mut self) {
         let (mut sends, mut recvs) = (Vec::new(), Vec::new());
         let me = self.rank;
         let gapless = packed(self.mine(), false);
@@ -270,7 +270,7 @@ impl Builder<'_> {
         }
     }
 
-    fn to_sequence(&mut self) {
+    fn deal_rows(&mut self) {
         let (mut sends, mut recvs) = (Vec::new(), Vec::new());
         let me = self.rank;
         for n in 0..self.trade.tensors.len() {
@@ -332,7 +332,7 @@ impl Builder<'_> {
 
     /// Do a peer's rows travel straight from or to the whole tensors?
     fn in_place(&self, peer: u32) -> bool {
-        !self.options.pack && !(self.options.same_pieces && scattered(&self.runs[peer as usize]))
+        !(self.options.pack || self.options.same_pieces && scattered(&self.runs[peer as usize]))
     }
 
     fn whole_rows(&self, peer: u32) -> Vec<Rows> {

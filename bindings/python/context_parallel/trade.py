@@ -26,8 +26,8 @@ def sequence_to_heads(group, local, sequences, *, format="bshd", partition="zigz
     """This rank's rows of all heads → whole sequences of this rank's heads. Collective; one exchange for all tensors.
 
     local: an array [batch, local seq, heads, dim] in `format` ("bshd", "sbhd", "bhsd", "thd"), or a list of up to 16, each with its own number of heads
-    (all divide `heads`, which is the most that a tensor has if None), its own dim and type (float32, bfloat16, float16); any strides with a contiguous last axis.
-    Rows are those of partition_tokens(partition, format, sequences, …). Returns an array [batch, padded seq, this rank's heads, dim], or a list of
+    (all divide `heads`, which is the most that a tensor has if None), its own dim and type (float32, bfloat16, float16); any strides with a contiguous last
+    axis. Rows are those of partition_tokens(partition, format, sequences, …). Returns an array [batch, padded seq, this rank's heads, dim], or a list of
     them: all tokens in sequence order, padding rows exactly 0, this rank's heads as heads_of_rank says. They lie in memory as bshd, whatever the format:
     so messages land in place. `out`: arrays to write to instead, of any strides.
 

@@ -96,8 +96,10 @@ def on_rank(torch, group, shape, parameters, hidden, sequences, partition, forma
     y = torch.zeros(*whole.shape[:-1], mamba.d_inner_local_tpcp)
     for b, first, last in documents:
         cut = lambda t: entry(t, b)[first:last]
-        one = conv_and_scan(torch, *map(cut, (x, B, C, dt)), mamba.conv1d, mamba.get_dt_bias(), mamba.get_A_log(), mamba.get_D(), mamba.head_groups, shape.D_has_hdim)
-        at = {"sbhd": (torch.arange(first, last), torch.tensor([b])), "bshd": (torch.tensor([b]), torch.arange(first, last)), "thd": (torch.arange(first, last),)}
+        mine = (mamba.get_dt_bias(), mamba.get_A_log(), mamba.get_D(), mamba.head_groups)
+        one = conv_and_scan(torch, *map(cut, (x, B, C, dt)), mamba.conv1d, *mine, shape.D_has_hdim)
+        rows, of = torch.arange(first, last), torch.tensor([b])
+        at = {"sbhd": (rows, of), "bshd": (of, rows), "thd": (rows,)}
         y = y.index_put(at[format], one if rmsnorm else one * torch.nn.functional.silu(cut(z[0])))
     y = mamba.post_conv_ssm(y, sequences, **how)
     if rmsnorm:
@@ -146,12 +148,13 @@ def test_layer_equals_one_rank(torch, nheads, ngroups, ranks, D_has_hdim, uneven
     want, plain = one_rank(torch.float64), one_rank(torch.float32)
 
     axes = format.replace("h", "")
+    lie = {"thd": lambda t: t[0], "sbhd": lambda t: t.transpose(0, 1), "bshd": lambda t: t}[format]
     groups = thread_groups(ranks)
 
     def work(group):
         torch.set_num_threads(1)
         tokens = cp.partition_tokens(partition, format, sequences, ranks, group.rank)
-        deal = lambda t: torch.from_numpy(cp.scatter((t[0] if format == "thd" else t.transpose(0, 1) if format == "sbhd" else t).detach().float().numpy(), tokens, axes))
+        deal = lambda t: torch.from_numpy(cp.scatter(lie(t).detach().float().numpy(), tokens, axes))
         mine = {name: t.float().requires_grad_() for name, t in shape.parameters(torch).items()}
         rows = deal(hidden).requires_grad_()
         got = on_rank(torch, group, shape, mine, rows, sequences, partition, format, documents, rmsnorm, uneven)
@@ -161,11 +164,10 @@ def test_layer_equals_one_rank(torch, nheads, ngroups, ranks, D_has_hdim, uneven
     found = everywhere(groups, work)
 
     def gathered(of):
-        shape_of = {"thd": (seq,), "sbhd": (seq, batch), "bshd": (batch, seq)}[format]
-        made = np.full((*shape_of, D_MODEL), np.nan)
+        made = torch.full((batch, seq, D_MODEL), torch.nan, dtype=torch.float64)
         for rank in found:
-            cp.gather_rows(made, rank[0], of(rank).numpy(), axes)
-        return torch.from_numpy({"thd": made[None] if format == "thd" else made, "sbhd": made.swapaxes(0, 1) if format == "sbhd" else made, "bshd": made}[format])
+            cp.gather_rows(lie(made).numpy(), rank[0], of(rank).numpy(), axes)
+        return made
 
     got = {"out": gathered(lambda r: r[1]) * true, "hidden": gathered(lambda r: r[2])}
     for name in found[0][3]:

@@ -50,7 +50,9 @@ def trade(group, case, rows, format, view=lambda x: x, heads=None):
 @pytest.mark.parametrize("name", ["causal_101_sbhd", "causal_101_list", "pad_left", "thd_padded_between", "five_tokens_striped", "five_tokens_contiguous"])
 def test_there_and_back(name, ranks):
     case, groups = cases()[name], thread_groups(ranks)
-    for shapes, dtype, heads, view in ((MAMBA, "float32", None, lambda x: x), ([(6, 5), (3, 2)], "bfloat16", None, strided), ([(4, 8), (6, 1)], "float16", 12, lambda x: x)):
+    as_is = lambda x: x
+    combinations = (MAMBA, "float32", None, as_is), ([(6, 5), (3, 2)], "bfloat16", None, strided), ([(4, 8), (6, 1)], "float16", 12, as_is)
+    for shapes, dtype, heads, view in combinations:
         rows = globals_of(case, shapes, dtype)
         found = everywhere(groups, lambda group: trade(group, case, rows, case.format, view, heads))
         dealt = heads or max(h for h, _ in shapes)
@@ -85,7 +87,8 @@ def test_one_exchange_and_bytes(monkeypatch):
         before = group.statistics()
         trade(group, case, rows, case.format)
         after = group.statistics()
-        return {key: after[key] - before[key] for key in ("sent_bytes", "received_bytes")}, len(cp.partition_tokens("zigzag", "sbhd", case.sequences(4), 4, group.rank))
+        tokens = cp.partition_tokens("zigzag", "sbhd", case.sequences(4), 4, group.rank)
+        return {key: after[key] - before[key] for key in ("sent_bytes", "received_bytes")}, len(tokens)
 
     found = everywhere(groups, work)
     total = sum(tokens for _, tokens in found)
