@@ -1,12 +1,13 @@
 //! The C ABI. Every exported function is: guard → decode → call → encode; nothing is decided here.
 //!
-//! In lifecycle order: `about` (version, errors), `group`, `partition`, `rows`, `attention`. The structs are in `abi` and `abi_rows`, all argument checks in `decode`
+//! In lifecycle order: `about` (version, errors), `group`, `partition`, `rows`, `trade`, `attention`. The structs are in `abi` and `abi_*`, all argument checks in `decode`
 //! and (for groups) `init`, panics and handles in `guard`. cbindgen makes `include/context_parallel.h` from these files; a test compares.
 
 #![allow(non_camel_case_types)]
 
 pub mod abi;
 pub mod abi_rows;
+pub mod abi_trade;
 pub mod about;
 pub mod attention;
 mod decode;
@@ -15,3 +16,4 @@ mod guard;
 mod init;
 pub mod partition;
 pub mod rows;
+pub mod trade;

@@ -94,16 +94,6 @@ pub(super) fn side_of(side: cp_side) -> Result<Side> {
     }
 }
 
-fn packed(format: cp_format) -> Result<bool> {
-    match format {
-        CP_FORMAT_DENSE => Ok(false),
-        CP_FORMAT_PACKED => Ok(true),
-        other => Err(Error::argument(format!(
-            "format: got {other}, allowed CP_FORMAT_DENSE (0), CP_FORMAT_PACKED (1)"
-        ))),
-    }
-}
-
 /// What is asked about, as a problem.
 ///
 /// # Safety
@@ -115,7 +105,7 @@ pub(super) unsafe fn problem(
     ranks: u32,
 ) -> Result<Problem> {
     let partition = decode::partition("partition", partition)?;
-    let packed = packed(format)?;
+    let packed = decode::packed("format", format)?;
     if ranks == 0 || ranks > 1 << 20 {
         return Err(Error::argument(format!("ranks: got {ranks}, allowed 1 … {}", 1 << 20)));
     }

@@ -22,3 +22,4 @@ mod plans_time;
 mod ranks;
 mod review;
 mod tidy;
+mod trade;

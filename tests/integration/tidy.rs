@@ -55,7 +55,7 @@ fn imports(text: &str) -> BTreeSet<String> {
 }
 
 /// design: partition ← mask ← problem ← balance ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
-const MAY_IMPORT: [(&str, &[&str]); 18] = [
+const MAY_IMPORT: [(&str, &[&str]); 19] = [
     ("error", &[]),
     ("dtype", &[]),
     ("mask", &["partition"]),
@@ -90,6 +90,23 @@ const MAY_IMPORT: [(&str, &[&str]); 18] = [
         ],
     ),
     (
+        "trade",
+        &[
+            "attention",
+            "backend",
+            "balance",
+            "driver",
+            "dtype",
+            "error",
+            "exec",
+            "group",
+            "holding",
+            "partition",
+            "plan",
+            "problem",
+        ],
+    ),
+    (
         "capi",
         &[
             "attention",
@@ -106,6 +123,7 @@ const MAY_IMPORT: [(&str, &[&str]); 18] = [
             "plan",
             "problem",
             "rows",
+            "trade",
             "transport",
         ],
     ),

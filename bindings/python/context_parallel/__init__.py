@@ -16,6 +16,7 @@ from ._lib import Error, Status, build_info
 from .attention import Attention, Context, query_support
 from .group import Group, unique_id
 from .partition import Sequences, gather_rows, padded_length, partition_tokens, scatter
+from .trade import heads_of_rank, heads_to_sequence, sequence_to_heads, trade_workspace_size
 
 __version__ = "0.1.0"
 __all__ = [
@@ -27,9 +28,13 @@ __all__ = [
     "Status",
     "build_info",
     "gather_rows",
+    "heads_of_rank",
+    "heads_to_sequence",
     "padded_length",
     "partition_tokens",
     "query_support",
     "scatter",
+    "sequence_to_heads",
+    "trade_workspace_size",
     "unique_id",
 ]
