@@ -286,7 +286,8 @@ impl Mesh {
     /// All groups along `axes`, by their first member. Together they are all ranks.
     pub fn groups(&self, axes: Axes) -> Vec<Vec<u32>> {
         let leads = |at: &u32| {
-            self.strides().all(|(a, size, stride)| !axes.contains(a) || at / stride % size == 0)
+            self.strides()
+                .all(|(a, size, stride)| !axes.contains(a) || (at / stride).is_multiple_of(size))
         };
         let of = |at: u32| self.members(axes, self.first + at).expect("a rank of the mesh");
         (0..self.world).filter(leads).map(of).collect()

@@ -105,7 +105,7 @@ pub fn padding_to(length: u64, fixed: u64, parallel: &Parallel, rule: Rule) -> R
             "decoder length: got {fixed}, the sequence has {length} tokens"
         )));
     }
-    if rule == Rule::Every && fixed % factor != 0 {
+    if rule == Rule::Every && !fixed.is_multiple_of(factor) {
         return Err(Error::argument(format!(
             "decoder length: got {fixed}, must be a multiple of {factor}"
         )));

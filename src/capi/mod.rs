@@ -1,15 +1,18 @@
 //! The C ABI. Every exported function is: guard → decode → call → encode; nothing is decided here.
 //!
-//! In lifecycle order: `about` (version, errors), `group`, `partition`, `attention`. The structs are in `abi`, all argument checks in `decode`
-//! and (for groups) `init`, panics and handles in `guard`. cbindgen makes `include/context_parallel.h` from these files; a test compares.
+//! In lifecycle order: `about` (version, errors), `group`, `partition`, `mesh`, `padding`, `attention`. The structs are in `abi` and `abi_mesh`, all
+//! argument checks in `decode` and (for groups) `init`, panics and handles in `guard`. cbindgen makes `include/context_parallel.h` from these files; a test compares.
 
 #![allow(non_camel_case_types)]
 
 pub mod abi;
+pub mod abi_mesh;
 pub mod about;
 pub mod attention;
 mod decode;
 pub mod group;
 mod guard;
 mod init;
+pub mod mesh;
+pub mod padding;
 pub mod partition;
