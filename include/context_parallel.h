@@ -238,7 +238,7 @@
 #define CP_PADDING_SEQUENCE_PARALLEL 1
 
 // cp_padding_config.flags: Megatron's formula as it is: FP8 counts only where neither context nor sequence parallelism does. Without it every need
-// is met at once.
+// is met at once. Also a flag of cp_padding_image_bounds.
 #define CP_PADDING_MEGATRON 2
 
 // cp_padding_config.flags: tensor-parallel communication overlaps the matrix products; with sequence parallelism the length is then `decoder_length`.
@@ -1021,6 +1021,38 @@ cp_status cp_padding_split(uint64_t count,
                            uint64_t *start,
                            uint64_t *length,
                            uint64_t *padding);
+
+// Cumulative lengths of a batch of `batch` entries of `length` tokens, the last `padding` of each being padding: `batch` + 1 numbers each for
+// `cu_seqlens` and, where `format` becomes CP_FORMAT_PACKED, `cu_seqlens_padded`. That is with `ranks` > 1 context-parallel ranks and padding, or where
+// `packed` is not 0 (Megatron's get_packed_seq_params); else it is CP_FORMAT_DENSE. Local. Any thread, any time.
+//
+// Requires:
+// `cu_seqlens` and `cu_seqlens_padded` have room for `batch` + 1 numbers, `format` for one.
+cp_status cp_padding_batch(uint32_t batch,
+                           uint64_t length,
+                           uint64_t padding,
+                           uint32_t ranks,
+                           uint32_t packed,
+                           int32_t *cu_seqlens,
+                           int32_t *cu_seqlens_padded,
+                           cp_format *format);
+
+// Where a list of `images` images with `rows` tokens each is cut among ranks so that every image is whole: rank r gets images bounds[r] up to
+// bounds[r + 1]. `media` counts the images that belong together (frames of a video, 1 for a picture; NULL: all are pictures), and `tubelet` frames of one
+// medium stay together (0: 1). The fullest rank has as few tokens as it can have, and no rank is empty where there are enough pieces.
+// With CP_PADDING_MEGATRON in `flags`, for `tubelet` 1: images/ranks each and the rest on the last rank, whatever their size; with fewer images than ranks
+// one each, where indices beyond the images are dummies. Local. Any thread, any time.
+//
+// Requires:
+// `rows` points to `images` numbers, `media` is NULL or points to `media_count`; `bounds` has room for `ranks` + 1.
+cp_status cp_padding_image_bounds(const uint64_t *rows,
+                                  size_t images,
+                                  const uint64_t *media,
+                                  size_t media_count,
+                                  uint32_t tubelet,
+                                  uint32_t ranks,
+                                  uint32_t flags,
+                                  uint64_t *bounds);
 
 // Makes a layer, without a group: it computes alone until cp_set_group. Local. On CUDA it may block while kernels are loaded. During a capture:
 // not allowed.

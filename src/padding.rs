@@ -302,3 +302,98 @@ fn member(ranks: u32, rank: u32) -> Result<()> {
     }
     Ok(())
 }
+
+/// Cumulative lengths of a batch of `batch` entries of `length` tokens with `padding` of them at the end of each: true ones, and, where the
+/// attention must know of padding, padded ones. Megatron's multimodal rule: then the batch is packed (thd), with context parallelism that is
+/// `ranks` > 1 and padding, or where packing is asked for.
+pub fn batch_lengths(
+    batch: u64,
+    length: u64,
+    padding: u64,
+    ranks: u32,
+    packed: bool,
+) -> Result<(Vec<u64>, Option<Vec<u64>>)> {
+    if padding > length || batch.checked_mul(length).is_none_or(|n| n > 1 << 60) || batch > 1 << 24
+    {
+        return Err(Error::argument(format!(
+            "length: got {batch} entries of {length} tokens, {padding} of them padding"
+        )));
+    }
+    let every = |step: u64| (0..=batch).map(|i| i * step).collect();
+    let shown = ranks > 1 && (padding > 0 || packed);
+    Ok((every(length - padding), shown.then(|| every(length))))
+}
+
+/// Where a list of images is cut among ranks so that every image is whole: rank r gets images `bounds[r]` up to `bounds[r + 1]`.
+///
+/// `rows` are the images' tokens. `media` counts the images that belong together (frames of a video, 1 for a picture), `tubelet` frames of one
+/// medium stay together (1: none). [`Rule::Every`]: the fullest rank has as few tokens as it can have, and no rank is empty where there are
+/// enough pieces. [`Rule::Megatron`], for `tubelet` 1: ⌊images/ranks⌋ each and the rest on the last rank (7 images on 4 ranks: 1, 1, 1, 4),
+/// whatever their size; with fewer images than ranks one each, counting dummies after the true ones.
+pub fn image_bounds(
+    rows: &[u64],
+    media: &[u64],
+    tubelet: u64,
+    ranks: u32,
+    rule: Rule,
+) -> Result<Vec<u64>> {
+    let images = rows.len() as u64;
+    let bad = |text: String| Err(Error::argument(text));
+    if ranks == 0 || ranks > 1 << 20 || tubelet == 0 {
+        return bad(format!("ranks, tubelet: got {ranks} and {tubelet}, must be at least 1"));
+    }
+    if media.iter().try_fold(0u64, |n, m| n.checked_add(*m)) != Some(images) {
+        return bad(format!("media: got {media:?}, which are not {images} images in all"));
+    }
+    if rows.iter().try_fold(0u64, |n, r| n.checked_add(*r)).is_none() {
+        return bad("rows: the sum overflows".into());
+    }
+    if rule == Rule::Megatron {
+        if tubelet > 1 {
+            return Err(Error::unsupported(
+                "tubelet: Megatron's rule is offered for single images only; use the other",
+            ));
+        }
+        let each = images.max(ranks.into()) / u64::from(ranks);
+        let inner = (0..u64::from(ranks)).map(|r| r * each);
+        return Ok(inner.chain([images.max(ranks.into())]).collect());
+    }
+    // Pieces that stay whole: their end, and their tokens.
+    let mut pieces: Vec<(u64, u64)> = Vec::new();
+    let mut at = 0u64;
+    for frames in media {
+        let end = at + frames;
+        while at < end {
+            let next = end.min(at.saturating_add(tubelet));
+            pieces.push((next, rows[at as usize..next as usize].iter().sum()));
+            at = next;
+        }
+    }
+    // The least room per rank with which the ranks hold all, found by halving.
+    let (mut low, mut high) =
+        (pieces.iter().map(|p| p.1).max().unwrap_or(0), rows.iter().sum::<u64>());
+    while low < high {
+        let room = low + (high - low) / 2;
+        if cut(&pieces, ranks, room).last() == Some(&images) { high = room } else { low = room + 1 }
+    }
+    Ok(cut(&pieces, ranks, low))
+}
+
+/// Fills rank after rank with pieces up to `room`, leaving one for every rank to come where there are enough.
+fn cut(pieces: &[(u64, u64)], ranks: u32, room: u64) -> Vec<u64> {
+    let mut bounds = vec![0];
+    let mut next = 0;
+    for rank in 0..ranks {
+        let others = (ranks - 1 - rank) as usize;
+        let (first, mut filled) = (next, 0u64);
+        while next < pieces.len()
+            && filled + pieces[next].1 <= room
+            && (next == first || pieces.len() - next > others)
+        {
+            filled += pieces[next].1;
+            next += 1;
+        }
+        bounds.push(if next == 0 { 0 } else { pieces[next - 1].0 });
+    }
+    bounds
+}

@@ -48,7 +48,7 @@ pub const CP_FP8_ROWS_32: u32 = 2;
 /// cp_padding_config.flags: sequence parallelism, that is every tensor-parallel rank holds its part of the rank's sequence between the layers' products.
 pub const CP_PADDING_SEQUENCE_PARALLEL: u32 = 1;
 /// cp_padding_config.flags: Megatron's formula as it is: FP8 counts only where neither context nor sequence parallelism does. Without it every need
-/// is met at once.
+/// is met at once. Also a flag of cp_padding_image_bounds.
 pub const CP_PADDING_MEGATRON: u32 = 2;
 /// cp_padding_config.flags: tensor-parallel communication overlaps the matrix products; with sequence parallelism the length is then `decoder_length`.
 pub const CP_PADDING_TP_OVERLAP: u32 = 4;

@@ -150,6 +150,87 @@ pub unsafe extern "C" fn cp_padding_split(
     })
 }
 
+/// Cumulative lengths of a batch of `batch` entries of `length` tokens, the last `padding` of each being padding: `batch` + 1 numbers each for
+/// `cu_seqlens` and, where `format` becomes CP_FORMAT_PACKED, `cu_seqlens_padded`. That is with `ranks` > 1 context-parallel ranks and padding, or where
+/// `packed` is not 0 (Megatron's get_packed_seq_params); else it is CP_FORMAT_DENSE. Local. Any thread, any time.
+///
+/// # Safety
+/// `cu_seqlens` and `cu_seqlens_padded` have room for `batch` + 1 numbers, `format` for one.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cp_padding_batch(
+    batch: u32,
+    length: u64,
+    padding: u64,
+    ranks: u32,
+    packed: u32,
+    cu_seqlens: *mut i32,
+    cu_seqlens_padded: *mut i32,
+    format: *mut cp_format,
+) -> cp_status {
+    guard(|| {
+        let out = output("format", format)?;
+        output("cu_seqlens", cu_seqlens)?;
+        output("cu_seqlens_padded", cu_seqlens_padded)?;
+        let (cu, padded) =
+            padding::batch_lengths(batch.into(), length, padding, ranks, packed != 0)?;
+        let (cu, padded) = (narrow(&cu)?, padded.map(|p| narrow(&p)).transpose()?);
+        // SAFETY: `batch` + 1 numbers each, by the caller's promise.
+        unsafe {
+            std::ptr::copy_nonoverlapping(cu.as_ptr(), cu_seqlens, cu.len());
+            if let Some(padded) = &padded {
+                std::ptr::copy_nonoverlapping(padded.as_ptr(), cu_seqlens_padded, padded.len());
+            }
+        }
+        out.write(if padded.is_some() { CP_FORMAT_PACKED } else { CP_FORMAT_DENSE });
+        Ok(())
+    })
+}
+
+/// Where a list of `images` images with `rows` tokens each is cut among ranks so that every image is whole: rank r gets images bounds[r] up to
+/// bounds[r + 1]. `media` counts the images that belong together (frames of a video, 1 for a picture; NULL: all are pictures), and `tubelet` frames of one
+/// medium stay together (0: 1). The fullest rank has as few tokens as it can have, and no rank is empty where there are enough pieces.
+/// With CP_PADDING_MEGATRON in `flags`, for `tubelet` 1: images/ranks each and the rest on the last rank, whatever their size; with fewer images than ranks
+/// one each, where indices beyond the images are dummies. Local. Any thread, any time.
+///
+/// # Safety
+/// `rows` points to `images` numbers, `media` is NULL or points to `media_count`; `bounds` has room for `ranks` + 1.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cp_padding_image_bounds(
+    rows: *const u64,
+    images: usize,
+    media: *const u64,
+    media_count: usize,
+    tubelet: u32,
+    ranks: u32,
+    flags: u32,
+    bounds: *mut u64,
+) -> cp_status {
+    guard(|| {
+        output("bounds", bounds)?;
+        known_flags("flags", flags, CP_PADDING_MEGATRON)?;
+        let none = images == 0;
+        if (rows.is_null() && !none) || !rows.is_aligned() || images > 1 << 24 {
+            return Err(Error::argument(format!("rows: got {rows:p} for {images} images")));
+        }
+        // SAFETY: the caller's promise.
+        let rows = if none { &[][..] } else { unsafe { std::slice::from_raw_parts(rows, images) } };
+        let single = vec![1; images];
+        let media = if media.is_null() {
+            &single[..]
+        } else if !media.is_aligned() || media_count > 1 << 24 {
+            return Err(Error::argument(format!("media: got {media:p} with {media_count} media")));
+        } else {
+            // SAFETY: the caller's promise.
+            unsafe { std::slice::from_raw_parts(media, media_count) }
+        };
+        let rule = if flags & CP_PADDING_MEGATRON != 0 { Rule::Megatron } else { Rule::Every };
+        let made = padding::image_bounds(rows, media, tubelet.max(1).into(), ranks, rule)?;
+        // SAFETY: `ranks` + 1 numbers, by the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(made.as_ptr(), bounds, made.len()) };
+        Ok(())
+    })
+}
+
 /// # Safety
 /// As cp_padding_factor.
 unsafe fn read(config: *const cp_padding_config) -> Result<(cp_padding_config, Parallel, Rule)> {

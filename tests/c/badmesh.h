@@ -121,6 +121,8 @@ static void paddings(void) {
     cp_tail_config t, tail;
     int32_t cu[3] = {0, 5, 12}, padded[3] = {0, 8, 16}, made[8] = {77}, made_padded[8], down[3] = {0, 5, 4}, huge[2] = {0, INT32_MAX};
     uint64_t number = 99, length = 99, rest = 99;
+    uint64_t rows[3] = {4, 4, 4}, media[2] = {1, 2}, bounds[3] = {77, 77, 77};
+    cp_format format = 77;
     size_t n = 99;
     memset(&ok, 0, sizeof ok);
     ok.struct_size = (uint32_t)sizeof ok;
@@ -188,6 +190,33 @@ static void paddings(void) {
     TRUE_(n == 4 && made[1] == 5 && made[2] == 77);
     GOOD(cp_padding_tail(&tail, padded, NULL, 3, made, made_padded, 8, &n, &number));
     TRUE_(n == 4 && made[3] == 20 && made_padded[3] == 20 && number == 8);
+
+    made[0] = 77;
+    format = 77;
+    BAD("13 of them padding", cp_padding_batch(2, 12, 13, 2, 0, made, made_padded, &format));
+    BAD("do not fit in int32", cp_padding_batch(2, 1 << 30, 0, 2, 0, made, made_padded, &format));
+    BAD("cu_seqlens: got", cp_padding_batch(2, 12, 2, 2, 0, NULL, made_padded, &format));
+    BAD("cu_seqlens_padded: got", cp_padding_batch(2, 12, 2, 2, 0, made, NULL, &format));
+    BAD("format: got", cp_padding_batch(2, 12, 2, 2, 0, made, made_padded, NULL));
+    TRUE_(made[0] == 77 && format == 77);
+    GOOD(cp_padding_batch(2, 12, 2, 2, 0, made, made_padded, &format));
+    TRUE_(made[2] == 20 && made_padded[2] == 24 && format == CP_FORMAT_PACKED);
+
+    bounds[0] = 77;
+    BAD("rows: got", cp_padding_image_bounds(NULL, 3, media, 2, 2, 2, 0, bounds));
+    BAD("not 3 images", cp_padding_image_bounds(rows, 3, media, 1, 2, 2, 0, bounds));
+    BAD("media: got", cp_padding_image_bounds(rows, 3, (uint64_t *)(void *)((char *)media + 1), 1, 2, 2, 0, bounds));
+    BAD("flags: got unknown flag(s) 0x1", cp_padding_image_bounds(rows, 3, media, 2, 2, 2, 1, bounds));
+    BAD("ranks, tubelet: got 0", cp_padding_image_bounds(rows, 3, media, 2, 2, 0, 0, bounds));
+    BAD("bounds: got", cp_padding_image_bounds(rows, 3, media, 2, 2, 2, 0, NULL));
+    EXPECT(CP_ERR_UNSUPPORTED, "single images only", cp_padding_image_bounds(rows, 3, media, 2, 2, 2, CP_PADDING_MEGATRON, bounds));
+    TRUE_(bounds[0] == 77);
+    GOOD(cp_padding_image_bounds(rows, 3, media, 2, 2, 2, 0, bounds));
+    TRUE_(bounds[0] == 0 && bounds[1] == 1 && bounds[2] == 3);
+    GOOD(cp_padding_image_bounds(rows, 3, NULL, 0, 0, 2, 0, bounds));
+    TRUE_(bounds[1] == 2 && bounds[2] == 3);
+    GOOD(cp_padding_image_bounds(NULL, 0, NULL, 0, 0, 2, 0, bounds));
+    TRUE_(bounds[2] == 0);
 
     number = 99;
     BAD("rank: got 2 of 2", cp_padding_split(5, 2, 2, &number, &length, &rest));

@@ -180,6 +180,69 @@ fn batches_are_split_by_entries() {
     assert!(split(4, 2, 2).is_err() && split(4, 0, 0).is_err());
 }
 
+/// By hand, after get_packed_seq_params.
+#[test]
+fn batches_with_padding_are_packed_for_context_parallelism() {
+    let of = |padding, ranks, packed| batch_lengths(2, 12, padding, ranks, packed).unwrap();
+    assert_eq!(of(2, 2, false), (vec![0, 10, 20], Some(vec![0, 12, 24])));
+    assert_eq!(of(0, 2, true), (vec![0, 12, 24], Some(vec![0, 12, 24])));
+    assert_eq!(of(0, 2, false), (vec![0, 12, 24], None));
+    assert_eq!(of(2, 1, true), (vec![0, 10, 20], None));
+    assert!(batch_lengths(2, 12, 13, 2, false).is_err());
+    assert!(batch_lengths(2, u64::MAX, 0, 2, false).is_err());
+}
+
+/// The most tokens on a rank.
+fn fullest(rows: &[u64], bounds: &[u64]) -> u64 {
+    bounds.windows(2).map(|w| rows[w[0] as usize..w[1] as usize].iter().sum()).max().unwrap()
+}
+
+#[test]
+fn images_stay_whole_and_ranks_even() {
+    let ones = |n: usize| vec![1; n];
+    let megatron =
+        |n, ranks| image_bounds(&vec![5; n], &ones(n), 1, ranks, Rule::Megatron).unwrap();
+    let ours =
+        |rows: &[u64], ranks| image_bounds(rows, &ones(rows.len()), 1, ranks, Rule::Every).unwrap();
+    // By hand, after split_to_context_parallel_ranks_dynamic_res.
+    assert_eq!(megatron(7, 4), [0, 1, 2, 3, 7]);
+    assert_eq!(megatron(8, 4), [0, 2, 4, 6, 8]);
+    assert_eq!(megatron(2, 4), [0, 1, 2, 3, 4]);
+    assert_eq!(ours(&[5; 7], 4), [0, 2, 4, 6, 7]);
+    assert_eq!(ours(&[9, 1, 1, 1, 1, 1, 4], 3), [0, 1, 6, 7]);
+    assert_eq!(ours(&[5, 5], 4), [0, 1, 2, 2, 2]);
+    assert_eq!(ours(&[1, 1, 9], 3), [0, 1, 2, 3]);
+    assert_eq!(ours(&[], 2), [0, 0, 0]);
+    // A picture, a video of five frames in tubelets of two, a picture: cuts at 0 1 3 5 6 7.
+    let video = |ranks| image_bounds(&[4; 7], &[1, 5, 1], 2, ranks, Rule::Every).unwrap();
+    assert_eq!(video(2), [0, 3, 7]);
+    assert_eq!(video(5), [0, 1, 3, 5, 6, 7]);
+    for (media, tubelet, ranks, rule, words) in [
+        (&[1, 1][..], 1, 2, Rule::Every, "not 3 images"),
+        (&[1, 2][..], 0, 2, Rule::Every, "tubelet: got 2 and 0"),
+        (&[1, 2][..], 1, 0, Rule::Every, "got 0 and 1"),
+        (&[1, 2][..], 2, 2, Rule::Megatron, "single images only"),
+    ] {
+        let e = image_bounds(&[4; 3], media, tubelet, ranks, rule).unwrap_err();
+        assert!(e.text.contains(words), "{e}");
+    }
+    // As even as any way to cut, by trying all of them.
+    let mut random = crate::plans_random::Random::new(9);
+    for _ in 0..300 {
+        let rows: Vec<u64> = (0..random.within(1, 8)).map(|_| random.within(0, 9).into()).collect();
+        let n = rows.len() as u64;
+        let mut best = u64::MAX;
+        for a in 0..=n {
+            for b in a..=n {
+                best = best.min(fullest(&rows, &[0, a, b, n]));
+            }
+        }
+        let bounds = ours(&rows, 3);
+        assert_eq!((bounds[0], bounds[3], fullest(&rows, &bounds)), (0, n, best), "{rows:?}");
+        assert!(n < 3 || bounds.windows(2).all(|w| w[0] < w[1]), "{rows:?} {bounds:?}");
+    }
+}
+
 #[test]
 fn one_communication_type_per_layer() {
     let of = |text: &str, layers| comm_types_per_layer(&names(text), layers);

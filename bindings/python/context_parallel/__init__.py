@@ -17,6 +17,7 @@ from .attention import Attention, Context, query_support
 from .group import Group, unique_id
 from .mesh import Mesh, ParallelState, comm_types_per_layer
 from .padding import (
+    context_parallel_image_bounds,
     context_parallel_split,
     generate_positional_ids_for_cp,
     get_packed_seq_params,
@@ -42,6 +43,7 @@ __all__ = [
     "Status",
     "build_info",
     "comm_types_per_layer",
+    "context_parallel_image_bounds",
     "context_parallel_split",
     "gather_rows",
     "generate_positional_ids_for_cp",

@@ -71,5 +71,7 @@ FUNCTIONS = {
     "cp_padding_amount": (c_int32, [_padding, c_uint64, _long]),
     "cp_padding_sequences": (c_int32, [c_void_p, c_size_t, c_uint32, c_void_p]),
     "cp_padding_tail": (c_int32, [POINTER(cp_tail_config), c_void_p, c_void_p, c_size_t, c_void_p, c_void_p, c_size_t, _size, _long]),
+    "cp_padding_batch": (c_int32, [c_uint32, c_uint64, c_uint64, c_uint32, c_uint32, c_void_p, c_void_p, _number]),
+    "cp_padding_image_bounds": (c_int32, [c_void_p, c_size_t, c_void_p, c_size_t, c_uint32, c_uint32, c_uint32, c_void_p]),
     "cp_padding_split": (c_int32, [c_uint64, c_uint32, c_uint32, _long, _long, _long]),
 }

@@ -3,7 +3,7 @@
 This library's own attention needs none of it: lengths may divide by nothing.
 """
 
-from ctypes import byref, c_size_t, c_uint64
+from ctypes import byref, c_size_t, c_uint32, c_uint64
 
 import numpy as np
 
@@ -136,16 +136,37 @@ def get_packed_seq_params(batch, seq_len, padding_needed, cp_size, use_packed_se
     seq_len: of every entry, images and `padding_needed` included. Packed (thd) with padded lengths where cp_size > 1 and there is padding or packing;
     else dense, and cu_seqlens_padded is None.
     """
-    batch, seq_len, padding = number("batch", batch), number("seq_len", seq_len), number("padding_needed", padding_needed)
-    if padding > seq_len or seq_len * batch >= 1 << 31:
-        raise argument_error(f"seq_len: got {batch} × {seq_len} with {padding} of padding each")
-    packed = number("cp_size", cp_size) > 1 and (padding > 0 or bool(use_packed_sequence))
+    batch = number("batch", batch)
+    if batch > 1 << 24:
+        raise argument_error(f"batch: got {batch}, at most {1 << 24}")
+    format, lengths = c_uint32(), np.zeros((2, batch + 1), np.int32)
+    sizes = _length("seq_len", seq_len), _length("padding_needed", padding_needed), number("cp_size", cp_size), int(bool(use_packed_sequence))
+    check(lib.cp_padding_batch(batch, *sizes, lengths[0].ctypes.data, lengths[1].ctypes.data, byref(format)))
+    packed = format.value == _abi.CP_FORMAT_PACKED
     return dict(
         qkv_format="thd" if packed else "sbhd",
-        cu_seqlens=np.arange(batch + 1, dtype=np.int32) * np.int32(seq_len - padding),
-        cu_seqlens_padded=np.arange(batch + 1, dtype=np.int32) * np.int32(seq_len) if packed else None,
-        max_seqlen=seq_len,
+        cu_seqlens=lengths[0],
+        cu_seqlens_padded=lengths[1] if packed else None,
+        max_seqlen=sizes[0],
     )
+
+
+def context_parallel_image_bounds(seqlens, cp_size, *, num_frames=None, temporal_patch_size=1, rule="every"):
+    """Where images are cut among ranks, every one whole: rank r gets images bounds[r] up to bounds[r + 1] (cp_size + 1 numbers).
+
+    seqlens: tokens of every image, or frame. num_frames: how many of them belong to each medium (None: all are pictures), of which temporal_patch_size stay
+    together. Rule "every": the fullest rank has as few tokens as it can have. Rule "megatron": ⌊images/cp_size⌋ each and the rest on the last rank;
+    with fewer images than ranks one each, where indices beyond the images are dummies.
+    """
+    rows = np.array([_length("seqlens", n) for n in seqlens], np.uint64)
+    media = np.ones(len(rows), np.uint64) if num_frames is None else np.array([_length("num_frames", n) for n in num_frames], np.uint64)
+    ranks, flags = number("cp_size", cp_size), choice("rule", rule, {"every": 0, "megatron": _abi.CP_PADDING_MEGATRON})
+    if ranks > 1 << 20 or number("temporal_patch_size", temporal_patch_size) == 0:
+        raise argument_error(f"cp_size, temporal_patch_size: got {cp_size} and {temporal_patch_size}, must be at least 1")
+    made = np.zeros(ranks + 1, np.uint64)
+    arrays = rows.ctypes.data, len(rows), media.ctypes.data, len(media)
+    check(lib.cp_padding_image_bounds(*arrays, temporal_patch_size, ranks, flags, made.ctypes.data))
+    return made.tolist()
 
 
 def context_parallel_split(count, cp_size, cp_rank):

@@ -258,14 +258,13 @@ def test_tails_are_megatrons():
 
 
 def test_multimodal_batches():
-    assert cp.get_packed_seq_params(2, 12, 0, 2) == dict(
-        qkv_format="sbhd", cu_seqlens=pytest.approx([0, 12, 24]), cu_seqlens_padded=None, max_seqlen=12
-    )
+    dense = cp.get_packed_seq_params(2, 12, 0, 2)
+    assert (dense["qkv_format"], dense["cu_seqlens"].tolist(), dense["cu_seqlens_padded"], dense["max_seqlen"]) == ("sbhd", [0, 12, 24], None, 12)
     made = cp.get_packed_seq_params(3, 12, 2, 2)
     assert (made["qkv_format"], made["cu_seqlens"].tolist(), made["cu_seqlens_padded"].tolist()) == ("thd", [0, 10, 20, 30], [0, 12, 24, 36])
     assert cp.get_packed_seq_params(3, 12, 2, 1)["qkv_format"] == "sbhd"
     assert cp.get_packed_seq_params(3, 12, 0, 2, True)["cu_seqlens_padded"].tolist() == [0, 12, 24, 36]
-    raises(Status.INVALID_ARGUMENT, "13 of padding", cp.get_packed_seq_params, 3, 12, 13, 2)
+    raises(Status.INVALID_ARGUMENT, "13 of them padding", cp.get_packed_seq_params, 3, 12, 13, 2)
     # Five images on four ranks: 2, 2, 1 and a padded one, a padded pair.
     batch = np.arange(10).reshape(5, 2) + 1
     parts = [cp.split_to_context_parallel_ranks(batch, 4, rank, pad_value=-1) for rank in range(4)]
@@ -275,3 +274,15 @@ def test_multimodal_batches():
     turned = [cp.split_to_context_parallel_ranks(batch.T, 4, rank, axis=1)[0] for rank in range(4)]
     assert cp.join_context_parallel_ranks(turned, 3, axis=1).tolist() == batch.T.tolist()
     raises(Status.INVALID_ARGUMENT, "rank: got 4 of 4", cp.context_parallel_split, 5, 4, 4)
+
+
+def test_images_stay_whole():
+    assert cp.context_parallel_image_bounds([5] * 7, 4, rule="megatron") == [0, 1, 2, 3, 7]
+    assert cp.context_parallel_image_bounds([5] * 7, 4) == [0, 2, 4, 6, 7]
+    assert cp.context_parallel_image_bounds([5] * 2, 4, rule="megatron") == [0, 1, 2, 3, 4]
+    assert cp.context_parallel_image_bounds([9, 1, 1, 1, 1, 1, 4], 3) == [0, 1, 6, 7]
+    # A picture, a video of five frames in tubelets of two, a picture.
+    assert cp.context_parallel_image_bounds([4] * 7, 5, num_frames=[1, 5, 1], temporal_patch_size=2) == [0, 1, 3, 5, 6, 7]
+    raises(Status.UNSUPPORTED, "single images only", cp.context_parallel_image_bounds, [4] * 2, 2, temporal_patch_size=2, rule="megatron")
+    raises(Status.INVALID_ARGUMENT, "not 7 images", cp.context_parallel_image_bounds, [4] * 7, 2, num_frames=[1, 5])
+    raises(Status.INVALID_ARGUMENT, "must be at least 1", cp.context_parallel_image_bounds, [4] * 7, 2, temporal_patch_size=0)

@@ -7,15 +7,15 @@ use context_parallel::mesh::{self, Axes, Axis, DEFAULT_ORDER, Mesh, Sizes};
 
 /// Combinations beside the single axes, and what frameworks use them for.
 const TOGETHER: [(&str, &str); 5] = [
-    ("tp-cp", "one copy of the model's stage"),
+    ("tp-cp", "the same samples and layers"),
     ("dp-cp", "gradients and loss are reduced; hybrid context parallelism"),
     ("tp-dp", "FP8 amax"),
     ("tp-dp-cp", "FP8 amax with context parallelism"),
-    ("tp-pp", "one model"),
+    ("tp-pp", "one copy of the model"),
 ];
 
-/// Groups that are written out per row.
-const SHOWN_GROUPS: usize = 16;
+/// Columns that a row's groups may fill before the rest is only counted.
+const WIDTH: usize = 96;
 /// Members that are written out per group.
 const SHOWN_MEMBERS: usize = 16;
 
@@ -112,14 +112,13 @@ fn read_sizes(option: &str, text: &str) -> Result<(Sizes, Option<u32>), Failure>
     Ok((sizes, world))
 }
 
-/// Rows of all axes with more than one rank, and of combinations.
+/// Rows of axes and of combinations.
 fn rows_of(mesh: &Mesh, axes: &[Axis], together: &[(&str, &str)]) -> Vec<Row> {
     let one = |name: &str, what: &str| {
         let groups = mesh.groups(Axes::parse(name).expect("a known combination"));
         Row { name: name.into(), what: what.into(), groups }
     };
     let mut made: Vec<Row> = axes.iter().map(|a| one(a.name(), "")).collect();
-    made.retain(|row| row.groups[0].len() > 1);
     made.extend(together.iter().map(|(name, what)| one(name, what)));
     made
 }
@@ -140,20 +139,29 @@ fn people(tables: &[Table]) -> String {
         let sizes = [("tp", s.tp), ("cp", s.cp), ("ep", s.ep), ("dp", s.dp), ("pp", s.pp)];
         let sizes: Vec<String> =
             sizes.iter().filter(|(_, n)| *n > 1).map(|(a, n)| format!("{a} {n}")).collect();
-        let title =
-            if name.is_empty() { format!("{} ranks", mesh.world()) } else { name.to_string() };
+        let title = match (*name, mesh.world()) {
+            ("", 1) => "1 rank".into(),
+            ("", n) => format!("{n} ranks"),
+            (name, _) => name.to_string(),
+        };
         out += &format!(
             "{}  {} · order {}, leftmost fastest\n\n",
             bold(&title),
-            if sizes.is_empty() { "one rank".into() } else { sizes.join(" × ") },
+            if sizes.is_empty() { "all sizes 1".into() } else { sizes.join(" × ") },
             mesh.order_text()
         );
+        let together = |row: &&Row| row.groups[0].len() > 1;
         let width = rows.iter().map(|r| r.name.len()).max().unwrap_or(0);
         out += &dim(&format!("{:<width$}  size  groups\n", "axes"));
-        for row in rows {
-            let mut line: String = row.groups.iter().take(SHOWN_GROUPS).map(|g| group(g)).collect();
-            if row.groups.len() > SHOWN_GROUPS {
-                line += &format!(" … {} more", row.groups.len() - SHOWN_GROUPS);
+        for row in rows.iter().filter(together) {
+            let mut line = String::new();
+            for (i, members) in row.groups.iter().enumerate() {
+                let next = group(members);
+                if i > 0 && line.chars().count() + next.chars().count() > WIDTH {
+                    line += &format!(" … {} more", row.groups.len() - i);
+                    break;
+                }
+                line += &next;
             }
             let name = bold(&format!("{:<width$}", row.name));
             let what =
