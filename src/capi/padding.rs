@@ -186,8 +186,8 @@ pub unsafe extern "C" fn cp_padding_batch(
     })
 }
 
-/// Where a list of `images` images with `rows` tokens each is cut among ranks so that every image is whole: rank r gets images bounds[r] up to
-/// bounds[r + 1]. `media` counts the images that belong together (frames of a video, 1 for a picture; NULL: all are pictures), and `tubelet` frames of one
+/// Where a list of `images` images with `rows` tokens each is cut among ranks so that every image is whole: rank r gets images `bounds[r]` up to
+/// `bounds[r + 1]`. `media` counts the images that belong together (frames of a video, 1 for a picture; NULL: all are pictures), and `tubelet` frames of one
 /// medium stay together (0: 1). The fullest rank has as few tokens as it can have, and no rank is empty where there are enough pieces.
 /// With CP_PADDING_MEGATRON in `flags`, for `tubelet` 1: images/ranks each and the rest on the last rank, whatever their size; with fewer images than ranks
 /// one each, where indices beyond the images are dummies. Local. Any thread, any time.

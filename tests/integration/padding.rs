@@ -161,6 +161,11 @@ fn wrong_tails_are_named() {
     assert_eq!(dummy, Pack { cu: vec![0, 8], padded: vec![0, 8], longest: 8 });
     let odd = TailRule { target: Target::Rows(9), chunks: 1, ..rule };
     assert_eq!(fill(cu, padded, &odd).unwrap().padded, [0, 8, 16, 18]);
+    let alone = TailRule { ranks: 1, target: Target::Rows(17), ..rule };
+    assert_eq!(fill(cu, padded, &alone).unwrap().padded, [0, 8, 16, 17]);
+    // 17 rows are nine on one of two ranks, so sixteen on both.
+    let multiple = TailRule { chunks: 1, ..rule };
+    assert_eq!(fill(cu, &[0, 8, 17], &multiple).unwrap().padded, [0, 8, 17, 32]);
 }
 
 /// By hand, after split_to_context_parallel_ranks: ⌈count/ranks⌉ each, the last ones padded.
