@@ -522,6 +522,65 @@ typedef struct cp_tail_config {
     uint64_t rows;
 } cp_tail_config;
 
+// A tensor: memory of the caller's, with shape and element strides. The numbers are DLPack's. Frozen: it never grows.
+//
+// Dense format: `[batch, seq, heads, dim]`, ndim 4. Packed format: `[tokens, heads, dim]`, ndim 3. LSE: `[batch, heads, seq]`, ndim 3, or
+// packed `[heads, tokens]`, ndim 2. Strides are not negative, the last is 1 (LSE: any). Data is aligned to the element size; on CUDA data and
+// all strides but the last (not the LSE's) are multiples of 16 bytes, and elements are bf16 or fp16.
+typedef struct cp_tensor {
+    // First element.
+    void *data;
+    // CP_DEVICE_*, the layer's; 0 is CP_DEVICE_CPU.
+    int32_t device_type;
+    // CUDA's number of the device, the layer's; 0 on the CPU.
+    int32_t device_id;
+    // CP_CODE_FLOAT or CP_CODE_BFLOAT.
+    uint8_t dtype_code;
+    // 16 or 32.
+    uint8_t dtype_bits;
+    // 1.
+    uint16_t dtype_lanes;
+    // Number of dimensions in use.
+    uint32_t ndim;
+    // Elements along each dimension.
+    int64_t shape[4];
+    // Elements from one index to the next, along each dimension.
+    int64_t stride[4];
+    // Must be 0.
+    uint64_t reserved;
+} cp_tensor;
+
+// One exchange between a rank's rows of all heads and whole sequences of a rank's heads, of up to 16 tensors at once.
+//
+// Dense format: `[batch, seq, heads, dim]`, packed: `[tokens, heads, dim]`, as in attention. A tensor may be fp32, bf16 or fp16, each its own, with any
+// number of elements per head; on CUDA too, and there is no rule of 16 bytes. `local[i]` has this rank's rows, in the order of cp_partition_tokens,
+// and all heads; its heads divide `heads`. `whole[i]` has the rows of all padded sequences in their order, and the heads that cp_trade_share says.
+// Padding rows of what is read are not read; of what is written they are exactly 0. With whole tensors without gaps messages land in place.
+typedef struct cp_trade_args {
+    // sizeof(cp_trade_args).
+    uint32_t struct_size;
+    // Must be 0.
+    uint32_t flags;
+    // The sequences; the query side counts.
+    const struct cp_sequences *sequences;
+    // CP_PARTITION_*.
+    cp_partition partition;
+    // CP_FORMAT_*.
+    cp_format format;
+    // Heads that are dealt out to the ranks, a multiple of every tensor's; 0 = the most that a tensor has.
+    uint32_t heads;
+    // Number of tensors, 1 … 16.
+    uint32_t count;
+    // This rank's rows of every tensor, `[count]`.
+    const struct cp_tensor *local;
+    // Whole sequences of every tensor, `[count]`.
+    const struct cp_tensor *whole;
+    // At least cp_trade_workspace_size bytes, aligned to 64; NULL = memory that the group keeps.
+    void *workspace;
+    // Bytes at `workspace`.
+    size_t workspace_bytes;
+} cp_trade_args;
+
 // Type of a tensor's elements.
 typedef uint32_t cp_dtype;
 
@@ -633,34 +692,6 @@ typedef struct cp_report {
     // Size of the head exchange.
     uint32_t inner;
 } cp_report;
-
-// A tensor: memory of the caller's, with shape and element strides. The numbers are DLPack's. Frozen: it never grows.
-//
-// Dense format: `[batch, seq, heads, dim]`, ndim 4. Packed format: `[tokens, heads, dim]`, ndim 3. LSE: `[batch, heads, seq]`, ndim 3, or
-// packed `[heads, tokens]`, ndim 2. Strides are not negative, the last is 1 (LSE: any). Data is aligned to the element size; on CUDA data and
-// all strides but the last (not the LSE's) are multiples of 16 bytes, and elements are bf16 or fp16.
-typedef struct cp_tensor {
-    // First element.
-    void *data;
-    // CP_DEVICE_*, the layer's; 0 is CP_DEVICE_CPU.
-    int32_t device_type;
-    // CUDA's number of the device, the layer's; 0 on the CPU.
-    int32_t device_id;
-    // CP_CODE_FLOAT or CP_CODE_BFLOAT.
-    uint8_t dtype_code;
-    // 16 or 32.
-    uint8_t dtype_bits;
-    // 1.
-    uint16_t dtype_lanes;
-    // Number of dimensions in use.
-    uint32_t ndim;
-    // Elements along each dimension.
-    int64_t shape[4];
-    // Elements from one index to the next, along each dimension.
-    int64_t stride[4];
-    // Must be 0.
-    uint64_t reserved;
-} cp_tensor;
 
 // Forward's note to backward. Plain data; copy it as you like.
 typedef struct cp_context {
@@ -1053,6 +1084,53 @@ cp_status cp_padding_image_bounds(const uint64_t *rows,
                                   uint32_t ranks,
                                   uint32_t flags,
                                   uint64_t *bounds);
+
+// This rank's rows of all heads become whole sequences of this rank's heads: `local` is read, `whole` written. For layers that need whole sequences
+// and treat heads, or channels, apart, such as Mamba's convolution and scan.
+//
+// One grouped exchange for all tensors. Collective over the group, in the same order on all ranks; blocking on the CPU, where `stream` must be NULL. On
+// CUDA the call is work on `stream`, and what cp_attention_forward says holds here too, also about errors, agreement and graphs (a captured call brings
+// its workspace). If one rank's arguments are wrong, that rank gets its error and all others CP_ERR_MISMATCH naming it; nothing has moved.
+//
+// The transpose is cp_heads_to_sequence: either is the other's gradient, also where several ranks have a head.
+//
+// Requires:
+// `group` is a handle; `args` points to `struct_size` bytes; its tensors' memory is as their shapes and strides say, and outputs overlap nothing.
+cp_status cp_sequence_to_heads(const struct cp_group *group,
+                               const struct cp_trade_args *args,
+                               void *stream);
+
+// The way back: `whole` is read, `local` written. Of a head that several ranks have (cp_trade_share), the rows of all are summed, in rank order and in
+// fp32. In all else as cp_sequence_to_heads.
+//
+// Requires:
+// As cp_sequence_to_heads.
+cp_status cp_heads_to_sequence(const struct cp_group *group,
+                               const struct cp_trade_args *args,
+                               void *stream);
+
+// Heads of a tensor with `tensor_heads` heads that `rank` of `ranks` has of whole sequences: `first`, …, first + count - 1.
+//
+// Of `heads` heads (a multiple of `tensor_heads`), rank r has ⌊r·heads/ranks⌋ … ⌊(r+1)·heads/ranks⌋ - 1: shares differ by at most one, and may be empty.
+// Of a tensor with fewer heads, such as the groups of Mamba's B and C, it has those that serve these: head h is served by h·tensor_heads/heads, rounded
+// down. Such a head may be on several ranks. Local. Any thread, any time.
+//
+// Requires:
+// `first` and `count` have room for a number each.
+cp_status cp_trade_share(uint32_t heads,
+                         uint32_t tensor_heads,
+                         uint32_t ranks,
+                         uint32_t rank,
+                         uint32_t *first,
+                         uint32_t *count);
+
+// Workspace that suffices for these tensors in either direction. Their memory is not looked at, and may be NULL. Local. During a capture: not allowed.
+//
+// Requires:
+// As cp_sequence_to_heads, but for the tensors' memory; `bytes` has room for a number.
+cp_status cp_trade_workspace_size(const struct cp_group *group,
+                                  const struct cp_trade_args *args,
+                                  size_t *bytes);
 
 // Makes a layer, without a group: it computes alone until cp_set_group. Local. On CUDA it may block while kernels are loaded. During a capture:
 // not allowed.

@@ -32,6 +32,7 @@
 //! | [`transport`] | moves bytes: `local` (threads), `shm` (processes), `user` (a C table; MPI comes through it); `device`: on CUDA streams |
 //! | [`driver`] | the CUDA driver, opened at run time |
 //! | [`group`], [`attention`] | ranks that agree before they compute; layers |
+//! | [`trade`] | sequence ↔ heads for other layers than attention |
 //! | [`capi`] | translates C to all of the above and decides nothing |
 //!
 //! # Invariants, most of them absences
@@ -58,4 +59,5 @@ pub mod padding;
 pub mod partition;
 pub mod plan;
 pub mod problem;
+pub mod trade;
 pub mod transport;

@@ -113,6 +113,19 @@ AT(cp_sequences, list_k, 96);
 AT(cp_sequences, list_q_counts, 104);
 AT(cp_sequences, list_k_counts, 112);
 
+SIZE(cp_trade_args, 64);
+AT(cp_trade_args, struct_size, 0);
+AT(cp_trade_args, flags, 4);
+AT(cp_trade_args, sequences, 8);
+AT(cp_trade_args, partition, 16);
+AT(cp_trade_args, format, 20);
+AT(cp_trade_args, heads, 24);
+AT(cp_trade_args, count, 28);
+AT(cp_trade_args, local, 32);
+AT(cp_trade_args, whole, 40);
+AT(cp_trade_args, workspace, 48);
+AT(cp_trade_args, workspace_bytes, 56);
+
 SIZE(cp_attention_config, 96);
 AT(cp_attention_config, struct_size, 0);
 AT(cp_attention_config, flags, 4);

@@ -39,11 +39,13 @@ fn header_is_what_cbindgen_makes() {
         "capi/abi.rs",
         "capi/abi_mesh.rs",
         "transport/user.rs",
+        "capi/abi_trade.rs",
         "capi/about.rs",
         "capi/group.rs",
         "capi/partition.rs",
         "capi/mesh.rs",
         "capi/padding.rs",
+        "capi/trade.rs",
         "capi/attention.rs",
     ] {
         builder = builder.with_src(root().join("src").join(file));

@@ -23,3 +23,4 @@ mod plans_time;
 mod ranks;
 mod review;
 mod tidy;
+mod trade;

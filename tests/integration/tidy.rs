@@ -55,7 +55,7 @@ fn imports(text: &str) -> BTreeSet<String> {
 }
 
 /// design: partition ← mask ← problem ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
-const MAY_IMPORT: [(&str, &[&str]); 18] = [
+const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("dtype", &[]),
     ("mask", &["partition"]),
@@ -89,6 +89,22 @@ const MAY_IMPORT: [(&str, &[&str]); 18] = [
         ],
     ),
     (
+        "trade",
+        &[
+            "attention",
+            "backend",
+            "driver",
+            "dtype",
+            "error",
+            "exec",
+            "group",
+            "holding",
+            "partition",
+            "plan",
+            "problem",
+        ],
+    ),
+    (
         "capi",
         &[
             "attention",
@@ -105,6 +121,7 @@ const MAY_IMPORT: [(&str, &[&str]); 18] = [
             "partition",
             "plan",
             "problem",
+            "trade",
             "transport",
         ],
     ),

@@ -30,6 +30,7 @@ from .padding import (
     split_to_context_parallel_ranks,
 )
 from .partition import Sequences, gather_rows, padded_length, partition_tokens, scatter
+from .trade import heads_of_rank, heads_to_sequence, sequence_to_heads, trade_workspace_size
 
 __version__ = "0.1.0"
 __all__ = [
@@ -49,6 +50,8 @@ __all__ = [
     "generate_positional_ids_for_cp",
     "get_packed_seq_params",
     "get_padding",
+    "heads_of_rank",
+    "heads_to_sequence",
     "join_context_parallel_ranks",
     "pad_cu_seqlens",
     "pad_sequence_tail",
@@ -58,6 +61,8 @@ __all__ = [
     "partition_tokens",
     "query_support",
     "scatter",
+    "sequence_to_heads",
     "split_to_context_parallel_ranks",
+    "trade_workspace_size",
     "unique_id",
 ]
