@@ -25,6 +25,7 @@
 //! | room | what it is for |
 //! |---|---|
 //! | [`partition`], [`mask`], [`problem`], [`holding`], [`dtype`], [`error`] | the vocabulary; pure |
+//! | [`mesh`], [`layers`], [`padding`] | what surrounds a layer in Megatron: the rank grid, communication types per layer, padding rules; pure |
 //! | [`balance`] | deals documents out so that all ranks compute alike and few keys move |
 //! | [`rows`], [`loss`] | what goes with a rank's rows: positions, shifted labels, whole sequences again; weights and scales of losses |
 //! | [`plan`] | decides; start with the table that `context-parallel plan` prints, then `plan/stages.rs` |
@@ -54,8 +55,11 @@ pub mod error;
 pub mod exec;
 pub mod group;
 pub mod holding;
+pub mod layers;
 pub mod loss;
 pub mod mask;
+pub mod mesh;
+pub mod padding;
 pub mod partition;
 pub mod plan;
 pub mod problem;

@@ -37,6 +37,7 @@ fn header_is_what_cbindgen_makes() {
     let mut builder = cbindgen::Builder::new().with_config(config);
     for file in [
         "capi/abi.rs",
+        "capi/abi_mesh.rs",
         "transport/user.rs",
         "capi/abi_rows.rs",
         "capi/abi_trade.rs",
@@ -44,6 +45,8 @@ fn header_is_what_cbindgen_makes() {
         "capi/group.rs",
         "capi/partition.rs",
         "capi/rows.rs",
+        "capi/mesh.rs",
+        "capi/padding.rs",
         "capi/trade.rs",
         "capi/attention.rs",
     ] {

@@ -55,7 +55,7 @@ fn imports(text: &str) -> BTreeSet<String> {
 }
 
 /// design: partition ← mask ← problem ← balance ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
-const MAY_IMPORT: [(&str, &[&str]); 19] = [
+const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("dtype", &[]),
     ("mask", &["partition"]),
@@ -65,6 +65,9 @@ const MAY_IMPORT: [(&str, &[&str]); 19] = [
     ("holding", &["balance", "partition", "problem"]),
     ("rows", &["holding", "partition", "problem"]),
     ("loss", &["error", "partition", "problem", "rows"]),
+    ("mesh", &["error"]),
+    ("layers", &["error", "problem"]),
+    ("padding", &["error"]),
     // Of `backend` the plan uses plain data only: `HeadMap` and `Run`.
     ("plan", &["backend", "dtype", "error", "holding", "mask", "partition", "problem"]),
     ("driver", &["error"]),
@@ -117,8 +120,11 @@ const MAY_IMPORT: [(&str, &[&str]); 19] = [
             "error",
             "group",
             "holding",
+            "layers",
             "loss",
             "mask",
+            "mesh",
+            "padding",
             "partition",
             "plan",
             "problem",

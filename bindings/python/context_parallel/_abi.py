@@ -274,3 +274,7 @@ class cp_backward_args(Sized):
         ("workspace", c_void_p),
         ("workspace_bytes", c_size_t),
     ]
+
+
+from ._abi_mesh import *  # noqa: E402, F403
+from ._abi_rows import *  # noqa: E402, F403
