@@ -269,7 +269,7 @@ static void partitions(void) {
 }
 
 /* What goes with a rank's rows: one sequence of 16 tokens on two ranks, zigzag; rank 0 has 0 … 3 and 12 … 15. */
-static void rows(void) {
+static void rows_and_losses(void) {
     uint32_t list[8], other[8], counts[2][2];
     float weights[8];
     double factor = 99;
@@ -602,7 +602,7 @@ int main(int argc, char **argv) {
     user_transport();
     group_functions(g, layer);
     partitions();
-    rows();
+    rows_and_losses();
     meshes();
     types_of_layers();
     paddings();

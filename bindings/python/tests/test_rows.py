@@ -89,7 +89,7 @@ def test_loss_scale():
     assert cp.loss_scale(0, mean="replica", cp_size=4) == 0
     raises(Status.INVALID_ARGUMENT, "mean|'tokens'", cp.loss_scale, 1, mean="tokens")
     raises(Status.INVALID_ARGUMENT, "cp_size|0", cp.loss_scale, 1, cp_size=0)
-    raises(Status.INVALID_ARGUMENT, "tokens|nan", cp.loss_scale, float("nan"))
+    raises(Status.INVALID_ARGUMENT, "tokens|NaN", cp.loss_scale, float("nan"))
     raises(Status.INVALID_ARGUMENT, "shift|1.5", cp.loss_weights, "zigzag", "thd", PACKED, 2, 0, 1.5)
 
 
@@ -131,7 +131,7 @@ def test_balanced():
     cross = cp.Sequences.packed([0, 3, 9], [0, 3, 8])
     raises(Status.UNSUPPORTED, "balanced|sequence 1", cp.partition_tokens, "balanced", "thd", cross, 2, 0)
     raises(Status.INVALID_ARGUMENT, "balanced", cp.padded_length, "balanced", 2, 10)
-    raises(Status.UNSUPPORTED, "balanced", cp.Attention, heads=2, head_dim=16, format="bshd", partition="balanced")
+    raises(Status.UNSUPPORTED, "balanced", cp.Attention, heads=2, head_dim=16, dtype="float32", format="bshd", partition="balanced")
 
 
 @pytest.mark.parametrize("comm", ["p2p", "a2a"])
