@@ -55,6 +55,38 @@ AT(cp_statistics, sent_bytes, 8);
 AT(cp_statistics, received_bytes, 16);
 AT(cp_statistics, exposed_ns, 24);
 
+SIZE(cp_mesh, 48);
+AT(cp_mesh, struct_size, 0);
+AT(cp_mesh, flags, 4);
+AT(cp_mesh, tp, 8);
+AT(cp_mesh, cp, 12);
+AT(cp_mesh, ep, 16);
+AT(cp_mesh, dp, 20);
+AT(cp_mesh, pp, 24);
+AT(cp_mesh, world_size, 28);
+AT(cp_mesh, first_rank, 32);
+AT(cp_mesh, reserved, 36);
+AT(cp_mesh, order, 40);
+
+SIZE(cp_padding_config, 32);
+AT(cp_padding_config, struct_size, 0);
+AT(cp_padding_config, flags, 4);
+AT(cp_padding_config, tp, 8);
+AT(cp_padding_config, cp, 12);
+AT(cp_padding_config, fp8, 16);
+AT(cp_padding_config, reserved, 20);
+AT(cp_padding_config, decoder_length, 24);
+
+SIZE(cp_tail_config, 40);
+AT(cp_tail_config, struct_size, 0);
+AT(cp_tail_config, flags, 4);
+AT(cp_tail_config, ranks, 8);
+AT(cp_tail_config, partition, 12);
+AT(cp_tail_config, tail, 16);
+AT(cp_tail_config, slots, 20);
+AT(cp_tail_config, multiple, 24);
+AT(cp_tail_config, rows, 32);
+
 SIZE(cp_stretch, 16);
 AT(cp_stretch, seq, 0);
 AT(cp_stretch, start, 4);

@@ -55,13 +55,16 @@ fn imports(text: &str) -> BTreeSet<String> {
 }
 
 /// design: partition ← mask ← problem ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
-const MAY_IMPORT: [(&str, &[&str]); 16] = [
+const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("dtype", &[]),
     ("mask", &["partition"]),
     ("partition", &[]),
     ("problem", &["dtype", "error", "mask", "partition"]),
     ("holding", &["partition", "problem"]),
+    ("mesh", &["error"]),
+    ("layers", &["error", "problem"]),
+    ("padding", &["error"]),
     // Of `backend` the plan uses plain data only: `HeadMap` and `Run`.
     ("plan", &["backend", "dtype", "error", "holding", "mask", "partition", "problem"]),
     ("driver", &["error"]),
@@ -111,7 +114,10 @@ const MAY_IMPORT: [(&str, &[&str]); 16] = [
             "error",
             "group",
             "holding",
+            "layers",
             "mask",
+            "mesh",
+            "padding",
             "partition",
             "plan",
             "problem",

@@ -273,3 +273,6 @@ class cp_backward_args(Sized):
         ("workspace", c_void_p),
         ("workspace_bytes", c_size_t),
     ]
+
+
+from ._abi_mesh import *  # noqa: E402, F403
