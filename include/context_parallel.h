@@ -6,7 +6,8 @@
  *   A sequence of S tokens is dealt out to the P ranks of a group (cp_partition_*). Every rank calls cp_attention_forward with its own
  *   rows of Q, K, V and gets its own rows of O and LSE, equal to what one rank with the whole sequence would compute; then
  *   cp_attention_backward with dO gives its own rows of dQ, dK, dV. How keys and values travel is the communication type (CP_COMM_*);
- *   it changes speed and memory, never the result's meaning.
+ *   it changes speed and memory, never the result's meaning. Other layers that need whole sequences (Mamba) trade heads for them and back:
+ *   cp_sequence_to_heads, cp_heads_to_sequence.
  *
  * LIFECYCLE
  *   cp_get_unique_id -> cp_group_init (collective) -> cp_attention_create -> cp_set_group -> forward / backward x N -> destroy.
