@@ -29,6 +29,7 @@
 //! | [`exec`] | runs one rank's plan |
 //! | [`backend`] | what compute steps mean, and the CPU kernels |
 //! | [`transport`] | moves bytes: `local` (threads), `shm` (processes), `user` (a C table; MPI comes through it); `device`: on CUDA streams |
+//! | [`schedule`] | which samples run on how many ranks: hybrid and dynamic context parallelism; pure |
 //! | [`driver`] | the CUDA driver, opened at run time |
 //! | [`group`], [`attention`] | ranks that agree before they compute; layers |
 //! | [`capi`] | translates C to all of the above and decides nothing |
@@ -54,4 +55,5 @@ pub mod mask;
 pub mod partition;
 pub mod plan;
 pub mod problem;
+pub mod schedule;
 pub mod transport;

@@ -55,7 +55,7 @@ fn imports(text: &str) -> BTreeSet<String> {
 }
 
 /// design: partition ← mask ← problem ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
-const MAY_IMPORT: [(&str, &[&str]); 15] = [
+const MAY_IMPORT: [(&str, &[&str]); 16] = [
     ("error", &[]),
     ("dtype", &[]),
     ("mask", &["partition"]),
@@ -64,6 +64,7 @@ const MAY_IMPORT: [(&str, &[&str]); 15] = [
     ("holding", &["partition", "problem"]),
     // Of `backend` the plan uses plain data only: `HeadMap` and `Run`.
     ("plan", &["backend", "dtype", "error", "holding", "mask", "partition", "problem"]),
+    ("schedule", &["error"]),
     ("driver", &["error"]),
     ("backend", &["driver", "dtype", "error", "mask"]),
     ("transport", &["driver", "error"]),
@@ -99,6 +100,7 @@ const MAY_IMPORT: [(&str, &[&str]); 15] = [
             "partition",
             "plan",
             "problem",
+            "schedule",
             "transport",
         ],
     ),
