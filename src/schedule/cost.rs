@@ -53,10 +53,15 @@ impl Cost {
     /// Terms that are numbers, none negative, and work that takes time.
     pub fn check(&self) -> Result<()> {
         let Cost { pair, token, wire, rank, call } = *self;
-        let terms = [("pair", pair), ("token", token), ("wire", wire), ("rank", rank), ("call", call)];
+        let terms =
+            [("pair", pair), ("token", token), ("wire", wire), ("rank", rank), ("call", call)];
         match terms.iter().find(|(_, t)| !(0.0..1e6).contains(t)) {
-            Some((name, got)) => Err(Error::argument(format!("cost.{name}: got {got}, allowed 0 … 1e6 seconds"))),
-            None if pair + token <= 0.0 => Err(Error::argument("cost: pair and token are both 0, allowed: one of them")),
+            Some((name, got)) => {
+                Err(Error::argument(format!("cost.{name}: got {got}, allowed 0 … 1e6 seconds")))
+            }
+            None if pair + token <= 0.0 => {
+                Err(Error::argument("cost: pair and token are both 0, allowed: one of them"))
+            }
             None => Ok(()),
         }
     }
@@ -96,7 +101,8 @@ impl Cost {
         if left <= 0.0 || root < 0.0 {
             return fastest();
         }
-        let mut p = ((2.0 * a / (left + root.sqrt())).ceil().min(f64::from(most)) as u32).max(least);
+        let mut p =
+            ((2.0 * a / (left + root.sqrt())).ceil().min(f64::from(most)) as u32).max(least);
         // Rounding, either way.
         if p > least && alone(p - 1) <= time {
             p -= 1;
@@ -151,7 +157,8 @@ impl Cost {
             strides.push(q);
             q = n / (n / q) + 1;
         }
-        let least: Vec<u32> = batch.lengths.iter().map(|&l| l.div_ceil(batch.tokens_per_rank)).collect();
+        let least: Vec<u32> =
+            batch.lengths.iter().map(|&l| l.div_ceil(batch.tokens_per_rank)).collect();
         let feasible = |t: f64| {
             let mut sums = vec![0.0; strides.len()];
             for (&l, &least) in batch.lengths.iter().zip(&least) {
@@ -164,12 +171,18 @@ impl Cost {
                     if p < q {
                         break;
                     }
-                    *sum += f64::from(p / q) * self.least_share(batch, l, p, most.min((p / q + 1) * q - 1));
+                    *sum += f64::from(p / q)
+                        * self.least_share(batch, l, p, most.min((p / q + 1) * q - 1));
                 }
             }
             sums.iter().zip(&strides).all(|(sum, &q)| *sum <= f64::from(n / q) * t)
         };
-        let mut high = batch.lengths.iter().zip(&least).map(|(&l, &p)| self.sample(l, p) + self.pack(p)).sum::<f64>();
+        let mut high = batch
+            .lengths
+            .iter()
+            .zip(&least)
+            .map(|(&l, &p)| self.sample(l, p) + self.pack(p))
+            .sum::<f64>();
         let mut low = 0.0;
         for _ in 0..40 {
             let middle = (low + high) / 2.0;
@@ -199,7 +212,8 @@ impl Cost {
     fn least_share(&self, batch: &Batch, length: u32, low: u32, high: u32) -> f64 {
         let share = |p: u32| {
             self.sample(length, p)
-                + self.pack(p) * f64::from(length) / (f64::from(p) * f64::from(batch.tokens_per_rank))
+                + self.pack(p) * f64::from(length)
+                    / (f64::from(p) * f64::from(batch.tokens_per_rank))
         };
         share(low).min(share(high))
     }

@@ -3,8 +3,11 @@
 //! For a time T that is aimed at, every sample gets the fewest ranks on which it takes no longer than T alone and fits in memory: fewer ranks mean less
 //! communication. The samples are then placed, those on most ranks first, each on the least loaded range that is wide enough: a wider range
 //! is split, and what is placed on its parts runs after what all of it runs. The many short samples come last, one rank each, and even loads out
-//! (longest processing time first). The best T is searched for; then the sizes of single samples on the busiest rank are changed as long as that helps.
+//! (longest processing time first). The best T is searched for; then the sizes of one or two samples are changed as long as that helps, and samples on
+//! one rank are exchanged between ranks ([`even`]).
 //! All of it depends on the arguments alone: every rank finds the same schedule.
+
+mod even;
 
 use super::cost::Cost;
 use super::{Batch, Placement, Schedule};
@@ -15,6 +18,9 @@ use std::collections::BinaryHeap;
 /// Placements tried, in samples: 10 ms' worth at most for 1,000 samples on 512 ranks (`context-parallel schedule --compare`).
 const EFFORT: usize = 60_000;
 
+/// So many of the longest samples are tried in pairs.
+const WIDE: usize = 8;
+
 /// A range of ranks that no other range divides yet.
 #[derive(Clone, Copy, Debug)]
 struct Leaf {
@@ -22,9 +28,10 @@ struct Leaf {
     load: f64,
     first: u32,
     ranks: u32,
-    /// The last pack on exactly this range, and the tokens of it that a rank holds; `u32::MAX`: there is none.
-    pack: u32,
-    tokens: u32,
+    /// Its packs, the last one first: an index into `Search::packs`, or `u32::MAX`.
+    packs: u32,
+    /// No pack of it has more room than this.
+    space: u32,
 }
 
 /// Least load first, as a `BinaryHeap` wants it.
@@ -50,7 +57,7 @@ impl Eq for Leaf {}
 
 impl Leaf {
     fn new(first: u32, ranks: u32, load: f64) -> Leaf {
-        Leaf { load, first, ranks, pack: u32::MAX, tokens: u32::MAX }
+        Leaf { load, first, ranks, packs: u32::MAX, space: u32::MAX }
     }
 
     /// Takes the first `ranks` off; the rest stays.
@@ -59,6 +66,16 @@ impl Leaf {
         *self = Leaf::new(self.first + ranks, self.ranks - ranks, self.load);
         part
     }
+}
+
+/// Samples that run in one call.
+struct Pack {
+    /// Counts the range's packs.
+    number: u32,
+    /// Most tokens of it that a rank holds.
+    tokens: u32,
+    /// The range's pack before this one.
+    next: u32,
 }
 
 /// Which range a sample on several ranks goes to.
@@ -75,6 +92,17 @@ fn share(length: u32, ranks: u32) -> u32 {
     if ranks == 1 { length } else { 2 * length.div_ceil(2 * ranks) }
 }
 
+/// What becomes of a number of ranks p.
+#[derive(Clone, Copy)]
+enum Round {
+    /// It stays.
+    No,
+    /// As many ranges of p fit on n ranks, so wide that they cover all: n/⌊n/p⌋.
+    Tile,
+    /// The smallest of n, n/2, n/4, … that is enough.
+    Halve,
+}
+
 struct Search<'a> {
     batch: &'a Batch<'a>,
     cost: &'a Cost,
@@ -86,6 +114,7 @@ struct Search<'a> {
     /// What was made last.
     placed: Vec<Placement>,
     leaves: Vec<Leaf>,
+    packs: Vec<Pack>,
     heap: BinaryHeap<Leaf>,
     order: Vec<u32>,
     tried: usize,
@@ -126,16 +155,25 @@ pub fn nested(batch: &Batch, cost: &Cost) -> Result<Schedule> {
         ids,
         lengths,
         leaves: Vec::new(),
+        packs: Vec::new(),
         heap: BinaryHeap::new(),
         order: Vec::new(),
         tried: 0,
-        best: Best { time: f64::INFINITY, sizes: Vec::new(), rule: Rule::Least, placed: Vec::new(), busiest: 0 },
+        best: Best {
+            time: f64::INFINITY,
+            sizes: Vec::new(),
+            rule: Rule::Least,
+            placed: Vec::new(),
+            busiest: 0,
+        },
     };
     if !search.ids.is_empty() {
         search.aim();
         search.refine();
+        even::even(batch, cost, &search.lengths, &mut search.best.placed);
     }
-    let mut made = Schedule { placements: vec![Placement::default(); batch.lengths.len()], micro_batches: 1 };
+    let mut made =
+        Schedule { placements: vec![Placement::default(); batch.lengths.len()], micro_batches: 1 };
     if search.ids.is_empty() {
         made.micro_batches = 0;
     }
@@ -151,67 +189,107 @@ impl Search<'_> {
         self.tried * self.ids.len().max(16) < EFFORT
     }
 
-    /// Fewest ranks for each sample within a time; with `tile`, as many as make equal ranges cover all ranks.
-    fn sizes(&self, time: f64, tile: bool) -> Vec<u32> {
+    /// Ranks for each sample: the fewest within a time, rounded, and at least `floor`.
+    fn sizes(&self, time: f64, round: Round, floor: u32) -> Vec<u32> {
         let n = self.batch.ranks;
         let within = |(&l, &least): (&u32, &u32)| {
-            let p = self.cost.ranks_within(l, least, n, time);
-            if tile { n / (n / p) } else { p }
+            let p = self.cost.ranks_within(l, least, n, time).max(floor);
+            match round {
+                Round::No => p,
+                Round::Tile => n / (n / p),
+                Round::Halve => {
+                    let halves = std::iter::successors(Some(n), |&size| Some(size / 2));
+                    halves.take_while(|&size| size >= p).last().unwrap_or(n)
+                }
+            }
         };
         self.lengths.iter().zip(&self.least).map(within).collect()
     }
 
     /// Looks for the time to aim at.
     fn aim(&mut self) {
-        let n = f64::from(self.batch.ranks);
-        let work: f64 = self.lengths.iter().zip(&self.least).map(|(&l, &p)| f64::from(p) * self.cost.sample(l, p)).sum();
-        let (mut low, mut high) = (work / n, self.place(self.sizes(f64::INFINITY, false), Rule::Least));
+        let n = self.batch.ranks;
+        let work = self
+            .lengths
+            .iter()
+            .zip(&self.least)
+            .map(|(&l, &p)| f64::from(p) * self.cost.sample(l, p));
+        let mut low = work.sum::<f64>() / f64::from(n);
+        let mut high = self.place(self.sizes(f64::INFINITY, Round::No, 1), Rule::Least);
         for _ in 0..10 {
             if high - low < 0.002 * high {
                 break;
             }
             let middle = (low * high).sqrt();
-            if self.place(self.sizes(middle, false), Rule::Least) <= middle { high = middle } else { low = middle }
+            let made = self.place(self.sizes(middle, Round::No, 1), Rule::Least);
+            if made <= middle { high = middle } else { low = middle }
+        }
+        // Where packs cost much beside their samples, or wires nothing, few wide ones are better.
+        let few = self.ids.len() * n as usize <= 1 << 14;
+        let mut floor = if few || self.cost.pack(1) > 0.01 * high { 1 } else { n + 1 };
+        while floor <= n && self.more() {
+            self.place(self.sizes(f64::INFINITY, Round::Halve, floor), Rule::Least);
+            self.place(self.sizes(high, Round::Halve, floor), Rule::Least);
+            floor = if floor < n { (2 * floor).min(n) } else { n + 1 };
         }
         for step in [0, 1, -1, 2, -2, 3, 4, 6, 8, 11, 15, 20, 30] {
             let time = high * (1.0 + 0.01 * f64::from(step));
-            for (tile, fit) in [(false, true), (true, false), (false, false)] {
+            for (round, rule) in
+                [(Round::No, Rule::Fit(time)), (Round::Tile, Rule::Least), (Round::No, Rule::Least)]
+            {
                 if self.more() {
-                    let rule = if fit { Rule::Fit(time) } else { Rule::Least };
-                    self.place(self.sizes(time, tile), rule);
+                    self.place(self.sizes(time, round, 1), rule);
                 }
             }
         }
     }
 
-    /// Changes the size of one sample on the busiest rank, as long as that helps.
+    /// Changes the sizes of one or two samples, as long as that helps.
     fn refine(&mut self) {
-        let n = self.batch.ranks;
-        'again: while self.more() {
-            let busiest = self.best.busiest;
-            let on_it: Vec<usize> = (0..self.ids.len())
-                .filter(|&i| {
-                    let p = &self.best.placed[i];
-                    p.first <= busiest && busiest < p.first + p.ranks
-                })
-                .collect();
-            let (before, rule) = (self.best.time, self.best.rule);
-            for &i in &on_it {
-                let p = self.best.sizes[i];
-                let tile = if n / p > 1 { n / (n / p - 1) } else { n };
-                for size in [p + 1, p - 1, 2 * p, tile] {
-                    if size < self.least[i] || size > n || size == p || !self.more() {
-                        continue;
-                    }
-                    let mut sizes = self.best.sizes.clone();
-                    sizes[i] = size;
-                    if self.place(sizes, rule) < before {
-                        continue 'again;
-                    }
-                }
+        while self.more() {
+            let better = self.changes().into_iter().any(|change| {
+                let mut sizes = self.best.sizes.clone();
+                change.iter().for_each(|&(i, size)| sizes[i] = size);
+                let before = self.best.time;
+                self.more() && self.place(sizes, self.best.rule) < before
+            });
+            if !better {
+                return;
             }
-            return;
         }
+    }
+
+    /// Changes worth a try: of a sample on the busiest rank; and of two wide samples, so that they run beside each other on all ranks.
+    fn changes(&self) -> Vec<Vec<(usize, u32)>> {
+        let n = self.batch.ranks;
+        let (sizes, placed, busiest) = (&self.best.sizes, &self.best.placed, self.best.busiest);
+        let mut made = Vec::new();
+        let mut push = |change: Vec<(usize, u32)>| {
+            let new = change.iter().any(|&(i, p)| p != sizes[i]);
+            if new && change.iter().all(|&(i, p)| self.least[i] <= p && p <= n) {
+                made.push(change);
+            }
+        };
+        let on_it = |p: &Placement| p.first <= busiest && busiest < p.first + p.ranks;
+        for i in (0..sizes.len()).filter(|&i| on_it(&placed[i])) {
+            let p = sizes[i];
+            let tile = if n / p > 1 { n / (n / p - 1) } else { n };
+            for size in [p + 1, p - 1, 2 * p, tile] {
+                push(vec![(i, size)]);
+            }
+        }
+        // The longest come first.
+        let wide = sizes.iter().take(WIDE).take_while(|&&p| p > 1).count();
+        for i in 0..wide {
+            for j in i + 1..wide {
+                for p in [self.least[i], n.saturating_sub(self.least[j])] {
+                    push(vec![(i, p), (j, n.saturating_sub(p))]);
+                }
+                push(vec![(i, self.least[i]), (j, n)]);
+                push(vec![(i, n), (j, self.least[j])]);
+            }
+        }
+        made
     }
 
     /// Places all samples with these sizes, keeps the schedule if it is the best so far, and says how long it takes.
@@ -221,52 +299,61 @@ impl Search<'_> {
         order.clear();
         order.extend(0..sizes.len() as u32);
         order.sort_by_key(|&i| std::cmp::Reverse(sizes[i as usize]));
+        self.packs.clear();
         self.leaves.clear();
         self.leaves.push(Leaf::new(0, self.batch.ranks, 0.0));
         let wide = order.partition_point(|&i| sizes[i as usize] > 1);
         for &i in &order[..wide] {
             let (i, p) = (i as usize, sizes[i as usize]);
             let v = self.cost.sample(self.lengths[i], p);
-            let fits = self.leaves.iter().enumerate().filter(|(_, leaf)| leaf.ranks >= p);
-            let narrow = |a: &Leaf, b: &Leaf| a.ranks.cmp(&b.ranks);
-            let chosen = match rule {
-                Rule::Least => fits.min_by(|(_, a), (_, b)| a.load.total_cmp(&b.load).then_with(|| narrow(a, b))),
-                Rule::Fit(time) => fits.min_by(|(_, a), (_, b)| {
-                    let full = |leaf: &Leaf| leaf.load + v + self.cost.pack(p) > time;
-                    full(a).cmp(&full(b)).then_with(|| {
-                        let by_load = a.load.total_cmp(&b.load);
-                        if full(a) { by_load } else { by_load.reverse() }.then_with(|| narrow(a, b))
-                    })
-                }),
-            };
-            let at = chosen.expect("samples come in falling size").0;
-            if self.leaves[at].ranks > p {
-                let part = self.leaves[at].split(p);
-                self.leaves.push(part);
+            let mut best: Option<(usize, bool, f64, u32)> = None;
+            for (at, leaf) in self.leaves.iter().enumerate().filter(|(_, leaf)| leaf.ranks >= p) {
+                let after = if leaf.ranks == p {
+                    self.after(leaf, i, v)
+                } else {
+                    leaf.load + v + self.cost.pack(p)
+                };
+                let (full, rank) = match rule {
+                    Rule::Fit(time) if after <= time => (false, -after),
+                    _ => (true, after),
+                };
+                if best.is_none_or(|b| (full, rank, leaf.ranks) < (b.1, b.2, b.3)) {
+                    best = Some((at, full, rank, leaf.ranks));
+                }
             }
-            let at = if self.leaves[at].ranks == p { at } else { self.leaves.len() - 1 };
-            self.placed[i] = self.put(at, i, v);
+            let at = best.expect("samples come in falling size").0;
+            let mut leaf = self.leaves[at];
+            if leaf.ranks > p {
+                leaf = self.leaves[at].split(p);
+                self.add(&mut leaf, i, v);
+                self.leaves.push(leaf);
+            } else {
+                self.add(&mut leaf, i, v);
+                self.leaves[at] = leaf;
+            }
         }
         let mut heap = std::mem::take(&mut self.heap);
         heap.clear();
         heap.extend(self.leaves.drain(..));
-        heap
-            .is_empty();
         for &i in &order[wide..] {
             let i = i as usize;
             let v = self.cost.sample(self.lengths[i], 1);
             let mut top = heap.peek_mut().expect("one leaf at least");
-            if top.ranks > 1 {
+            if top.ranks == 1 {
+                self.add(&mut top, i, v);
+            } else {
                 let mut part = top.split(1);
                 drop(top);
-                self.placed[i] = self.add(&mut part, i, v);
+                self.add(&mut part, i, v);
                 heap.push(part);
-            } else {
-                self.placed[i] = self.add(&mut top, i, v);
             }
         }
         let (time, busiest) = heap.iter().fold((-1.0, u32::MAX), |(time, first), leaf| {
-            if leaf.load > time || (leaf.load == time && leaf.first < first) { (leaf.load, leaf.first) } else { (time, first) }
+            if leaf.load > time || (leaf.load == time && leaf.first < first) {
+                (leaf.load, leaf.first)
+            } else {
+                (time, first)
+            }
         });
         self.heap = heap;
         self.order = order;
@@ -276,24 +363,40 @@ impl Search<'_> {
         time
     }
 
-    fn put(&mut self, at: usize, i: usize, v: f64) -> Placement {
-        let mut leaf = self.leaves[at];
-        let placed = self.add(&mut leaf, i, v);
-        self.leaves[at] = leaf;
-        placed
+    /// The last of the range's packs with room for so many tokens more.
+    fn room(&self, leaf: &Leaf, share: u32) -> Option<usize> {
+        let most = self.batch.tokens_per_rank.checked_sub(share)?;
+        let mut at = if share <= leaf.space { leaf.packs } else { u32::MAX };
+        while let Some(pack) = self.packs.get(at as usize) {
+            if pack.tokens <= most {
+                return Some(at as usize);
+            }
+            at = pack.next;
+        }
+        None
     }
 
-    /// Puts a sample on exactly this range: into its last pack, if it fits.
-    fn add(&self, leaf: &mut Leaf, i: usize, v: f64) -> Placement {
+    /// The load of this range after a sample with cost `v`.
+    fn after(&self, leaf: &Leaf, i: usize, v: f64) -> f64 {
+        let room = self.room(leaf, share(self.lengths[i], leaf.ranks)).is_some();
+        leaf.load + v + if room { 0.0 } else { self.cost.pack(leaf.ranks) }
+    }
+
+    /// Puts a sample on exactly this range.
+    fn add(&mut self, leaf: &mut Leaf, i: usize, v: f64) {
         let share = share(self.lengths[i], leaf.ranks);
-        if leaf.pack != u32::MAX && leaf.tokens + share <= self.batch.tokens_per_rank {
-            leaf.tokens += share;
-            leaf.load += v;
-        } else {
-            leaf.pack = leaf.pack.wrapping_add(1);
-            leaf.tokens = share;
-            leaf.load += v + self.cost.pack(leaf.ranks);
-        }
-        Placement { micro_batch: 0, first: leaf.first, ranks: leaf.ranks, pack: leaf.pack }
+        leaf.load += v;
+        let at = self.room(leaf, share).unwrap_or_else(|| {
+            // The samples that follow are no longer; most are no shorter.
+            leaf.space = leaf.space.min(share - 1).max(self.batch.tokens_per_rank - share);
+            let number = self.packs.get(leaf.packs as usize).map_or(0, |last| last.number + 1);
+            self.packs.push(Pack { number, tokens: 0, next: leaf.packs });
+            leaf.packs = self.packs.len() as u32 - 1;
+            leaf.load += self.cost.pack(leaf.ranks);
+            self.packs.len() - 1
+        });
+        self.packs[at].tokens += share;
+        let pack = self.packs[at].number;
+        self.placed[i] = Placement { micro_batch: 0, first: leaf.first, ranks: leaf.ranks, pack };
     }
 }
