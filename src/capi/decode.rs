@@ -15,7 +15,11 @@ use crate::problem::{CommType, Extent, Sequence, Wire};
 ///
 /// # Safety
 /// `ptr` is null or points to `count` readable elements.
-unsafe fn slice<'a, T>(name: &str, ptr: *const T, count: usize) -> Result<Option<&'a [T]>> {
+pub(super) unsafe fn slice<'a, T>(
+    name: &str,
+    ptr: *const T,
+    count: usize,
+) -> Result<Option<&'a [T]>> {
     if ptr.is_null() {
         return Ok(None);
     }

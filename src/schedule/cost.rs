@@ -9,7 +9,7 @@
 //! ```
 //! a rank takes the sum over its packs, a micro-batch the largest over its ranks, a schedule the sum over its micro-batches.
 
-use super::{Batch, Schedule};
+use super::{Batch, Placement, Schedule};
 use crate::error::{Error, Result};
 
 /// Seconds on one rank, forward and backward of one layer.
@@ -113,27 +113,41 @@ impl Cost {
         if alone(p) <= time { p } else { fastest() }
     }
 
-    /// Loads of a schedule's ranks, by micro-batch. The schedule is one of this batch ([`Schedule::check`]).
-    pub fn loads(&self, made: &Schedule, batch: &Batch) -> Vec<Vec<f64>> {
-        let mut loads = vec![vec![0.0; batch.ranks as usize]; made.micro_batches as usize];
-        let mut last = None;
+    /// Calls `each` with the loads of all ranks, micro-batch by micro-batch. The schedule is one of this batch ([`Schedule::check`]).
+    fn each_load(&self, made: &Schedule, batch: &Batch, mut each: impl FnMut(&[f64])) {
+        let mut loads = vec![0.0; batch.ranks as usize];
+        let mut last: Option<Placement> = None;
         for id in made.order(batch.lengths) {
-            let p = &made.placements[id as usize];
+            let p = made.placements[id as usize];
+            for _ in last.map_or(0, |l| l.micro_batch)..p.micro_batch {
+                each(&loads);
+                loads.fill(0.0);
+            }
             let mut cost = self.sample(batch.lengths[id as usize], p.ranks);
-            if last != Some(*p) {
+            if last != Some(p) {
                 cost += self.pack(p.ranks);
-                last = Some(*p);
+                last = Some(p);
             }
             let ranks = p.first as usize..(p.first + p.ranks) as usize;
-            loads[p.micro_batch as usize][ranks].iter_mut().for_each(|load| *load += cost);
+            loads[ranks].iter_mut().for_each(|load| *load += cost);
         }
-        loads
+        if last.is_some() {
+            each(&loads);
+        }
+    }
+
+    /// Seconds of every rank, by micro-batch.
+    pub fn loads(&self, made: &Schedule, batch: &Batch) -> Vec<Vec<f64>> {
+        let mut all = Vec::new();
+        self.each_load(made, batch, |loads| all.push(loads.to_vec()));
+        all
     }
 
     /// How long a schedule takes.
     pub fn seconds(&self, made: &Schedule, batch: &Batch) -> f64 {
-        let loads = self.loads(made, batch);
-        loads.iter().map(|ranks| ranks.iter().copied().fold(0.0, f64::max)).sum()
+        let mut sum = 0.0;
+        self.each_load(made, batch, |loads| sum += loads.iter().copied().fold(0.0, f64::max));
+        sum
     }
 
     /// No schedule of the batch takes less: the smallest T for which, for every q = 1 … n,

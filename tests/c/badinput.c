@@ -5,6 +5,7 @@
  * usage: badinput [--no-stale]      --no-stale leaves out the use of destroyed handles, which valgrind rightly minds */
 #define _GNU_SOURCE
 #include "badinput.h"
+#include "badschedule.h"
 
 static void about(void) {
     char text[16];
@@ -547,6 +548,7 @@ int main(int argc, char **argv) {
     user_transport();
     group_functions(g, layer);
     partitions();
+    schedules();
     layers();
     communications();
     layer_functions(g, layer);

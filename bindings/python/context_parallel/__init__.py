@@ -16,6 +16,7 @@ from ._lib import Error, Status, build_info
 from .attention import Attention, Context, query_support
 from .group import Group, unique_id
 from .partition import Sequences, gather_rows, padded_length, partition_tokens, scatter
+from .schedule import Schedule, ScheduleCost, schedule_samples
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,6 +24,8 @@ __all__ = [
     "Context",
     "Error",
     "Group",
+    "Schedule",
+    "ScheduleCost",
     "Sequences",
     "Status",
     "build_info",
@@ -31,5 +34,6 @@ __all__ = [
     "partition_tokens",
     "query_support",
     "scatter",
+    "schedule_samples",
     "unique_id",
 ]

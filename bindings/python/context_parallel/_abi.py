@@ -257,3 +257,6 @@ class cp_backward_args(Sized):
         ("workspace", c_void_p),
         ("workspace_bytes", c_size_t),
     ]
+
+
+from ._abi_schedule import *  # noqa: E402, F403
