@@ -763,6 +763,25 @@ inline std::uint64_t padded_length(Partition partition, std::uint32_t ranks, std
     return padded;
 }
 
+/// Ranks that work with `rank` along axes of a mesh ("cp", "tp-dp-cp"): what Group::subset takes; see cp_mesh_members.
+inline std::vector<std::uint32_t> mesh_members(const cp_mesh &mesh, const std::string &axes, std::uint32_t rank) {
+    std::size_t count = 0;
+    check(cp_mesh_members(&mesh, axes.c_str(), rank, nullptr, 0, &count, nullptr));
+    std::vector<std::uint32_t> members(count);
+    check(cp_mesh_members(&mesh, axes.c_str(), rank, members.data(), count, &count, nullptr));
+    return members;
+}
+
+/// The communication type of each of `layers` layers; see cp_comm_types_per_layer.
+inline std::vector<CommType> comm_types_per_layer(const std::string &names, std::size_t layers) {
+    std::vector<cp_comm_type> codes(layers > 0 ? layers : 1);
+    check(cp_comm_types_per_layer(names.c_str(), layers, codes.data()));
+    std::vector<CommType> types;
+    for (cp_comm_type code : codes)
+        types.push_back(static_cast<CommType>(code));
+    return types;
+}
+
 } // namespace cp
 
 #endif // CONTEXT_PARALLEL_HPP

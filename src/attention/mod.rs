@@ -1,6 +1,6 @@
 //! An attention layer: a configuration, the groups it has been attached to, and the two passes.
 
-mod engine;
+pub(crate) mod engine;
 
 use crate::backend::View;
 use crate::backend::cpu::Cpu;
@@ -632,5 +632,7 @@ pub fn name(tensor: Tensor) -> &'static str {
         Tensor::Delta => "delta",
         Tensor::Max => "max",
         Tensor::Sum => "sum",
+        Tensor::Local => "local",
+        Tensor::Whole => "whole",
     }
 }

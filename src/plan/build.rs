@@ -40,9 +40,11 @@ pub(super) fn plan(
             b.backward_stages();
             b.trade_out(&[Tensor::DQ, Tensor::DK, Tensor::DV]);
         }
+        Pass::ToHeads | Pass::ToSequence => unreachable!("`Plan::of_trade` plans these"),
     }
     Plan {
         problem: problem.clone(),
+        trade: None,
         rank,
         pass,
         options,
@@ -150,6 +152,7 @@ impl<'a> Builder<'a> {
             Tensor::Q | Tensor::K | Tensor::DQ | Tensor::DK => p.dim_qk,
             Tensor::V | Tensor::Out | Tensor::DOut | Tensor::DV => p.dim_v,
             Tensor::Lse | Tensor::Delta | Tensor::Max | Tensor::Sum => 1,
+            Tensor::Local | Tensor::Whole => unreachable!("attention has no such tensor"),
         };
         let wired = matches!(tensor, Tensor::DK | Tensor::DV) && kind != Kind::Caller;
         let dtype = match kind {

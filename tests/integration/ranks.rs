@@ -101,7 +101,7 @@ impl Local {
         Local { bytes, view, shape: shape.map(|n| n as i64) }
     }
 
-    fn put(&mut self, row: usize, head: usize, values: &[f32]) {
+    pub fn put(&mut self, row: usize, head: usize, values: &[f32]) {
         let (at, dtype) = (self.view.offset(row, head), self.view.dtype);
         let base: *mut u8 = self.bytes.as_mut_ptr().cast();
         for (i, x) in values.iter().enumerate() {
@@ -116,7 +116,7 @@ impl Local {
         }
     }
 
-    fn get(&self, row: usize, head: usize, values: &mut [f32]) {
+    pub fn get(&self, row: usize, head: usize, values: &mut [f32]) {
         let (at, dtype) = (self.view.offset(row, head), self.view.dtype);
         let base: *const u8 = self.bytes.as_ptr().cast();
         for (i, x) in values.iter_mut().enumerate() {

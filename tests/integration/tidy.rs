@@ -55,13 +55,16 @@ fn imports(text: &str) -> BTreeSet<String> {
 }
 
 /// design: partition ← mask ← problem ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
-const MAY_IMPORT: [(&str, &[&str]); 16] = [
+const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("dtype", &[]),
     ("mask", &["partition"]),
     ("partition", &[]),
     ("problem", &["dtype", "error", "mask", "partition"]),
     ("holding", &["partition", "problem"]),
+    ("mesh", &["error"]),
+    ("layers", &["error", "problem"]),
+    ("padding", &["error"]),
     // Of `backend` the plan uses plain data only: `HeadMap` and `Run`.
     ("plan", &["backend", "dtype", "error", "holding", "mask", "partition", "problem"]),
     ("schedule", &["error"]),
@@ -87,6 +90,22 @@ const MAY_IMPORT: [(&str, &[&str]); 16] = [
         ],
     ),
     (
+        "trade",
+        &[
+            "attention",
+            "backend",
+            "driver",
+            "dtype",
+            "error",
+            "exec",
+            "group",
+            "holding",
+            "partition",
+            "plan",
+            "problem",
+        ],
+    ),
+    (
         "capi",
         &[
             "attention",
@@ -96,11 +115,15 @@ const MAY_IMPORT: [(&str, &[&str]); 16] = [
             "error",
             "group",
             "holding",
+            "layers",
             "mask",
+            "mesh",
+            "padding",
             "partition",
             "plan",
             "problem",
             "schedule",
+            "trade",
             "transport",
         ],
     ),

@@ -213,6 +213,13 @@ void errors() {
     EXPECT(cp::version() == cp_version());
     EXPECT(cp::build_info().find("\"version\"") != std::string::npos);
     EXPECT(cp::padded_length(cp::Partition::zigzag, 2, 10) == 12);
+    cp_mesh mesh{};
+    mesh.struct_size = sizeof mesh;
+    mesh.tp = mesh.cp = mesh.dp = mesh.pp = 2;
+    EXPECT((cp::mesh_members(mesh, "dp-cp", 5) == std::vector<std::uint32_t>{1, 3, 5, 7}));
+    THROWS(invalid_argument, "\"xp\" is no axis", cp::mesh_members(mesh, "xp", 5));
+    EXPECT((cp::comm_types_per_layer("a2a allgather", 4)[3] == cp::CommType::all_gather));
+    THROWS(invalid_argument, "got 2 names for 3 layers", cp::comm_types_per_layer("a2a p2p", 3));
     cp::AttentionConfig odd = small();
     odd.head_dim_qk = 12;
     THROWS(invalid_argument, "head_dim_qk: got 12", cp::Attention attention(odd));

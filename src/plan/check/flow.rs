@@ -17,6 +17,9 @@ pub(super) fn check(plans: &[Plan]) -> Result<(), String> {
     let mut flow =
         Flow { plans, memory: plans.iter().map(initial).collect(), posted: HashMap::new() };
     flow.run()?;
+    if let Some(trade) = &plans[0].trade {
+        return super::trade::results(trade, plans, &flow.memory);
+    }
     let sums = Sums::new(&plans[0].problem);
     (0..plans.len()).try_for_each(|rank| flow.results(rank, &sums))
 }
@@ -205,6 +208,7 @@ impl<'a> Flow<'a> {
         let outputs: &[Tensor] = match plan.pass {
             Pass::Forward => &[Tensor::Out, Tensor::Lse],
             Pass::Backward => &[Tensor::DQ, Tensor::DK, Tensor::DV],
+            Pass::ToHeads | Pass::ToSequence => &[],
         };
         for &tensor in outputs {
             let (side, slot) = (side_of(tensor), Slot::caller(tensor));
