@@ -6,7 +6,8 @@
  *   A sequence of S tokens is dealt out to the P ranks of a group (cp_partition_*). Every rank calls cp_attention_forward with its own
  *   rows of Q, K, V and gets its own rows of O and LSE, equal to what one rank with the whole sequence would compute; then
  *   cp_attention_backward with dO gives its own rows of dQ, dK, dV. How keys and values travel is the communication type (CP_COMM_*);
- *   it changes speed and memory, never the result's meaning.
+ *   it changes speed and memory, never the result's meaning. Other layers that need whole sequences (Mamba) trade heads for them and back:
+ *   cp_sequence_to_heads, cp_heads_to_sequence.
  *
  * LIFECYCLE
  *   cp_get_unique_id -> cp_group_init (collective) -> cp_attention_create -> cp_set_group -> forward / backward x N -> destroy.
@@ -151,6 +152,10 @@
 // The caller's own list, given with the sequences of every call.
 #define CP_PARTITION_LIST 3
 
+// Packed documents stay whole on one rank where they can, and long ones are cut so that all ranks compute alike under a causal mask: few
+// keys move. Pieces are of 256 tokens or more, ranks' rows equal to within 256 (cp_partition_tokens tells). Packed self-attention only.
+#define CP_PARTITION_BALANCED 4
+
 // cp_attention_config.flags: no query sees a later key.
 #define CP_ATTENTION_CAUSAL 1
 
@@ -261,6 +266,21 @@
 
 // Megatron-LM's DpBalancedScheduler: `cp_size` ranks for every pack, samples in their order.
 #define CP_SCHEDULER_DP_BALANCED 3
+
+// Instead of a position or a token: padding, or beyond the end of a sequence.
+#define CP_NO_TOKEN 4294967295
+
+// All tokens of all dp x cp ranks and micro-batches: sum(w * l) / sum(w). Megatron's calculate_per_token_loss.
+#define CP_LOSS_PER_TOKEN 0
+
+// The tokens of a replica (its cp ranks) in a micro-batch, then replicas and micro-batches. Megatron's loss functions with two results.
+#define CP_LOSS_PER_REPLICA 1
+
+// Added up.
+#define CP_GRADIENTS_SUMMED 0
+
+// Averaged over all dp x cp ranks, as data parallelism does by default.
+#define CP_GRADIENTS_AVERAGED 1
 
 // An attention layer. Use it from any thread, one call at a time.
 typedef struct cp_attention cp_attention;
@@ -457,6 +477,30 @@ typedef struct cp_sequences {
 
 // Which side of attention: queries or keys.
 typedef uint32_t cp_side;
+
+// What a loss is the mean of.
+typedef uint32_t cp_loss_mean;
+
+// How gradients of the dp x cp ranks are put together.
+typedef uint32_t cp_gradients;
+
+// What cp_loss_scale depends on.
+typedef struct cp_loss_config {
+    // sizeof(cp_loss_config).
+    uint32_t struct_size;
+    // CP_LOSS_*.
+    cp_loss_mean mean;
+    // CP_GRADIENTS_*.
+    cp_gradients gradients;
+    // Ranks of a replica; 0 = 1.
+    uint32_t cp_size;
+    // Replicas; 0 = 1.
+    uint32_t dp_size;
+    // Micro-batches of a step; 0 = 1. Per token they are in `tokens` already.
+    uint32_t microbatches;
+    // Sum of the weights: per token of all ranks and micro-batches, per replica of the replica's ranks in this micro-batch.
+    double tokens;
+} cp_loss_config;
 
 // Ranks in a grid with the axes tp, cp, ep, dp, pp (tensor, context, expert, data, pipeline parallel), as Megatron numbers them.
 //
@@ -971,6 +1015,132 @@ cp_status cp_partition_tokens(cp_partition partition,
                               uint32_t *indices,
                               size_t capacity,
                               size_t *count);
+
+// Position of every local row in its sequence, counted from the first true token; CP_NO_TOKEN for padding. These are also the rows that the
+// rank takes of a table of rotary frequencies. Writes at most `capacity` and the number of rows to `count`; `values` may be NULL. Local.
+// Any thread, any time.
+//
+// Requires:
+// `sequences` as its docs say (lists for `ranks` ranks); `values` is NULL or has room for `capacity` numbers; `count` for one.
+cp_status cp_partition_positions(cp_partition partition,
+                                 cp_format format,
+                                 const struct cp_sequences *sequences,
+                                 uint32_t ranks,
+                                 uint32_t rank,
+                                 cp_side side,
+                                 uint32_t *values,
+                                 size_t capacity,
+                                 size_t *count);
+
+// How much of every sequence a rank holds: `tokens` without padding, `rows` with it. Their running sums are the rank's own cu_seqlens and
+// cu_seqlens_padded. Writes at most `capacity` of each and the number of sequences to `count`; `tokens` and `rows` may be NULL. Local. Any
+// thread, any time.
+//
+// Requires:
+// `sequences` as its docs say (lists for `ranks` ranks); `tokens` and `rows` are NULL or have room for `capacity` numbers; `count` for one.
+cp_status cp_partition_lengths(cp_partition partition,
+                               cp_format format,
+                               const struct cp_sequences *sequences,
+                               uint32_t ranks,
+                               uint32_t rank,
+                               cp_side side,
+                               uint32_t *tokens,
+                               uint32_t *rows,
+                               size_t capacity,
+                               size_t *count);
+
+// Puts whole sequences together again: for every token, in the numbering of cp_partition_tokens, its row among the shards of all ranks laid
+// one after another, rank 0's first. An all-gather of the shards, indexed by this, is the whole. Writes at most `capacity` and the
+// number of tokens to `count`; `order_out` may be NULL. Local. Any thread, any time.
+//
+// Requires:
+// `sequences` as its docs say (lists for `ranks` ranks); `order_out` is NULL or has room for `capacity` numbers; `count` for one.
+cp_status cp_partition_order(cp_partition partition,
+                             cp_format format,
+                             const struct cp_sequences *sequences,
+                             uint32_t ranks,
+                             cp_side side,
+                             uint32_t *order_out,
+                             size_t capacity,
+                             size_t *count);
+
+// For every local row the token that stands `shift` after it in its sequence (before it, if negative), in the numbering of cp_partition_tokens;
+// CP_NO_TOKEN where there is none, and for padding. With 1 it is where a row's label is, with 2 and more the labels of multi-token prediction:
+// across the borders of chunks and ranks, never across those of sequences. Writes at most `capacity` and the number of rows to `count`;
+// `tokens` may be NULL. Local. Any thread, any time.
+//
+// Requires:
+// `sequences` as its docs say (lists for `ranks` ranks); `tokens` is NULL or has room for `capacity` numbers; `count` for one.
+cp_status cp_partition_shift(cp_partition partition,
+                             cp_format format,
+                             const struct cp_sequences *sequences,
+                             uint32_t ranks,
+                             uint32_t rank,
+                             cp_side side,
+                             int32_t shift,
+                             uint32_t *tokens,
+                             size_t capacity,
+                             size_t *count);
+
+// The all-to-all that brings every rank what cp_partition_shift says, for those who have only their own rows. For rank 0, then rank 1, …:
+// `send_rows` are local rows that go there (`send_counts[peer]` of them), in the order in which the peer has them in its `recv_rows`: the
+// local rows that what comes is for (`recv_counts[peer]`). This rank is a peer of itself. Rows in no list get nothing (say, -100). Neither
+// list is longer than the rank has rows; both arrays have room for `capacity`. Local. Any thread, any time.
+//
+// Requires:
+// `sequences` as its docs say (lists for `ranks` ranks); `send_rows` and `recv_rows` are NULL or have room for `capacity` numbers,
+// `send_counts` and `recv_counts` for `ranks`.
+cp_status cp_partition_shift_exchange(cp_partition partition,
+                                      cp_format format,
+                                      const struct cp_sequences *sequences,
+                                      uint32_t ranks,
+                                      uint32_t rank,
+                                      cp_side side,
+                                      int32_t shift,
+                                      uint32_t *send_rows,
+                                      uint32_t *send_counts,
+                                      uint32_t *recv_rows,
+                                      uint32_t *recv_counts,
+                                      size_t capacity);
+
+// 1 for every local query row that counts in the loss, else 0: padding never does, and with `shift` other than 0 neither do rows whose label,
+// `shift` tokens on, is beyond the end of their sequence. Writes at most `capacity` and the number of rows to `count`; `weights_out` may be NULL.
+// Local. Any thread, any time.
+//
+// Requires:
+// `sequences` as its docs say (lists for `ranks` ranks); `weights_out` is NULL or has room for `capacity` numbers; `count` for one.
+cp_status cp_loss_weights(cp_partition partition,
+                          cp_format format,
+                          const struct cp_sequences *sequences,
+                          uint32_t ranks,
+                          uint32_t rank,
+                          int32_t shift,
+                          float *weights_out,
+                          size_t capacity,
+                          size_t *count);
+
+// How many rows of all ranks together cp_loss_weights counts: from the lengths alone, so it takes no all-reduce. Local. Any thread, any time.
+//
+// Requires:
+// `sequences` as its docs say, without lists; `count` has room for a number.
+cp_status cp_loss_tokens(cp_format format,
+                         const struct cp_sequences *sequences,
+                         int32_t shift,
+                         uint64_t *count);
+
+// What a rank multiplies the sum of its own weighted losses by, before backward, so that the gradients of all dp x cp ranks, put together as
+// `config` says, are those of one rank:
+//
+//                                CP_GRADIENTS_SUMMED              CP_GRADIENTS_AVERAGED
+//     CP_LOSS_PER_TOKEN          1 / tokens                       dp * cp / tokens
+//     CP_LOSS_PER_REPLICA        1 / (dp * microbatches * tokens) cp / (microbatches * tokens)
+//
+// 0 where tokens is 0: a rank without a token that counts contributes nothing, and never NaN. Local. Any thread, any time.
+//
+// Requires:
+// `config` points to `struct_size` readable bytes; `factor` has room for a number.
+cp_status cp_loss_scale(const struct cp_loss_config *config,
+                        double *factor);
 
 // Fills in what a mesh leaves to defaults: sizes, `world_size`, but not `order`. Checks all of it. Local. Any thread, any time.
 //

@@ -100,6 +100,9 @@ pub const CP_PARTITION_CONTIGUOUS: u32 = 1;
 pub const CP_PARTITION_STRIPED: u32 = 2;
 /// The caller's own list, given with the sequences of every call.
 pub const CP_PARTITION_LIST: u32 = 3;
+/// Packed documents stay whole on one rank where they can, and long ones are cut so that all ranks compute alike under a causal mask: few
+/// keys move. Pieces are of 256 tokens or more, ranks' rows equal to within 256 (cp_partition_tokens tells). Packed self-attention only.
+pub const CP_PARTITION_BALANCED: u32 = 4;
 
 /// cp_attention_config.flags: no query sees a later key.
 pub const CP_ATTENTION_CAUSAL: u32 = 1;

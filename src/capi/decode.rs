@@ -108,9 +108,10 @@ pub fn partition(name: &str, code: cp_partition) -> Result<Partition> {
         CP_PARTITION_ZIGZAG => Ok(Partition::Zigzag),
         CP_PARTITION_CONTIGUOUS => Ok(Partition::Contiguous),
         CP_PARTITION_STRIPED => Ok(Partition::Striped),
+        CP_PARTITION_BALANCED => Ok(Partition::Balanced),
         CP_PARTITION_LIST => Ok(Partition::List { q: Vec::new(), k: Vec::new() }),
         other => Err(Error::argument(format!(
-            "{name}: got {other}, allowed CP_PARTITION_ZIGZAG (0), _CONTIGUOUS (1), _STRIPED (2), _LIST (3)"
+            "{name}: got {other}, allowed CP_PARTITION_ZIGZAG (0), _CONTIGUOUS (1), _STRIPED (2), _LIST (3), _BALANCED (4)"
         ))),
     }
 }

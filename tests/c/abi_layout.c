@@ -247,6 +247,15 @@ AT(cp_backward_args, saved_bytes, 896);
 AT(cp_backward_args, workspace, 904);
 AT(cp_backward_args, workspace_bytes, 912);
 
+SIZE(cp_loss_config, 32);
+AT(cp_loss_config, struct_size, 0);
+AT(cp_loss_config, mean, 4);
+AT(cp_loss_config, gradients, 8);
+AT(cp_loss_config, cp_size, 12);
+AT(cp_loss_config, dp_size, 16);
+AT(cp_loss_config, microbatches, 20);
+AT(cp_loss_config, tokens, 24);
+
 int main(void) {
     return 0;
 }

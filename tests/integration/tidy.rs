@@ -54,14 +54,17 @@ fn imports(text: &str) -> BTreeSet<String> {
     rooms
 }
 
-/// design: partition ← mask ← problem ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
+/// design: partition ← mask ← problem ← balance ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("dtype", &[]),
     ("mask", &["partition"]),
     ("partition", &[]),
     ("problem", &["dtype", "error", "mask", "partition"]),
-    ("holding", &["partition", "problem"]),
+    ("balance", &["partition", "problem"]),
+    ("holding", &["balance", "partition", "problem"]),
+    ("rows", &["holding", "partition", "problem"]),
+    ("loss", &["error", "partition", "problem", "rows"]),
     ("mesh", &["error"]),
     ("layers", &["error", "problem"]),
     ("padding", &["error"]),
@@ -77,6 +80,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         "attention",
         &[
             "backend",
+            "balance",
             "driver",
             "dtype",
             "error",
@@ -94,6 +98,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         &[
             "attention",
             "backend",
+            "balance",
             "driver",
             "dtype",
             "error",
@@ -110,18 +115,21 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         &[
             "attention",
             "backend",
+            "balance",
             "driver",
             "dtype",
             "error",
             "group",
             "holding",
             "layers",
+            "loss",
             "mask",
             "mesh",
             "padding",
             "partition",
             "plan",
             "problem",
+            "rows",
             "schedule",
             "trade",
             "transport",

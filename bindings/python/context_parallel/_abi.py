@@ -37,6 +37,7 @@ CP_PARTITION_ZIGZAG = 0
 CP_PARTITION_CONTIGUOUS = 1
 CP_PARTITION_STRIPED = 2
 CP_PARTITION_LIST = 3
+CP_PARTITION_BALANCED = 4
 CP_ATTENTION_CAUSAL = 1
 CP_ATTENTION_BOTTOM_RIGHT = 2
 CP_ATTENTION_WINDOW_LEFT = 4
@@ -276,4 +277,5 @@ class cp_backward_args(Sized):
 
 
 from ._abi_mesh import *  # noqa: E402, F403
+from ._abi_rows import *  # noqa: E402, F403
 from ._abi_schedule import *  # noqa: E402, F403

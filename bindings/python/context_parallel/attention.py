@@ -41,7 +41,7 @@ class Attention:
     multiples of 8 up to 256. dtype: "float32", "bfloat16", "float16", or NumPy's or torch's. causal: no query sees a later key. bottom_right: the
     mask's diagonal ends in the last query and last key. window: (keys seen before, keys seen after the diagonal), None: no limit. format: the axes of
     the arrays, "bshd", "sbhd", "bhsd" or "thd" (packed); the LSE is [batch, heads, seq], packed [heads, tokens]. partition: "zigzag",
-    "contiguous", "striped" or "list". softmax_scale: None is 1/sqrt(head_dim). save: with a2a, forward keeps the head-split tensors for backward.
+    "contiguous", "striped", "balanced" or "list". softmax_scale: None is 1/sqrt(head_dim). save: with a2a, forward keeps the head-split tensors for backward.
     wire_fp32: partial gradients travel as fp32. max_tokens_per_rank: most rows a rank ever holds, 0: no limit. threads: 0 is CP_THREADS, or 1.
 
     device: where arrays are and work is done: "cpu", "cuda:0", ("cuda", 0), a torch.device; "cuda" is torch's current one. On CUDA dtype is bfloat16 or

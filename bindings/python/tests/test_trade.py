@@ -70,6 +70,7 @@ def test_there_and_back(name, ranks):
     give_back(groups)
 
 
+@pytest.mark.fast
 def test_shares():
     assert [cp.heads_of_rank(8, 3, r) for r in range(3)] == [range(0, 2), range(2, 5), range(5, 8)]
     assert [cp.heads_of_rank(8, 4, r, 2) for r in range(4)] == [range(0, 1), range(0, 1), range(1, 2), range(1, 2)]
@@ -78,7 +79,8 @@ def test_shares():
     raises(Status.INVALID_ARGUMENT, "rank: got 2 of 2", cp.heads_of_rank, 8, 2, 2)
 
 
-def test_one_exchange_and_bytes(monkeypatch):
+@pytest.mark.fast
+def test_one_exchange_and_bytes():
     """Every rank sends what others need and nothing else, in one call of the library for all tensors."""
     case, groups = cases()["causal_101_sbhd"], thread_groups(4)
     rows = globals_of(case, MAMBA)
@@ -168,6 +170,7 @@ def test_wrong_arguments(good, wrong, text):
     give_back(groups)
 
 
+@pytest.mark.fast
 def test_ranks_that_disagree():
     groups = thread_groups(3)
     x = np.zeros((1, 4, 6, 8), np.float32)
