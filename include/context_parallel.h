@@ -255,6 +255,18 @@
 // They are padding of the last sequence.
 #define CP_TAIL_EXTEND_LAST 1
 
+// Ours: any number of ranks for a sample, packs, one micro-batch of nested ranges of ranks in which no rank waits.
+#define CP_SCHEDULER_NESTED 0
+
+// BalancedCPScheduler as released with megatron-core 0.16.1: powers of two, every sample a pack of its own.
+#define CP_SCHEDULER_MEGATRON 1
+
+// DefaultDynamicCPScheduler of Megatron-LM's dev branch: powers of two, one pack per rank and micro-batch.
+#define CP_SCHEDULER_DYNAMIC 2
+
+// Megatron-LM's DpBalancedScheduler: `cp_size` ranks for every pack, samples in their order.
+#define CP_SCHEDULER_DP_BALANCED 3
+
 // Instead of a position or a token: padding, or beyond the end of a sequence.
 #define CP_NO_TOKEN 4294967295
 
@@ -593,6 +605,52 @@ typedef struct cp_tail_config {
     // Rows of every rank: so many.
     uint64_t rows;
 } cp_tail_config;
+
+// Who decides which samples run on which ranks.
+typedef uint32_t cp_scheduler;
+
+// What is scheduled onto what, and what it costs.
+//
+// Seconds that a pack takes on each of its p ranks, forward and backward of one layer:
+// cost_call + cost_rank (p - 1) + the sum over its samples of (cost_pair L^2 / 2 + cost_token L) / p + cost_wire L (p - 1) / p, L tokens each.
+// If all five are 0, they are those of a layer of Llama 3 8B in bf16 on H100s with a 400 Gb/s network; only their ratios matter.
+typedef struct cp_schedule_config {
+    // sizeof(cp_schedule_config), set by the caller.
+    uint32_t struct_size;
+    // 0.
+    uint32_t flags;
+    // Number of ranks: dp times cp.
+    uint32_t ranks;
+    // Most tokens of one pack that a rank holds (Megatron's max_seqlen_per_dp_cp_rank).
+    uint32_t tokens_per_rank;
+    // CP_SCHEDULER_*.
+    cp_scheduler scheduler;
+    // CP_SCHEDULER_DYNAMIC: fewest ranks of a sample; CP_SCHEDULER_DP_BALANCED: ranks of every pack; 0: 1. Others: 0.
+    uint32_t cp_size;
+    // Per (query, key) pair.
+    double cost_pair;
+    // Per token, outside of attention.
+    double cost_token;
+    // Per token that other ranks hold.
+    double cost_wire;
+    // Per pack and further rank.
+    double cost_rank;
+    // Per pack.
+    double cost_call;
+} cp_schedule_config;
+
+// Where a sample runs. Micro-batches run one after another, with a barrier between. In one, a rank runs its packs widest range of ranks first, those of
+// one range in ascending order; all its ranks then arrive at a pack together.
+typedef struct cp_placement {
+    // Counted from 0.
+    uint32_t micro_batch;
+    // The sample runs on `rank_count` consecutive ranks from here: make a subset of them, or give them to cp_set_group.
+    uint32_t first_rank;
+    // Its context-parallel size.
+    uint32_t rank_count;
+    // Samples of a micro-batch with equal ranks and equal `pack` run in one call, as packed sequences.
+    uint32_t pack;
+} cp_placement;
 
 // A tensor: memory of the caller's, with shape and element strides. The numbers are DLPack's. Frozen: it never grows.
 //
@@ -1301,6 +1359,30 @@ cp_status cp_padding_image_bounds(const uint64_t *rows,
                                   uint32_t ranks,
                                   uint32_t flags,
                                   uint64_t *bounds);
+
+// Decides where each of `count` samples runs; `lengths` are their tokens. Writes `count` placements, in the order of the samples, and the number of
+// micro-batches. Depends on its arguments alone: every rank calls it and finds the same. Takes milliseconds. Local. Any thread, any time.
+//
+// Requires:
+// `config` points to `struct_size` bytes; `lengths` to `count` numbers; `placements` has room for `count`, `micro_batches` for one number.
+cp_status cp_schedule_samples(const struct cp_schedule_config *config,
+                              const uint32_t *lengths,
+                              size_t count,
+                              struct cp_placement *placements,
+                              uint32_t *micro_batches);
+
+// How long a schedule takes by the costs of `config`, the caller's own as well as one made here: the sum over micro-batches of the slowest rank's sum over
+// its packs. `bound` may be NULL; else it gets a time that no schedule of these samples can beat. `scheduler` and `cp_size` do not matter. Local.
+// Any thread, any time.
+//
+// Requires:
+// `config` points to `struct_size` bytes; `lengths` and `placements` to `count` elements; `seconds` and `bound` have room for a number.
+cp_status cp_schedule_time(const struct cp_schedule_config *config,
+                           const uint32_t *lengths,
+                           size_t count,
+                           const struct cp_placement *placements,
+                           double *seconds,
+                           double *bound);
 
 // This rank's rows of all heads become whole sequences of this rank's heads: `local` is read, `whole` written. For layers that need whole sequences
 // and treat heads, or channels, apart, such as Mamba's convolution and scan.

@@ -33,6 +33,7 @@
 //! | [`exec`] | runs one rank's plan |
 //! | [`backend`] | what compute steps mean, and the CPU kernels |
 //! | [`transport`] | moves bytes: `local` (threads), `shm` (processes), `user` (a C table; MPI comes through it); `device`: on CUDA streams |
+//! | [`schedule`] | which samples run on how many ranks: hybrid and dynamic context parallelism; pure |
 //! | [`driver`] | the CUDA driver, opened at run time |
 //! | [`group`], [`attention`] | ranks that agree before they compute; layers |
 //! | [`trade`] | sequence ↔ heads for other layers than attention |
@@ -66,5 +67,6 @@ pub mod partition;
 pub mod plan;
 pub mod problem;
 pub mod rows;
+pub mod schedule;
 pub mod trade;
 pub mod transport;

@@ -87,6 +87,25 @@ AT(cp_tail_config, slots, 20);
 AT(cp_tail_config, multiple, 24);
 AT(cp_tail_config, rows, 32);
 
+SIZE(cp_schedule_config, 64);
+AT(cp_schedule_config, struct_size, 0);
+AT(cp_schedule_config, flags, 4);
+AT(cp_schedule_config, ranks, 8);
+AT(cp_schedule_config, tokens_per_rank, 12);
+AT(cp_schedule_config, scheduler, 16);
+AT(cp_schedule_config, cp_size, 20);
+AT(cp_schedule_config, cost_pair, 24);
+AT(cp_schedule_config, cost_token, 32);
+AT(cp_schedule_config, cost_wire, 40);
+AT(cp_schedule_config, cost_rank, 48);
+AT(cp_schedule_config, cost_call, 56);
+
+SIZE(cp_placement, 16);
+AT(cp_placement, micro_batch, 0);
+AT(cp_placement, first_rank, 4);
+AT(cp_placement, rank_count, 8);
+AT(cp_placement, pack, 12);
+
 SIZE(cp_stretch, 16);
 AT(cp_stretch, seq, 0);
 AT(cp_stretch, start, 4);

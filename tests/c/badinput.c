@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include "badinput.h"
 #include "badmesh.h"
+#include "badschedule.h"
 
 static void about(void) {
     char text[16];
@@ -659,6 +660,7 @@ int main(int argc, char **argv) {
     meshes();
     types_of_layers();
     paddings();
+    schedules();
     layers();
     communications();
     layer_functions(g, layer);

@@ -38,6 +38,7 @@ fn header_is_what_cbindgen_makes() {
     for file in [
         "capi/abi.rs",
         "capi/abi_mesh.rs",
+        "capi/abi_schedule.rs",
         "transport/user.rs",
         "capi/abi_rows.rs",
         "capi/abi_trade.rs",
@@ -48,6 +49,7 @@ fn header_is_what_cbindgen_makes() {
         "capi/collect.rs",
         "capi/mesh.rs",
         "capi/padding.rs",
+        "capi/schedule.rs",
         "capi/trade.rs",
         "capi/attention.rs",
     ] {

@@ -70,6 +70,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("padding", &["error"]),
     // Of `backend` the plan uses plain data only: `HeadMap` and `Run`.
     ("plan", &["backend", "dtype", "error", "holding", "mask", "partition", "problem"]),
+    ("schedule", &["error"]),
     ("driver", &["error"]),
     ("backend", &["driver", "dtype", "error", "mask"]),
     ("transport", &["driver", "error"]),
@@ -134,6 +135,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "plan",
             "problem",
             "rows",
+            "schedule",
             "trade",
             "transport",
         ],

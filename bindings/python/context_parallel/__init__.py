@@ -45,6 +45,7 @@ from .rows import (
     shift_exchange,
     shift_tokens,
 )
+from .schedule import Schedule, ScheduleCost, schedule_samples
 from .trade import heads_of_rank, heads_to_sequence, sequence_to_heads, trade_workspace_size
 
 __version__ = "0.1.0"
@@ -55,6 +56,8 @@ __all__ = [
     "Group",
     "Mesh",
     "ParallelState",
+    "Schedule",
+    "ScheduleCost",
     "Sequences",
     "Status",
     "build_info",
@@ -86,6 +89,7 @@ __all__ = [
     "query_support",
     "rope_rows",
     "scatter",
+    "schedule_samples",
     "sequence_to_heads",
     "shift",
     "shift_exchange",

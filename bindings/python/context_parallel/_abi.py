@@ -278,3 +278,4 @@ class cp_backward_args(Sized):
 
 from ._abi_mesh import *  # noqa: E402, F403
 from ._abi_rows import *  # noqa: E402, F403
+from ._abi_schedule import *  # noqa: E402, F403
