@@ -24,7 +24,7 @@
 //! # Where to read
 //! | room | what it is for |
 //! |---|---|
-//! | [`partition`], [`mask`], [`problem`], [`holding`], [`dtype`], [`error`] | the vocabulary; pure |
+//! | [`partition`], [`mask`], [`score`], [`problem`], [`holding`], [`dtype`], [`error`] | the vocabulary; pure |
 //! | [`plan`] | decides; start with the table that `context-parallel plan` prints, then `plan/stages.rs` |
 //! | [`exec`] | runs one rank's plan |
 //! | [`backend`] | what compute steps mean, and the CPU kernels |
@@ -54,4 +54,5 @@ pub mod mask;
 pub mod partition;
 pub mod plan;
 pub mod problem;
+pub mod score;
 pub mod transport;

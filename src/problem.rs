@@ -5,6 +5,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::partition::{Partition, Side};
+use crate::score::Score;
 use std::hash::{Hash, Hasher};
 
 /// Where the true tokens of a sequence lie within its padded length: `before` padding tokens, `len` true ones, padding up to `padded`.
@@ -157,6 +158,8 @@ pub struct Problem {
     pub wire: Wire,
     /// Multiplies q·k before the softmax.
     pub scale: f32,
+    /// What else happens to scores, and what is asked about them.
+    pub score: Score,
 }
 
 impl Eq for Problem {}
@@ -179,9 +182,10 @@ impl Hash for Problem {
             dtype,
             wire,
             scale,
+            score,
         } = self;
         (ranks, inner, stages, relay, partition, mask, packed).hash(h);
-        (seqs, heads, kv_heads, dim_qk, dim_v, dtype, wire, scale.to_bits()).hash(h);
+        (seqs, heads, kv_heads, dim_qk, dim_v, dtype, wire, scale.to_bits(), score).hash(h);
     }
 }
 
@@ -243,6 +247,7 @@ impl Problem {
         if !self.scale.is_finite() {
             return bad(format!("softmax_scale: got {}, must be finite", self.scale));
         }
+        self.score.validate(self.heads)?;
         for side in [Side::Query, Side::Key] {
             self.validate_lengths(side)?;
         }
@@ -405,13 +410,14 @@ pub(crate) mod tests {
             dtype: DType::F32,
             wire: Wire::Storage,
             scale: 1.0,
+            score: Score::default(),
         }
     }
 
     #[test]
     fn fingerprint_sees_every_field() {
         let base = small(4, 4, 2);
-        let changed: [fn(&mut Problem); 9] = [
+        let changed: [fn(&mut Problem); 12] = [
             |p| p.ranks = 5,
             |p| p.stages = 1,
             |p| p.relay = true,
@@ -421,6 +427,9 @@ pub(crate) mod tests {
             |p| p.dtype = DType::Bf16,
             |p| p.wire = Wire::F32,
             |p| p.scale = 2.0,
+            |p| p.score.softcap = 30.0,
+            |p| p.score.slopes = [0.5; 4].into(),
+            |p| p.score.dropout = 0.1,
         ];
         for change in changed {
             let mut p = base.clone();

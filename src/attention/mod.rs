@@ -9,7 +9,7 @@ use crate::driver::{self, CUstream};
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
 use crate::exec::device::Target;
-use crate::exec::{self, Memory};
+use crate::exec::{self, Dropout, Memory};
 use crate::group::{Call, Group, Header, Prepared};
 use crate::holding::holding;
 use crate::mask::Mask;
@@ -17,6 +17,7 @@ use crate::partition::{Partition, Side};
 use crate::plan::account::{ALIGN, Account, account};
 use crate::plan::{Kind, Options, Pass, Plan, Slot, Tensor, fewest_stages};
 use crate::problem::{CommType, Fnv, Problem, Sequence, Wire};
+use crate::score::Score;
 pub use engine::{AllocFn, Allocator, FreeFn};
 use engine::{Engine, Lease};
 use std::cell::RefCell;
@@ -40,6 +41,8 @@ pub struct Config {
     pub dtype: DType,
     /// Softmax scale; 0 means 1/√dim_qk.
     pub scale: f32,
+    /// What else happens to scores.
+    pub score: Score,
     /// Who may see whom.
     pub mask: Mask,
     /// Packed (thd) or one sequence per batch entry.
@@ -88,6 +91,7 @@ impl Config {
             dtype: self.dtype,
             wire: self.wire,
             scale: if self.scale == 0.0 { 1.0 / (self.dim_qk as f32).sqrt() } else { self.scale },
+            score: self.score.clone(),
         };
         if let Stages::Count(n) = comm.stages {
             p.stages = n;
@@ -216,6 +220,10 @@ pub struct Args {
     pub workspace: Option<(*mut u8, usize)>,
     /// Caller's saved buffer.
     pub saved: Option<(*mut u8, usize)>,
+    /// Key of dropout's random words: in backward forward's.
+    pub seed: u64,
+    /// The caller's numbers for the sequences, for dropout; empty: their indices.
+    pub ids: Vec<u32>,
     /// On CUDA the stream that the call is work on; null is the legacy default stream. Null on the CPU.
     pub stream: CUstream,
 }
@@ -514,6 +522,7 @@ impl Attention {
         let (hash, prepared, workspace, args) = at.group.agree(header, ready)?;
         let saved = args.saved.map_or(std::ptr::null_mut(), |(ptr, _)| ptr);
         let memory = Memory {
+            dropout: Dropout { seed: args.seed, ids: &args.ids },
             caller: &args.views,
             offsets: &prepared.offsets,
             workspace: workspace.ptr(),
@@ -561,7 +570,10 @@ impl Attention {
                 Tensor::Q | Tensor::K | Tensor::DQ | Tensor::DK => p.dim_qk,
                 _ => p.dim_v,
             });
-            let want = [batch, local / batch, heads, dim];
+            let want = match tensor.per_head() {
+                true => [1, 1, heads, 1],
+                false => [batch, local / batch, heads, dim],
+            };
             if *shape != want {
                 let name = name(*tensor);
                 return Err(Error::argument(format!(
@@ -632,5 +644,10 @@ pub fn name(tensor: Tensor) -> &'static str {
         Tensor::Delta => "delta",
         Tensor::Max => "max",
         Tensor::Sum => "sum",
+        Tensor::Sinks => "sinks",
+        Tensor::DSinks => "d_sinks",
+        Tensor::SinkTerms => "sink terms",
+        Tensor::Top => "row maxima",
+        Tensor::MaxLogit => "max_logit",
     }
 }

@@ -5,9 +5,11 @@
 //! forward.rs   one tile of queries        kernels.rs  what an instruction set must provide
 //! backward.rs  one block of keys          scalar.rs, simd_avx2.rs, simd_avx512.rs provide it
 //! rows.rs      copies and row sums        pool.rs     parked threads
+//! effects.rs   scores beyond scale·q·k
 //! ```
 
 mod backward;
+mod effects;
 mod forward;
 mod kernels;
 mod pool;
@@ -20,7 +22,7 @@ mod simd_avx2;
 mod simd_avx512;
 mod tile;
 
-use super::{Backward, CopyRows, Delta, Forward, HeadMap, Progress, View};
+use super::{Backward, CopyRows, Delta, Forward, HeadMap, Progress, Reduce, SinkTerms, View};
 use crate::error::{Error, Result};
 use kernels::Kernels;
 pub use simd::Simd;
@@ -87,6 +89,7 @@ pub struct Cpu {
     scratch: Vec<Mutex<Scratch>>,
     tiling: tile::Tiling,
     turns: Vec<AtomicU32>,
+    places: effects::Places,
 }
 
 impl Cpu {
@@ -104,7 +107,14 @@ impl Cpu {
             Error::new(crate::error::Status::OutOfMemory, text)
         })?;
         let scratch = (0..threads).map(|_| Mutex::default()).collect();
-        Ok(Cpu { simd, pool, scratch, tiling: tile::Tiling::default(), turns: Vec::new() })
+        Ok(Cpu {
+            simd,
+            pool,
+            scratch,
+            tiling: tile::Tiling::default(),
+            turns: Vec::new(),
+            places: effects::Places::default(),
+        })
     }
 
     /// The instruction set in use.
@@ -124,7 +134,10 @@ impl Cpu {
             s.lines.capacity() * size_of::<Line>() + s.groups.bytes()
         };
         let threads: usize = self.scratch.iter_mut().map(of).sum();
-        threads + self.tiling.bytes() + self.turns.capacity() * size_of::<AtomicU32>()
+        threads
+            + self.places.bytes()
+            + self.tiling.bytes()
+            + self.turns.capacity() * size_of::<AtomicU32>()
     }
 
     /// One forward attend step. `progress` is called on this thread every few hundred microseconds; its error stops the step
@@ -145,7 +158,12 @@ impl Cpu {
         let mut tiling = std::mem::take(&mut self.tiling);
         tiling.build(step.slices, rows, step.k.rows, heads.min(step.heads.group as usize));
         let kernels = Kernels::of(self.simd, step.q.dtype);
-        let task = Shared(forward::Task { step, kernels, tiling: &tiling });
+        let mut places = std::mem::take(&mut self.places);
+        let beyond = step.effects.as_ref().map(|effects| {
+            places.build(effects, rows, step.k.rows);
+            (effects::Formula::new(effects, step.scale, self.simd), &places)
+        });
+        let task = Shared(forward::Task { step, kernels, tiling: &tiling, beyond });
         let (first, last) = (step.heads.kv_of(0), step.heads.kv_of(heads - 1));
         let kv_heads = last + 1 - first;
         let result = self.parallel(tiling.tiles * kv_heads, progress, &|i, scratch, tick| {
@@ -154,7 +172,7 @@ impl Cpu {
             // SAFETY: the caller's promise; every (tile, key head) is one task.
             unsafe { task.get().run(tile, kv, scratch, tick) }
         });
-        self.tiling = tiling;
+        (self.tiling, self.places) = (tiling, places);
         result
     }
 
@@ -177,7 +195,12 @@ impl Cpu {
         turns.clear();
         turns.resize_with(tiling.tiles * (last + 1), AtomicU32::default);
         let kernels = Kernels::of(self.simd, step.q.dtype);
-        let task = Shared(backward::Task { step, kernels, tiling: &tiling, turns: &turns });
+        let mut places = std::mem::take(&mut self.places);
+        let beyond = step.effects.as_ref().filter(|e| e.score.changes()).map(|effects| {
+            places.build(effects, rows, step.k.rows);
+            (effects::Formula::new(effects, step.scale, self.simd), &places)
+        });
+        let task = Shared(backward::Task { step, kernels, tiling: &tiling, turns: &turns, beyond });
         let blocks = step.k.rows.div_ceil(tile::KEYS);
         let result = self.parallel(blocks * kv_heads, progress, &|i, scratch, tick| {
             // Blocks ascend, so that whoever waits for its turn waits for a task that someone has begun.
@@ -185,7 +208,7 @@ impl Cpu {
             // SAFETY: the caller's promise; every (block, key head) is one task.
             unsafe { task.get().run(block, kv, scratch, tick) }
         });
-        (self.tiling, self.turns) = (tiling, turns);
+        (self.tiling, self.turns, self.places) = (tiling, turns, places);
         result
     }
 
@@ -196,6 +219,24 @@ impl Cpu {
     pub unsafe fn delta(&mut self, step: &Delta) {
         // SAFETY: the caller's promise is passed on.
         unsafe { rows::delta(step, Kernels::of(self.simd, step.out.dtype)) }
+    }
+
+    /// What rows add to the gradients of sinks.
+    ///
+    /// # Safety
+    /// As for [`Cpu::forward`].
+    pub unsafe fn sink_terms(&mut self, step: &SinkTerms) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { rows::sink_terms(step) }
+    }
+
+    /// Sums, or largest numbers, of heads.
+    ///
+    /// # Safety
+    /// As for [`Cpu::forward`]; source and destination do not overlap.
+    pub unsafe fn reduce(&mut self, step: &Reduce) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { rows::reduce(step) }
     }
 
     /// Copies or adds rows.

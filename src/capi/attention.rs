@@ -403,7 +403,8 @@ unsafe fn pass_args(
         shapes.push((*tensor, shape));
     }
     debug_assert!(views.iter().all(|(t, v)| *t != Tensor::Lse || v.dtype == DType::F32));
-    Ok(Args { seqs, list, views, shapes, workspace, saved, stream: std::ptr::null_mut() })
+    let stream = std::ptr::null_mut();
+    Ok(Args { seqs, list, views, shapes, workspace, saved, seed: 0, ids: Vec::new(), stream })
 }
 
 /// On CUDA NULL is the legacy default stream, as everywhere.

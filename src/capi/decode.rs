@@ -10,6 +10,7 @@ use crate::group::Group;
 use crate::mask::Mask;
 use crate::partition::{Partition, Stretch};
 use crate::problem::{CommType, Extent, Sequence, Wire};
+use crate::score::Score;
 
 /// A pointer that may be null, as a slice.
 ///
@@ -174,6 +175,7 @@ pub unsafe fn attention_config(ptr: *const cp_attention_config) -> Result<Layer>
         dim_v: or(c.head_dim_v, c.head_dim_qk),
         dtype: dtype("config.dtype", c.dtype)?,
         scale: c.softmax_scale,
+        score: Score::default(),
         mask,
         packed,
         partition: partition("config.partition", c.partition)?,

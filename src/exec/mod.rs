@@ -5,15 +5,18 @@
 pub mod device;
 mod host;
 
-use crate::backend::{Backward, Delta, Forward, Output, State, View};
+use crate::backend::{Backward, Delta, Effects, Forward, Output, SinkTerms, State, View};
 use crate::error::{Error, Result};
 use crate::mask::Slice;
 use crate::plan::{Kind, Message, Plan, Slot, Tensor};
+use crate::problem::Sequence;
 use crate::transport::{self, Piece};
 pub use host::{Link, Scratch, run};
 
 /// Memory that a plan's slots are bound to.
 pub struct Memory<'a> {
+    /// What dropout draws from.
+    pub dropout: Dropout<'a>,
     /// The caller's tensors.
     pub caller: &'a [(Tensor, View)],
     /// Offsets of all other slots, from [`crate::plan::account::layout`], in the order of `plan.slots`.
@@ -22,6 +25,15 @@ pub struct Memory<'a> {
     pub workspace: *mut u8,
     /// At least the plan's saved bytes, aligned likewise; may be null when there are none.
     pub saved: *mut u8,
+}
+
+/// The key of dropout's random words, and the caller's numbers for the sequences (empty: their indices). Backward gets what forward got.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Dropout<'a> {
+    /// Seed.
+    pub seed: u64,
+    /// One for each sequence of the problem, or none.
+    pub ids: &'a [u32],
 }
 
 /// What a run moved and how long it waited.
@@ -66,9 +78,22 @@ fn bind(plan: &Plan, memory: &Memory, views: &mut Vec<View>) -> Result<()> {
     Ok(())
 }
 
+/// Per sequence the key position on the diagonal of query position 0; nothing if no score depends on it.
+fn diagonals(plan: &Plan, out: &mut Vec<i32>) {
+    out.clear();
+    let p = &plan.problem;
+    if plan.origins.is_some() {
+        let shift = |s: &Sequence| i64::from(s.k.len) - i64::from(s.q.len);
+        out.extend(p.seqs.iter().map(|s| if p.mask.bottom_right { shift(s) as i32 } else { 0 }));
+    }
+}
+
 /// Views of a plan's slots.
 struct Slots<'a> {
     plan: &'a Plan,
+    dropout: Dropout<'a>,
+    /// Per sequence, for ALiBi.
+    diagonals: &'a [i32],
     /// In the order of `plan.slots`, which is sorted.
     views: &'a [View],
 }
@@ -79,9 +104,30 @@ impl Slots<'_> {
         self.views[index.unwrap_or_else(|_| panic!("plan has no slot {slot:?}"))]
     }
 
+    /// The view of a slot that not every plan has.
+    fn find(&self, slot: Slot) -> Option<View> {
+        let index = self.plan.slots.binary_search_by_key(&slot, |s| s.slot).ok()?;
+        Some(self.views[index])
+    }
+
+    /// What the scores of stage `stage` depend on.
+    fn effects(&self, stage: u32) -> Option<Effects<'_>> {
+        let origins = self.plan.origins.as_ref()?;
+        Some(Effects {
+            score: &self.plan.problem.score,
+            queries: &origins.queries,
+            keys: &origins.keys[stage as usize],
+            diagonals: self.diagonals,
+            seed: self.dropout.seed,
+            ids: self.dropout.ids,
+            sinks: self.find(Slot::caller(Tensor::Sinks)),
+        })
+    }
+
     /// A forward attend step.
     fn forward<'b>(
-        &self,
+        &'b self,
+        stage: u32,
         (q, k): (Slot, Slot),
         slices: &'b [Slice],
         first: bool,
@@ -102,14 +148,20 @@ impl Slots<'_> {
             heads: self.plan.head_map(),
             scale: self.plan.problem.scale,
             state,
+            effects: self.effects(stage),
             first,
-            last: last.map(|(out, lse)| Output { out: self.view(out), lse: self.view(lse) }),
+            last: last.map(|(out, lse)| Output {
+                out: self.view(out),
+                lse: self.view(lse),
+                top: self.find(Slot::of(Kind::Acc, Tensor::Top)),
+            }),
         }
     }
 
     /// A backward attend step.
     fn backward<'b>(
-        &self,
+        &'b self,
+        stage: u32,
         [q, d_out, lse, delta, k, dk]: [Slot; 6],
         slices: &'b [Slice],
     ) -> Backward<'b> {
@@ -123,6 +175,7 @@ impl Slots<'_> {
             slices,
             heads: self.plan.head_map(),
             scale: self.plan.problem.scale,
+            effects: self.effects(stage),
             dq: self.view(Slot::of(Kind::Acc, Tensor::DQ)),
             dk: self.view(dk),
             dv: self.view(Slot { tensor: Tensor::DV, ..dk }),
@@ -136,6 +189,16 @@ impl Slots<'_> {
             out: caller(Tensor::Out),
             d_out: caller(Tensor::DOut),
             delta: self.view(Slot::of(Kind::Sum, Tensor::Delta)),
+        }
+    }
+
+    /// What rows add to the gradients of sinks.
+    fn sink_terms(&self) -> SinkTerms {
+        SinkTerms {
+            sinks: self.view(Slot::caller(Tensor::Sinks)),
+            lse: self.view(Slot::caller(Tensor::Lse)),
+            delta: self.view(Slot::of(Kind::Sum, Tensor::Delta)),
+            terms: self.view(Slot::of(Kind::Sum, Tensor::SinkTerms)),
         }
     }
 

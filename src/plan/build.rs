@@ -27,9 +27,11 @@ pub(super) fn plan(
             b.trade_in(&[Tensor::Q, Tensor::K, Tensor::V]);
             b.forward_stages();
             b.trade_out(&[Tensor::Out, Tensor::Lse]);
+            b.max_logit();
         }
         Pass::Backward => {
             b.delta();
+            b.sink_gradient();
             let (kept, new) =
                 ([Tensor::Q, Tensor::K, Tensor::V, Tensor::Lse], [Tensor::DOut, Tensor::Delta]);
             // A team of one saves nothing: rows that a launch asked to pack are packed again.
@@ -48,6 +50,7 @@ pub(super) fn plan(
         options,
         stages: survey.count(),
         share: b.share(survey.member),
+        origins: survey.origins(),
         slots: b.slots.into_values().collect(),
         steps: b.steps,
         events: b.events.len() as u32,
@@ -93,6 +96,11 @@ impl<'a> Builder<'a> {
         HeadShare::of(self.problem, member)
     }
 
+    /// This rank.
+    pub fn rank(&self) -> u32 {
+        self.peer_in(self.survey.team)
+    }
+
     /// The rank in this rank's place of another team.
     pub fn peer_in(&self, team: u32) -> u32 {
         team * self.problem.inner + self.survey.member
@@ -116,6 +124,8 @@ impl<'a> Builder<'a> {
     pub fn slot(&mut self, kind: Kind, tensor: Tensor, index: u32) -> Slot {
         let key = usize::from(tensor.key_side());
         let rows = match kind {
+            Kind::Ranks => self.problem.ranks,
+            Kind::Caller if tensor.per_head() => 1,
             Kind::Caller | Kind::Sum => self.local_rows[key],
             Kind::Team | Kind::Acc => {
                 if key == 1 {
@@ -142,14 +152,16 @@ impl<'a> Builder<'a> {
         }
         let p = self.problem;
         let share = match kind {
-            Kind::Caller | Kind::Sum => HeadShare { q: 0..p.heads, kv: 0..p.kv_heads },
+            Kind::Caller | Kind::Sum | Kind::Ranks => {
+                HeadShare { q: 0..p.heads, kv: 0..p.kv_heads }
+            }
             Kind::Split | Kind::Merge => self.share(index),
             _ => self.share(self.survey.member),
         };
         let dim = match tensor {
             Tensor::Q | Tensor::K | Tensor::DQ | Tensor::DK => p.dim_qk,
             Tensor::V | Tensor::Out | Tensor::DOut | Tensor::DV => p.dim_v,
-            Tensor::Lse | Tensor::Delta | Tensor::Max | Tensor::Sum => 1,
+            _ => 1,
         };
         let wired = matches!(tensor, Tensor::DK | Tensor::DV) && kind != Kind::Caller;
         let dtype = match kind {

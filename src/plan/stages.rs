@@ -105,6 +105,12 @@ impl Builder<'_> {
         let own = self.input(Tensor::K);
         self.input(Tensor::V);
         let survey = self.survey;
+        if self.problem.score.max_logit.is_some() {
+            self.slot(Kind::Acc, Tensor::Top, 0);
+        }
+        if self.problem.score.sinks.is_some() {
+            self.slot(Kind::Caller, Tensor::Sinks, 0);
+        }
         // A stage without work is skipped, so the last attend is the last one with work.
         let last = (1..=n).rev().find(|s| !survey.stage(*s).work.is_empty()).unwrap_or(0);
         if last > 0 {

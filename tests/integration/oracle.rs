@@ -19,7 +19,7 @@ mod metric;
 mod plain;
 mod selftest;
 
-pub use case::{Case, cases};
+pub use case::{Case, SEED, cases, number};
 pub use inputs::{Inputs, decode, element, encode, gather, inputs, mix, scatter};
 pub use leakage::leakage;
 pub use metric::{Reference, Tensor, reference};
@@ -38,6 +38,10 @@ pub struct Results<T> {
     pub dk: Vec<T>,
     /// `[key token, key head, dim_v]`.
     pub dv: Vec<T>,
+    /// `[head]`; empty without sinks.
+    pub d_sinks: Vec<T>,
+    /// `[head]`, −inf of heads that see nothing; empty where it is not asked for.
+    pub max_logit: Vec<T>,
 }
 
 impl<T: Copy> Results<T> {
@@ -50,6 +54,8 @@ impl<T: Copy> Results<T> {
             dq: vec![zero; nq * case.heads * case.dim_qk],
             dk: vec![zero; nk * case.kv_heads * case.dim_qk],
             dv: vec![zero; nk * case.kv_heads * case.dim_v],
+            d_sinks: vec![zero; case.sinks.map_or(0, |_| case.heads)],
+            max_logit: vec![minus_infinity; case.max_logit.map_or(0, |_| case.heads)],
         }
     }
 

@@ -10,6 +10,7 @@ use context_parallel::plan::account::workspace_bytes;
 use context_parallel::plan::check::check;
 use context_parallel::plan::{self, Options, Pass, Plan};
 use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
+use context_parallel::score::{Reach, Score};
 use std::sync::Arc;
 
 /// Xorshift (Marsaglia, 2003), 64 bits.
@@ -127,6 +128,7 @@ pub fn any_problem(r: &mut Random) -> Problem {
     let kv_heads = r.within(1, 5);
     let (seqs, packed) = any_sequences(r, ranks);
     let mut p = Problem {
+        score: any_score(r),
         ranks,
         inner,
         stages,
@@ -147,6 +149,20 @@ pub fn any_problem(r: &mut Random) -> Problem {
         p.partition = any_list(r, &p);
     }
     p
+}
+
+/// What scores depend on changes no message between teams; numbers per head add an exchange.
+fn any_score(r: &mut Random) -> Score {
+    let reach = [None, Some(Reach::Rank), Some(Reach::Group)];
+    match r.one_in(2) {
+        true => Score::default(),
+        false => Score {
+            softcap: if r.one_in(2) { 3.0 } else { 0.0 },
+            sinks: r.of(&reach),
+            max_logit: r.of(&reach),
+            ..Score::default()
+        },
+    }
 }
 
 fn any_mask(r: &mut Random, length: u32) -> Mask {

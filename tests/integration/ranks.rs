@@ -3,16 +3,17 @@
 //! Every run proves more than its results: inputs keep their bits, nothing is written between the rows of a strided tensor or beyond
 //! the workspace and the saved buffer, all memory starts as NaNs, and the bytes that moved are those of the account.
 
-use crate::oracle::{Inputs, Results};
+use crate::oracle::{Inputs, Results, SEED, number};
 use context_parallel::backend::View;
 use context_parallel::backend::cpu::{Cpu, Simd};
 use context_parallel::dtype::DType;
-use context_parallel::exec::{self, Link, Memory, Scratch};
+use context_parallel::exec::{self, Dropout, Link, Memory, Scratch};
 use context_parallel::holding::{holding, tokens};
 use context_parallel::partition::Side;
 use context_parallel::plan::account::{ALIGN, account, layout, saved_bytes, workspace_bytes};
 use context_parallel::plan::{Options, Pass, Plan, Tensor};
 use context_parallel::problem::Problem;
+use context_parallel::score::Reach;
 use context_parallel::transport::Transport;
 use context_parallel::transport::delay::delay;
 use context_parallel::transport::local::local_group;
@@ -150,7 +151,7 @@ impl Local {
 }
 
 /// The tensors of a training step.
-pub const TENSORS: [Tensor; 9] = [
+pub const TENSORS: [Tensor; 12] = [
     Tensor::Q,
     Tensor::K,
     Tensor::V,
@@ -160,6 +161,9 @@ pub const TENSORS: [Tensor; 9] = [
     Tensor::DQ,
     Tensor::DK,
     Tensor::DV,
+    Tensor::Sinks,
+    Tensor::DSinks,
+    Tensor::MaxLogit,
 ];
 /// Those that the library writes.
 pub const OUTPUTS: [Tensor; 5] = [Tensor::Out, Tensor::Lse, Tensor::DQ, Tensor::DK, Tensor::DV];
@@ -173,8 +177,8 @@ fn width(p: &Problem, tensor: Tensor) -> (usize, usize) {
     let heads = if tensor.key_side() { p.kv_heads } else { p.heads };
     let dim = match tensor {
         Tensor::Q | Tensor::K | Tensor::DQ | Tensor::DK => p.dim_qk,
-        Tensor::Lse => 1,
-        _ => p.dim_v,
+        Tensor::V | Tensor::DV | Tensor::Out | Tensor::DOut => p.dim_v,
+        _ => 1,
     };
     (heads as usize, dim as usize)
 }
@@ -188,7 +192,14 @@ impl Shard {
         let local = |tensor| {
             let (heads, dim) = width(p, tensor);
             let rows = holding(p, rank, side(tensor)).rows as usize;
-            let dtype = if tensor == Tensor::Lse { DType::F32 } else { p.dtype };
+            let dtype = if dim == 1 { DType::F32 } else { p.dtype };
+            if tensor.per_head() {
+                let mut local = Local::new(dtype, [1, 1, heads, 1], Layout::Dense);
+                if tensor == Tensor::Sinks {
+                    (0..heads).for_each(|h| local.put(0, h, &global.sinks[h..h + 1]));
+                }
+                return (tensor, local);
+            }
             let mut local = Local::new(dtype, [batch, rows / batch, heads, dim], layout);
             let source = match tensor {
                 Tensor::Q => &global.q,
@@ -240,7 +251,30 @@ pub fn collect(p: &Problem, shards: &[Shard]) -> Results<f32> {
         values
     };
     let [o, lse, dq, dk, dv] = OUTPUTS.map(one);
-    Results { o, lse, dq, dk, dv }
+    let numbers = |tensor, reach: Option<Reach>, both: fn(f32, f32) -> f32| {
+        let of = |shard: &Shard| {
+            let mut values = vec![f32::NAN; p.heads as usize];
+            (0..values.len()).for_each(|h| shard.get(tensor).get(0, h, &mut values[h..h + 1]));
+            values
+        };
+        let all: Vec<Vec<f32>> = shards.iter().map(of).collect();
+        match reach {
+            None => Vec::new(),
+            Some(Reach::Group) => {
+                assert!(
+                    all.iter().all(|x| x == &all[0]),
+                    "{tensor:?} differs between ranks: {all:?}"
+                );
+                all[0].clone()
+            }
+            Some(Reach::Rank) => (0..all[0].len())
+                .map(|h| all.iter().map(|x| x[h]).reduce(both).expect("a rank"))
+                .collect(),
+        }
+    };
+    let d_sinks = numbers(Tensor::DSinks, p.score.sinks, |a, b| a + b);
+    let max_logit = numbers(Tensor::MaxLogit, p.score.max_logit, f32::max);
+    Results { o, lse, dq, dk, dv, d_sinks, max_logit }
 }
 
 /// Memory that must not be written beyond its end. Starts as NaNs.
@@ -290,7 +324,9 @@ fn rank(
             plan.slots.iter().map(|s| layout.get(&s.slot).copied().unwrap_or(0)).collect();
         let mut workspace = Fenced::new(workspace_bytes(&plan));
         let saved = saved.get_or_insert_with(|| Fenced::new(saved_bytes(&plan)));
+        let ids: Vec<u32> = (0..problem.seqs.len()).map(number).collect();
         let memory = Memory {
+            dropout: Dropout { seed: SEED, ids: &ids },
             caller: &views,
             offsets: &offsets,
             workspace: workspace.ptr(),
@@ -301,7 +337,7 @@ fn rank(
             members: &members,
             timeout: Duration::from_secs(60),
         };
-        let mut inputs = vec![Tensor::Q, Tensor::K, Tensor::V, Tensor::DOut];
+        let mut inputs = vec![Tensor::Q, Tensor::K, Tensor::V, Tensor::DOut, Tensor::Sinks];
         if pass == Pass::Backward {
             inputs.extend([Tensor::Out, Tensor::Lse]);
         }

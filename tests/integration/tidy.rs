@@ -55,19 +55,20 @@ fn imports(text: &str) -> BTreeSet<String> {
 }
 
 /// design: partition ← mask ← problem ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
-const MAY_IMPORT: [(&str, &[&str]); 15] = [
+const MAY_IMPORT: [(&str, &[&str]); 16] = [
     ("error", &[]),
     ("dtype", &[]),
     ("mask", &["partition"]),
     ("partition", &[]),
-    ("problem", &["dtype", "error", "mask", "partition"]),
+    ("score", &["error"]),
+    ("problem", &["dtype", "error", "mask", "partition", "score"]),
     ("holding", &["partition", "problem"]),
     // Of `backend` the plan uses plain data only: `HeadMap` and `Run`.
-    ("plan", &["backend", "dtype", "error", "holding", "mask", "partition", "problem"]),
+    ("plan", &["backend", "dtype", "error", "holding", "mask", "partition", "problem", "score"]),
     ("driver", &["error"]),
-    ("backend", &["driver", "dtype", "error", "mask"]),
+    ("backend", &["driver", "dtype", "error", "mask", "partition", "score"]),
     ("transport", &["driver", "error"]),
-    ("exec", &["backend", "driver", "dtype", "error", "mask", "plan", "transport"]),
+    ("exec", &["backend", "driver", "dtype", "error", "mask", "plan", "problem", "transport"]),
     ("group", &["driver", "error", "exec", "plan", "problem", "transport"]),
     (
         "attention",
@@ -83,6 +84,7 @@ const MAY_IMPORT: [(&str, &[&str]); 15] = [
             "partition",
             "plan",
             "problem",
+            "score",
         ],
     ),
     (
@@ -99,6 +101,7 @@ const MAY_IMPORT: [(&str, &[&str]); 15] = [
             "partition",
             "plan",
             "problem",
+            "score",
             "transport",
         ],
     ),

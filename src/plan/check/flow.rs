@@ -10,6 +10,7 @@ use crate::holding::holding;
 use crate::partition::Side;
 use crate::plan::{Message, Op, Pass, Plan, Slot, SlotInfo, Tensor};
 use crate::problem::{Problem, Sequence};
+use crate::score::Reach;
 use std::collections::{HashMap, VecDeque};
 
 /// Runs all ranks and compares every result with the definition of the mask.
@@ -198,10 +199,55 @@ impl<'a> Flow<'a> {
         Ok(())
     }
 
+    /// Numbers per head: those of this rank's rows and heads, or of everyone's.
+    fn numbers(&self, rank: usize, sums: &Sums) -> Result<(), String> {
+        let plan = &self.plans[rank];
+        let p = &*plan.problem;
+        let (tensor, reach) = match plan.pass {
+            Pass::Forward => (Tensor::MaxLogit, p.score.max_logit),
+            Pass::Backward => (Tensor::DSinks, p.score.sinks),
+        };
+        let Some(reach) = reach else { return Ok(()) };
+        let Some(buffer) = self.memory[rank].find(Slot::caller(tensor)) else {
+            return Err(format!("rank {rank}: nobody wrote {tensor:?}"));
+        };
+        // Whose rows count: a rank's own, or its team's in forward, where they are computed with its share of heads.
+        let (team, own) = (rank as u32 / p.inner, rank as u32);
+        let counts = |holder: u32| match (reach, plan.pass) {
+            (Reach::Group, _) => true,
+            (Reach::Rank, Pass::Forward) => holder / p.inner == team,
+            (Reach::Rank, Pass::Backward) => holder == own,
+        };
+        for head in 0..p.heads {
+            let mine = reach == Reach::Group
+                || plan.pass == Pass::Backward
+                || plan.share.q.contains(&head);
+            let mut want = 0u64;
+            for holder in (0..p.ranks).filter(|r| mine && counts(*r)) {
+                for s in holding(p, holder, Side::Query).segments {
+                    let first = first_token(p, s.seq as usize, Side::Query) + s.start;
+                    for token in (0..s.len).map(|i| first + i * s.step) {
+                        want = want.wrapping_add(match plan.pass {
+                            Pass::Forward => sums.query[(token * p.heads + head) as usize],
+                            Pass::Backward => weight(head, token, 0),
+                        });
+                    }
+                }
+            }
+            if buffer.read(0, head).map_err(|e| format!("rank {rank}: {e}"))? != want {
+                return Err(format!(
+                    "rank {rank}: {tensor:?} of head {head} is not the sum of what its rows add"
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// Every result of a rank: all rows, padding too.
     fn results(&self, rank: usize, sums: &Sums) -> Result<(), String> {
         let plan = &self.plans[rank];
         let p = &*plan.problem;
+        self.numbers(rank, sums)?;
         let outputs: &[Tensor] = match plan.pass {
             Pass::Forward => &[Tensor::Out, Tensor::Lse],
             Pass::Backward => &[Tensor::DQ, Tensor::DK, Tensor::DV],

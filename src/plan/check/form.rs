@@ -104,6 +104,24 @@ fn meaning(plan: &Plan, step: &Step) -> Result<(), String> {
             slices.iter().try_for_each(tight)
         }
         Op::Delta => Ok(()),
+        Op::SinkTerms => {
+            let sum = |tensor| find(plan, Slot::of(Kind::Sum, tensor));
+            let (terms, delta) = (sum(Tensor::SinkTerms)?, sum(Tensor::Delta)?);
+            match (terms.rows, terms.heads) == (delta.rows, delta.heads) {
+                true => Ok(()),
+                false => Err(format!("{terms:?} and {delta:?} have other rows or heads")),
+            }
+        }
+        Op::Reduce { src, dst, dst_head, .. } => {
+            let (from, to) = (find(plan, *src)?, find(plan, *dst)?);
+            if dst_head + from.heads > to.heads || (from.dim, to.dim) != (1, 1) {
+                return Err(format!("{src:?} has {} heads, {dst:?} {}", from.heads, to.heads));
+            }
+            match from.dtype == DType::F32 && to.dtype == DType::F32 {
+                true => Ok(()),
+                false => Err(format!("{src:?} and {dst:?} must be fp32")),
+            }
+        }
         Op::Copy { src, src_head, dst, dst_head, heads, add, .. } => {
             let (from, to) = (find(plan, *src)?, find(plan, *dst)?);
             if src_head + heads > from.heads || dst_head + heads > to.heads {
@@ -118,7 +136,8 @@ fn meaning(plan: &Plan, step: &Step) -> Result<(), String> {
             Ok(())
         }
         Op::Fill { slot, value, .. } => {
-            let empty = if slot.tensor == Tensor::Lse { Value::NegInf } else { Value::Zero };
+            let least = matches!(slot.tensor, Tensor::Lse | Tensor::MaxLogit);
+            let empty = if least { Value::NegInf } else { Value::Zero };
             if *value == empty { Ok(()) } else { Err(format!("{slot:?} must be {empty:?}")) }
         }
     }

@@ -5,6 +5,7 @@ use context_parallel::error::Result;
 use context_parallel::mask::Mask;
 use context_parallel::partition::{Partition, Side, Stretch};
 use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
+use context_parallel::score::{Reach, Score};
 use std::sync::OnceLock;
 
 /// How `[token, head, dim]` lies in a caller's tensor.
@@ -41,6 +42,22 @@ pub struct Case {
     pub right: Option<u32>,
     pub dealing: Dealing,
     pub scale: f32,
+    /// 0: none.
+    pub softcap: f32,
+    /// ALiBi, one for each head; empty: none.
+    pub slopes: Vec<f32>,
+    /// Probability; 0: none.
+    pub dropout: f32,
+    pub sinks: Option<Reach>,
+    pub max_logit: Option<Reach>,
+}
+
+/// Key of the corpus' dropout.
+pub const SEED: u64 = 0x0123_4567_89ab_cdef;
+
+/// The caller's number for sequence `seq`.
+pub fn number(seq: usize) -> u32 {
+    7 * seq as u32 + 3
 }
 
 /// All cases, in file order.
@@ -50,7 +67,8 @@ pub fn cases() -> &'static [Case] {
 }
 
 const COLUMNS: &str = "name,tags,format,batch,lens_q,lens_k,padded_q,padded_k,before_q,before_k,\
-heads,kv_heads,dim_qk,dim_v,causal,bottom_right,window_left,window_right,partition,scale";
+heads,kv_heads,dim_qk,dim_v,causal,bottom_right,window_left,window_right,partition,scale,\
+softcap,alibi,bias,dropout,sinks,max_logit";
 
 fn parse(text: &str) -> Vec<Case> {
     let mut lines = text.lines();
@@ -65,6 +83,16 @@ fn line(line: &str) -> Case {
         |i: usize| -> usize { f[i].parse().unwrap_or_else(|e| panic!("{}: {e}: {}", f[0], f[i])) };
     let batch = number(3);
     let limit = |i: usize| (f[i] != "-").then(|| number(i) as u32);
+    let fraction = |i: usize| match f[i] {
+        "-" => 0.0,
+        text => text.parse().unwrap_or_else(|e| panic!("{}: {e}: {text}", f[0])),
+    };
+    let reach = |i: usize| match f[i] {
+        "-" => None,
+        "rank" => Some(Reach::Rank),
+        "group" => Some(Reach::Group),
+        other => panic!("{}: reach {other}", f[0]),
+    };
     let q = extents(batch, f[4], f[6], f[8]);
     let k = extents(batch, f[5], f[7], f[9]);
     let dim_qk = number(12);
@@ -97,7 +125,32 @@ fn line(line: &str) -> Case {
             "-" => 1.0 / (dim_qk as f32).sqrt(),
             text => text.parse().unwrap_or_else(|e| panic!("{}: {e}: {text}", f[0])),
         },
+        softcap: fraction(20),
+        slopes: match f[21] {
+            "0" => Vec::new(),
+            _ => (0..number(10)).map(|h| 0.5f32.powi(1 + h as i32 % 6)).collect(),
+        },
+        dropout: fraction(23),
+        sinks: reach(24),
+        max_logit: reach(25),
     }
+}
+
+/// Philox4x32-10, from the paper (Salmon et al., SC 2011): ten rounds, the key bumped between them.
+fn philox(key: u64, mut x: [u32; 4]) -> [u32; 4] {
+    let (mut k0, mut k1) = (key as u32, (key >> 32) as u32);
+    for round in 0..10 {
+        if round > 0 {
+            k0 = k0.wrapping_add(0x9E37_79B9);
+            k1 = k1.wrapping_add(0xBB67_AE85);
+        }
+        let p0 = 0xD251_1F53u64 * u64::from(x[0]);
+        let p1 = 0xCD9E_8D57u64 * u64::from(x[2]);
+        let (hi0, lo0) = ((p0 >> 32) as u32, p0 as u32);
+        let (hi1, lo1) = ((p1 >> 32) as u32, p1 as u32);
+        x = [hi1 ^ x[1] ^ k0, lo1, hi0 ^ x[3] ^ k1, lo0];
+    }
+    x
 }
 
 fn extents(batch: usize, lens: &str, padded: &str, before: &str) -> Vec<Extent> {
@@ -134,6 +187,19 @@ impl Case {
         }
         self.left.is_none_or(|l| after >= -i64::from(l))
             && (self.causal || self.right.is_none_or(|r| after <= i64::from(r)))
+    }
+
+    /// How far key `j` is from the diagonal of query `i`.
+    pub fn distance(&self, seq: usize, i: usize, j: usize) -> u64 {
+        let (len_q, len_k) = (self.seqs[seq].q.len as i64, self.seqs[seq].k.len as i64);
+        let diagonal = i as i64 + if self.bottom_right { len_k - len_q } else { 0 };
+        (j as i64 - diagonal).unsigned_abs()
+    }
+
+    /// Does dropout keep the weight of key `j` for query `i`?
+    pub fn keeps(&self, seq: usize, head: usize, i: usize, j: usize) -> bool {
+        let counter = [(j / 4) as u32, i as u32, head as u32, number(seq)];
+        f64::from(philox(SEED, counter)[j % 4]) >= (f64::from(self.dropout) * 2f64.powi(32)).floor()
     }
 
     /// Tokens of a side, padding included.
@@ -194,6 +260,14 @@ impl Case {
             dtype,
             wire: Wire::Storage,
             scale: self.scale,
+            score: Score {
+                softcap: self.softcap,
+                slopes: self.slopes.clone().into(),
+                dropout: self.dropout,
+                sinks: self.sinks,
+                max_logit: self.max_logit,
+                ..Score::default()
+            },
         };
         problem.validate().map(|()| problem)
     }

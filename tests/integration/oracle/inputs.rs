@@ -15,6 +15,8 @@ pub struct Inputs {
     pub v: Vec<f32>,
     /// `[query token, head, dim_v]`.
     pub d_o: Vec<f32>,
+    /// `[head]`, fp32; used where there are sinks.
+    pub sinks: Vec<f32>,
 }
 
 /// SplitMix64's output for counter `n` (counting from 0).
@@ -58,6 +60,7 @@ pub fn inputs(case: &Case, dtype: DType) -> Inputs {
         k: tensor(2, Side::Key, case.kv_heads * case.dim_qk),
         v: tensor(3, Side::Key, case.kv_heads * case.dim_v),
         d_o: tensor(4, Side::Query, case.heads * case.dim_v),
+        sinks: (0..case.heads as u64).map(|head| element(5, head)).collect(),
     }
 }
 

@@ -14,7 +14,7 @@ fn case(name: &str) -> &'static Case {
 fn corpus_is_well_formed() {
     let tags: HashSet<&str> = [
         "fast", "tiny", "long", "mask", "window", "cross", "blind", "pad", "format", "thd",
-        "heads", "dims", "scale",
+        "heads", "dims", "scale", "score",
     ]
     .into();
     let mut names = HashSet::new();
@@ -35,6 +35,9 @@ fn corpus_is_well_formed() {
             let len = |e: Extent| e.len as usize;
             (0..len(c.seqs[s].q)).any(|i| !(0..len(c.seqs[s].k)).any(|j| c.sees(s, i, j)))
         });
+        let score = c.softcap > 0.0 || !c.slopes.is_empty() || c.dropout > 0.0;
+        let asked = c.sinks.is_some() || c.max_logit.is_some();
+        assert_eq!(c.is("score"), score || asked, "{}: tag score", c.name);
         assert_eq!(c.is("blind"), blind, "{}: tag blind", c.name);
     }
     assert_eq!(used, tags, "every tag is used");
