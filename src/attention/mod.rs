@@ -184,6 +184,8 @@ pub struct Context {
     pub problem: u64,
     /// Which group and communication the layer was attached to.
     pub attached: u64,
+    /// Key of forward's dropout.
+    pub seed: u64,
 }
 
 /// A layer. One thread at a time.
@@ -241,6 +243,11 @@ impl Attention {
         allocator: Option<Allocator>,
     ) -> Result<Attention> {
         cuda.supports(config.dtype, config.dim_qk, config.dim_v)?;
+        if !config.score.is_plain() {
+            return Err(Error::unsupported(
+                "softcap, alibi_slopes, dropout, sinks, max_logit: not on CUDA yet; on the CPU they are",
+            ));
+        }
         let solo = Group::solo_on(cuda.device());
         Attention::with(config, Engine::on_device(cuda, allocator)?, solo)
     }
@@ -433,10 +440,11 @@ impl Attention {
     /// All memory in the arguments is valid for its shapes.
     pub unsafe fn forward(&mut self, args: Result<Args>) -> Result<Context> {
         let id = self.current;
+        let seed = args.as_ref().map_or(0, |args| args.seed);
         // SAFETY: the caller's promise.
         let problem = unsafe { self.pass(Pass::Forward, id, None, args)? };
         self.forwarded = Some(id);
-        Ok(Context { problem, attached: id })
+        Ok(Context { problem, attached: id, seed })
     }
 
     /// Backward of the forward that made `context`, on the group that it used. Collective, blocking.
@@ -446,7 +454,9 @@ impl Attention {
     pub unsafe fn backward(&mut self, context: Result<Context>, args: Result<Args>) -> Result<()> {
         let likely = self.forwarded.unwrap_or(self.current);
         let (id, args) = match &context {
-            Ok(c) if self.known.contains_key(&c.attached) => (c.attached, args),
+            Ok(c) if self.known.contains_key(&c.attached) => {
+                (c.attached, args.map(|args| Args { seed: c.seed, ..args }))
+            }
             Ok(c) => {
                 let text = format!(
                     "context: made by another layer, or on a group that this one never had (id {:#x}, rank {})",
@@ -499,6 +509,12 @@ impl Attention {
             }
             let dense = |tensor| args.views.iter().any(|(x, v)| *x == tensor && v.is_dense());
             let pack = !(dense(Tensor::K) && dense(Tensor::V));
+            let count = args.seqs.len();
+            if !args.ids.is_empty() && args.ids.len() != count {
+                let got = args.ids.len();
+                let text = format!("sequence_ids: got {got} for {count} sequences (rank {rank})");
+                return Err(Error::argument(text));
+            }
             let options = self.options(&at.group, pack);
             let prepared = at.group.prepare(&problem, pass, options, self.target());
             let given = |slot: &Slot| args.views.iter().any(|(x, _)| *x == slot.tensor);
@@ -518,6 +534,10 @@ impl Attention {
         // What backward exchanges depends on what forward leaves.
         let mut h = Fnv::default();
         (hash, self.config.save).hash(&mut h);
+        // One mask of dropout for all ranks.
+        if let (Ok((.., args)), true) = (&ready, self.config.score.dropout > 0.0) {
+            (args.seed, &args.ids).hash(&mut h);
+        }
         let header = Header { call, hash: h.finish() };
         let (hash, prepared, workspace, args) = at.group.agree(header, ready)?;
         let saved = args.saved.map_or(std::ptr::null_mut(), |(ptr, _)| ptr);

@@ -10,7 +10,7 @@ use crate::group::Group;
 use crate::mask::Mask;
 use crate::partition::{Partition, Stretch};
 use crate::problem::{CommType, Extent, Sequence, Wire};
-use crate::score::Score;
+use crate::score::{Reach, Score};
 
 /// A pointer that may be null, as a slice.
 ///
@@ -167,6 +167,25 @@ pub unsafe fn attention_config(ptr: *const cp_attention_config) -> Result<Layer>
         left: has(CP_ATTENTION_WINDOW_LEFT).then_some(c.window_left),
         right: has(CP_ATTENTION_WINDOW_RIGHT).then_some(c.window_right),
     };
+    if !c.alibi_slopes.is_aligned() {
+        let got = c.alibi_slopes;
+        return Err(Error::argument(format!("config.alibi_slopes: got {got:p}, must be aligned")));
+    }
+    let slopes = match c.alibi_slopes.is_null() {
+        true => &[],
+        // SAFETY: `heads` numbers, by the caller's promise.
+        false => unsafe { std::slice::from_raw_parts(c.alibi_slopes, c.heads as usize) },
+    };
+    zero("config.reserved", c.reserved.into())?;
+    let score = Score {
+        softcap: c.softcap,
+        slopes: slopes.into(),
+        bias: None,
+        dropout: c.dropout,
+        head_offset: c.head_offset,
+        sinks: reach("config.sinks", c.sinks)?,
+        max_logit: reach("config.max_logit", c.max_logit)?,
+    };
     let or = |value: u32, default: u32| if value == 0 { default } else { value };
     let config = Config {
         heads: c.heads,
@@ -175,7 +194,7 @@ pub unsafe fn attention_config(ptr: *const cp_attention_config) -> Result<Layer>
         dim_v: or(c.head_dim_v, c.head_dim_qk),
         dtype: dtype("config.dtype", c.dtype)?,
         scale: c.softmax_scale,
-        score: Score::default(),
+        score,
         mask,
         packed,
         partition: partition("config.partition", c.partition)?,
@@ -532,6 +551,24 @@ pub fn statistic(
         if packed { "[heads, tokens]" } else { "[batch, heads, seq]" },
         false,
     )
+}
+
+/// A number per head, `[heads]`, seen as `[1, 1, heads, 1]`.
+pub fn per_head(name: &str, t: &cp_tensor, place: Place) -> Result<(View, [i64; 4])> {
+    place.check(name, t)?;
+    view(name, t, DType::F32, &[2], "[heads]", false)
+}
+
+/// Who gets a number per head.
+fn reach(name: &str, code: cp_reach) -> Result<Option<Reach>> {
+    match code {
+        CP_REACH_NONE => Ok(None),
+        CP_REACH_RANK => Ok(Some(Reach::Rank)),
+        CP_REACH_GROUP => Ok(Some(Reach::Group)),
+        other => Err(Error::argument(format!(
+            "{name}: got {other}, allowed CP_REACH_NONE (0), _RANK (1), _GROUP (2)"
+        ))),
+    }
 }
 
 /// `dims[i]` is the logical dimension (batch, seq, heads, dim) of the tensor's dimension i.
