@@ -85,7 +85,7 @@ static inline void extents(extent *out, int count, const char *lens, const char 
 
 static inline test_case parse_case(char *line) {
     static const char *const formats[] = {"bshd", "sbhd", "thd"};
-    static const char *const partitions[] = {"zigzag", "contiguous", "striped", "list"};
+    static const char *const partitions[] = {"zigzag", "contiguous", "striped", "list", "balanced"};
     char *f[20];
     test_case c;
     int n = 0;

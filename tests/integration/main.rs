@@ -1,5 +1,6 @@
 //! The one Rust integration binary: what is right (`oracle`), and everything that is compared to it.
 
+mod balanced;
 mod cli;
 mod cuda;
 mod cuda_capi;
