@@ -527,6 +527,34 @@ typedef struct cp_loss_config {
     double tokens;
 } cp_loss_config;
 
+// Rows that cp_group_shift and cp_group_gather move: `row_bytes` bytes each, one after another, of whatever type.
+typedef struct cp_rows_args {
+    // sizeof(cp_rows_args).
+    uint32_t struct_size;
+    // Must be 0.
+    uint32_t flags;
+    // The sequences.
+    const struct cp_sequences *sequences;
+    // CP_PARTITION_*.
+    cp_partition partition;
+    // CP_FORMAT_*.
+    cp_format format;
+    // CP_SIDE_*.
+    cp_side side;
+    // cp_group_shift: how many tokens after a row the one is that it gets; negative: before.
+    int32_t shift;
+    // Bytes of a row, at least 1.
+    size_t row_bytes;
+    // This rank's rows, in the order of cp_partition_tokens.
+    const void *local;
+    // How many they are.
+    size_t local_rows;
+    // The result; overlaps nothing.
+    void *out;
+    // Rows at `out`: as many as `local_rows` for cp_group_shift, as many as all padded sequences have for cp_group_gather.
+    size_t out_rows;
+} cp_rows_args;
+
 // Ranks in a grid with the axes tp, cp, ep, dp, pp (tensor, context, expert, data, pipeline parallel), as Megatron numbers them.
 //
 // A mesh has cp > 1 or ep > 1, not both: experts have a mesh of their own over the same ranks, with cp = 1, see cp_mesh_expert.
@@ -1209,6 +1237,25 @@ cp_status cp_loss_tokens(cp_format format,
 // `config` points to `struct_size` readable bytes; `factor` has room for a number.
 cp_status cp_loss_scale(const struct cp_loss_config *config,
                         double *factor);
+
+// Every row of `out` gets the row that stands `shift` tokens after it in its sequence, from whichever rank has it: labels, and those of multi-token
+// prediction. Rows without one (the last of a sequence, padding) are left as they are, so fill `out` before, with -100 say.
+//
+// Collective over the group, in the same order on all ranks; blocking. Host memory: groups of CUDA devices are refused (cp_partition_shift_exchange
+// says what a framework's own all-to-all moves). If one rank's arguments are wrong, that rank gets its error and all others CP_ERR_MISMATCH naming
+// it; nothing has moved.
+//
+// Requires:
+// `group` is a handle; `args` points to `struct_size` bytes; `local` and `out` have the rows that it says, and `out` overlaps nothing.
+cp_status cp_group_shift(const struct cp_group *group,
+                         const struct cp_rows_args *args);
+
+// `out` gets the rows of all padded sequences, in their order, on every rank: a whole output, where someone asks for it. In all else as
+// cp_group_shift; `shift` must be 0.
+//
+// Requires:
+// As cp_group_shift.
+cp_status cp_group_gather(const struct cp_group *group, const struct cp_rows_args *args);
 
 // Fills in what a mesh leaves to defaults: sizes, `world_size`, but not `order`. Checks all of it. Local. Any thread, any time.
 //

@@ -113,11 +113,16 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "collect",
+        &["error", "exec", "group", "holding", "partition", "problem", "rows", "transport"],
+    ),
+    (
         "capi",
         &[
             "attention",
             "backend",
             "balance",
+            "collect",
             "driver",
             "dtype",
             "error",
