@@ -24,7 +24,7 @@
 //! # Where to read
 //! | room | what it is for |
 //! |---|---|
-//! | [`partition`], [`mask`], [`problem`], [`holding`], [`dtype`], [`error`] | the vocabulary; pure |
+//! | [`partition`], [`mask`], [`score`], [`problem`], [`holding`], [`dtype`], [`error`] | the vocabulary; pure |
 //! | [`mesh`], [`layers`], [`padding`] | what surrounds a layer in Megatron: the rank grid, communication types per layer, padding rules; pure |
 //! | [`balance`] | deals documents out so that all ranks compute alike and few keys move |
 //! | [`collect`] | rows of any bytes between ranks: shifted, or whole sequences on every rank |
@@ -68,5 +68,6 @@ pub mod plan;
 pub mod problem;
 pub mod rows;
 pub mod schedule;
+pub mod score;
 pub mod trade;
 pub mod transport;

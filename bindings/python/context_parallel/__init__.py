@@ -13,7 +13,7 @@ On GPUs the group and the layer get device="cuda:0", and calls are enqueued on a
 """
 
 from ._lib import Error, Status, build_info
-from .attention import Attention, Context, query_support
+from .attention import Attention, Context, alibi_slopes, query_support
 from .group import Group, unique_id
 from .mesh import Mesh, ParallelState, comm_types_per_layer
 from .padding import (
@@ -60,6 +60,7 @@ __all__ = [
     "ScheduleCost",
     "Sequences",
     "Status",
+    "alibi_slopes",
     "build_info",
     "comm_types_per_layer",
     "context_parallel_image_bounds",
