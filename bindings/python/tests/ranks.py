@@ -5,7 +5,7 @@ import threading
 import numpy as np
 
 import context_parallel as cp
-from corpus import DTYPES, SHAPES, inputs
+from corpus import DTYPES, SEED, SHAPES, inputs
 
 # How the axes lie in an array of each format, from [batch, seq, heads, dim].
 ORDER = {"bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3), "bhsd": (0, 2, 1, 3)}
@@ -62,9 +62,13 @@ def give_back(groups):
 
 
 def strided(array):
-    """The same values with gaps between rows, heads and batches."""
-    if array.ndim < 2:
+    """The same values with gaps between rows, heads and batches; between numbers, if it is a list of them."""
+    if array.ndim == 0:
         return array
+    if array.ndim == 1:
+        view = np.full(2 * len(array), np.nan, array.dtype)[::2]
+        view[...] = array
+        return view
     buffer = np.full([n + 1 for n in array.shape], np.nan, array.dtype)
     view = buffer[tuple(slice(n) for n in array.shape)]
     view[...] = array
@@ -98,7 +102,7 @@ def host_buffer(size):
 
 def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, preallocate=False, workspace=False, comm_options=None, buffer=host_buffer,
              stream=None, **options):  # fmt: skip
-    """Forward and backward of a case on one rank: {"out": (local array, tokens), …}. `view` wraps every array that is handed over.
+    """Forward and backward of a case on one rank: {"out": (local array, tokens), …}; numbers per head have no tokens. `view` wraps every array that is handed over.
 
     preallocate: outputs, and what forward saves, are given, full of NaN; workspace: it is given, as large as the library says that it must be; both are
     made by `buffer`. With a stream the results are there when the stream is empty.
@@ -108,30 +112,44 @@ def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, p
     layer = case.layer(dtype, format=format, **options)
     layer.set_group(group, comm, **(comm_options or {}))
     tokens = {side: cp.partition_tokens(case.partition, format, sequences, group.size, group.rank, side) for side in "qk"}
-    mine = {name: view(to_local(case, rows, tokens["k" if name in "kv" else "q"], format)) for name, rows in inputs(case, dtype).items()}
+    given = inputs(case, dtype)
+    mine = {name: view(to_local(case, given[name], tokens["k" if name in "kv" else "q"], format)) for name in ("q", "k", "v", "d_out")}
+    numbers = [name for name, wanted in (("d_sinks", case.sinks), ("max_logit", case.max_logit)) if wanted]
+    score = {"sinks": view(given["sinks"].copy())} if case.sinks else {}
+    if case.dropout:
+        score |= {"dropout_seed": SEED, "sequence_ids": case.sequence_ids()}
     fresh, saved = {}, {}
     if preallocate:
         for name, (side, heads, dim) in SHAPES.items():
             rows = np.full((case.tokens(side), getattr(case, heads), getattr(case, dim)), np.nan, DTYPES[dtype])
             fresh[name] = view(to_local(case, rows, tokens[side], format))
         fresh["lse"] = view(to_local(case, np.full((case.tokens("q"), case.heads), np.nan, np.float32), tokens["q"], format))
+        fresh |= {name: view(np.full(case.heads, np.nan, np.float32)) for name in numbers}
         saved = {"saved": buffer(size) for size in [layer.report(sequences)["saved"]] if size > 0}
     scratch = None
     if workspace:
         held = (len(cp.partition_tokens(case.partition, format, sequences, group.size, rank, side)) for rank in range(group.size) for side in "qk")
         scratch = buffer(layer.workspace_size(max(held)))
     pick = lambda *names: {"workspace": scratch, "stream": stream, **{name: fresh[name] for name in names if name in fresh}}
-    out, lse, context = layer.forward(mine["q"], mine["k"], mine["v"], sequences, **pick("out", "lse"), **saved)
-    dq, dk, dv = layer.backward(context, mine["d_out"], **pick("dq", "dk", "dv"))
-    for name, array in (("out", out), ("lse", lse), ("dq", dq), ("dk", dk), ("dv", dv)):
+    out, lse, context = layer.forward(mine["q"], mine["k"], mine["v"], sequences, **pick("out", "lse", "max_logit"), **saved, **score)
+    dq, dk, dv, *rest = layer.backward(context, mine["d_out"], **pick("dq", "dk", "dv", "d_sinks"))
+    found = {"out": (out, tokens["q"]), "lse": (lse, tokens["q"]), "dq": (dq, tokens["q"]), "dk": (dk, tokens["k"]), "dv": (dv, tokens["k"])}
+    found |= {name: ({"d_sinks": rest, "max_logit": [context.max_logit]}[name][0], np.zeros(0, int)) for name in numbers}
+    assert len(rest) == ("d_sinks" in found) and (context.max_logit is not None) == ("max_logit" in found)
+    for name, (array, _) in found.items():
         assert name not in fresh or fresh[name] is array
-    return {"out": (out, tokens["q"]), "lse": (lse, tokens["q"]), "dq": (dq, tokens["q"]), "dk": (dk, tokens["k"]), "dv": (dv, tokens["k"])}
+    return found
 
 
 def collect(case, of_ranks, format):
     """The global results of all ranks' local ones."""
     whole = {name: np.full((case.tokens(side), getattr(case, heads), getattr(case, dim)), np.nan) for name, (side, heads, dim) in SHAPES.items()}
     whole["lse"] = np.full((case.tokens("q"), case.heads), np.nan)
+    for name, reach, together in (("d_sinks", case.sinks, np.sum), ("max_logit", case.max_logit, np.max)):
+        if reach:
+            numbers = np.array([np.asarray(found.pop(name)[0], np.float64) for found in of_ranks])
+            assert reach == "rank" or (numbers == numbers[0]).all(), f"{case.name} {name}: differs between ranks: {numbers}"
+            whole[name] = together(numbers, axis=0) if reach == "rank" else numbers[0]
     for found in of_ranks:
         for name, (local, tokens) in found.items():
             from_local(case, whole[name], tokens, np.asarray(local, np.float64), format)
