@@ -594,6 +594,12 @@ impl Attention {
                 true => [1, 1, heads, 1],
                 false => [batch, local / batch, heads, dim],
             };
+            if *shape != want && tensor.per_head() {
+                let (name, rank) = (name(*tensor), group.parent_rank());
+                let text =
+                    format!("{name}: got shape [{}], must be [{heads}] (rank {rank})", shape[2]);
+                return Err(Error::argument(text));
+            }
             if *shape != want {
                 let name = name(*tensor);
                 return Err(Error::argument(format!(

@@ -285,7 +285,7 @@ static void layers(void) {
     cp_attention_config ok = small_layer();
     cp_attention *layer = NULL;
     unsigned char bytes[sizeof ok + 8];
-    float zero = 0;
+    float zero = 0, slopes[HEADS] = {1, 1, 1, 1};
     BAD("config: got NULL", cp_attention_create(NULL, &layer));
     BAD("attention: got", cp_attention_create(&ok, NULL));
     BAD("config: got a pointer that is not aligned", cp_attention_create((cp_attention_config *)(void *)(bytes + 1), &layer));
@@ -307,6 +307,18 @@ static void layers(void) {
     LAYER(CP_ERR_INVALID_ARGUMENT, "config.window_right: got 3 without its flag", c.window_right = 3);
     LAYER(CP_ERR_INVALID_ARGUMENT, "softmax_scale: got inf", c.softmax_scale = 1 / zero);
     LAYER(CP_ERR_INVALID_ARGUMENT, "softmax_scale: got", c.softmax_scale = zero / zero);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "softcap: got -1", c.softcap = -1);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "softcap: got inf", c.softcap = 1 / zero);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "softcap: got NaN", c.softcap = zero / zero);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "dropout: got 1, allowed 0", c.dropout = 1);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "dropout: got -0.25", c.dropout = -0.25f);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "dropout: got NaN", c.dropout = zero / zero);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "alibi_slopes: got NaN", (slopes[2] = zero / zero, c.alibi_slopes = slopes));
+    LAYER(CP_ERR_INVALID_ARGUMENT, "alibi_slopes: got -inf", (slopes[2] = -1 / zero, c.alibi_slopes = slopes));
+    LAYER(CP_ERR_INVALID_ARGUMENT, "config.alibi_slopes: got", c.alibi_slopes = (const float *)(const void *)((const char *)slopes + 1));
+    LAYER(CP_ERR_INVALID_ARGUMENT, "config.sinks: got 3, allowed CP_REACH_NONE (0)", c.sinks = 3);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "config.max_logit: got 3, allowed CP_REACH_NONE (0)", c.max_logit = 3);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "config.reserved", c.reserved = 1);
     LAYER(CP_ERR_INVALID_ARGUMENT, "config.threads: got 1025", c.threads = 1025);
     LAYER(CP_ERR_INVALID_ARGUMENT, "config.device_type: got 3", c.device_type = 3);
     LAYER(CP_ERR_INVALID_ARGUMENT, "config.device_id: got 2", c.device_id = 2);

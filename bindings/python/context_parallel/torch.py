@@ -23,8 +23,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, sinks, layer, sequences, dropout_seed, sequence_ids):
         out, lse, context = layer.forward(q, k, v, sequences, sinks=sinks, dropout_seed=dropout_seed, sequence_ids=sequence_ids)
         # autograd keeps the tensors, so that it sees if one is changed in place; the context keeps the rest.
-        ctx.save_for_backward(*context.tensors)
-        context.tensors = None
+        ctx.save_for_backward(*context.tensors, sinks)
+        context.tensors = context.sinks = None
         ctx.layer, ctx.context = layer, context
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -34,7 +34,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, d_out, _):
         if not _usable(d_out):
             d_out = d_out.contiguous()  # autograd hands out expanded tensors, as after sum().
-        context = ctx.context.with_tensors(ctx.saved_tensors)
+        *tensors, sinks = ctx.saved_tensors
+        context = ctx.context.with_tensors(tensors)
+        context.sinks = sinks
         dq, dk, dv, *d_sinks = ctx.layer.backward(context, d_out)
         return dq, dk, dv, *(d_sinks or [None]), None, None, None, None
 

@@ -102,7 +102,8 @@ def host_buffer(size):
 
 def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, preallocate=False, workspace=False, comm_options=None, buffer=host_buffer,
              stream=None, **options):  # fmt: skip
-    """Forward and backward of a case on one rank: {"out": (local array, tokens), …}; numbers per head have no tokens. `view` wraps every array that is handed over.
+    """Forward and backward of a case on one rank: {"out": (local array, tokens), …}; numbers per head have no tokens. `view` wraps every array that is
+    handed over.
 
     preallocate: outputs, and what forward saves, are given, full of NaN; workspace: it is given, as large as the library says that it must be; both are
     made by `buffer`. With a stream the results are there when the stream is empty.
