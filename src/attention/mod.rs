@@ -590,9 +590,15 @@ impl Attention {
                 Tensor::Q | Tensor::K | Tensor::DQ | Tensor::DK => p.dim_qk,
                 _ => p.dim_v,
             });
-            let want = match tensor.per_head() {
-                true => [1, 1, heads, 1],
-                false => [batch, local / batch, heads, dim],
+            let want = match (tensor, p.score.bias) {
+                (Tensor::Bias | Tensor::DBias, Some(b)) => [
+                    if b.batch { batch } else { 1 },
+                    if b.queries { local / batch } else { 1 },
+                    if b.heads { heads } else { 1 },
+                    i64::from(p.bias_columns()),
+                ],
+                (tensor, _) if tensor.per_head() => [1, 1, heads, 1],
+                _ => [batch, local / batch, heads, dim],
             };
             if *shape != want && tensor.per_head() {
                 let (name, rank) = (name(*tensor), group.parent_rank());
@@ -675,5 +681,7 @@ pub fn name(tensor: Tensor) -> &'static str {
         Tensor::SinkTerms => "sink terms",
         Tensor::Top => "row maxima",
         Tensor::MaxLogit => "max_logit",
+        Tensor::Bias => "bias",
+        Tensor::DBias => "d_bias",
     }
 }

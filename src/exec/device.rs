@@ -3,7 +3,7 @@
 //! The compute lane is the caller's stream, the comm lane the group's. It is forked from the caller's stream at the start and joined to it at
 //! the end, so that to the caller a call is work on one stream, and a capture of that stream captures all of it. Plan events become CUDA events.
 
-use super::{Memory, Slots, Stats, bind, diagonals, fill_messages};
+use super::{Memory, PerSequence, Slots, Stats, bind, fill_messages};
 use crate::backend::cuda::{
     AttendWork, Cuda, RowsWork, Shape, SliceLimits, Staging, TableBuilder, backward_bound,
     forward_bound, runs_bound,
@@ -134,7 +134,7 @@ pub struct Scratch {
     staging: Staging,
     events: Vec<Event>,
     views: Vec<View>,
-    diagonals: Vec<i32>,
+    sequences: PerSequence,
     sends: Vec<transport::Message>,
     recvs: Vec<transport::Message>,
 }
@@ -143,7 +143,7 @@ impl Scratch {
     /// Nothing is allocated yet.
     pub fn new(staging: Staging) -> Scratch {
         let (events, views, sends, recvs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        Scratch { staging, events, views, diagonals: Vec::new(), sends, recvs }
+        Scratch { staging, events, views, sequences: PerSequence::default(), sends, recvs }
     }
 
     /// Allocates for calls with tables of at most so many bytes and so many events, so that they allocate nothing.
@@ -171,16 +171,16 @@ pub unsafe fn enqueue(
     scratch: &mut Scratch,
 ) -> Result<Stats> {
     let mut views = std::mem::take(&mut scratch.views);
-    let mut origins = std::mem::take(&mut scratch.diagonals);
-    diagonals(plan, &mut origins);
+    let mut sequences = std::mem::take(&mut scratch.sequences);
+    sequences.fill(plan);
     let result = bind(plan, memory, &mut views).and_then(|()| {
-        let slots = Slots { plan, dropout: memory.dropout, diagonals: &origins, views: &views };
+        let slots = Slots { plan, dropout: memory.dropout, sequences: &sequences, views: &views };
         let run = Run { slots, tables, memory, cuda, stream };
         // SAFETY: the caller's promise.
         unsafe { run.steps(link.as_mut(), scratch) }
     });
     scratch.views = views;
-    scratch.diagonals = origins;
+    scratch.sequences = sequences;
     if let (Err(e), Some(link)) = (&result, &mut link) {
         link.transport.give_up(e.clone());
     }
