@@ -11,6 +11,8 @@
 
 enum { MOST_SEQS = 64, MOST_CASES = 256, MOST_STRETCHES = 4096, MOST_RANKS = 16, MOST_HEADS = 18, COLUMNS = 26 };
 enum { BSHD, SBHD, THD };
+/* There is a bias, and which of its dimensions are not 1. */
+enum { BIAS = 1, BIAS_BATCH = 2, BIAS_HEADS = 4, BIAS_QUERIES = 8 };
 
 typedef struct extent {
     int before, len, padded;
@@ -27,7 +29,7 @@ typedef struct test_case {
     int has_scale;
     float scale;
     float softcap, dropout; /* 0: none */
-    int alibi;
+    int alibi, bias;        /* bias: BIAS_* or 0, none */
     cp_reach sinks, max_logit;
 } test_case;
 
@@ -93,6 +95,9 @@ static inline test_case parse_case(char *line) {
     static const char *const formats[] = {"bshd", "sbhd", "thd"};
     static const char *const partitions[] = {"zigzag", "contiguous", "striped", "list"};
     static const char *const reaches[] = {"-", "rank", "group"};
+    static const char *const biases[] = {"-", "1hss", "11ss", "b1ss", "bhss", "111s"};
+    static const int shapes[] = {0, BIAS | BIAS_HEADS | BIAS_QUERIES, BIAS | BIAS_QUERIES, BIAS | BIAS_BATCH | BIAS_QUERIES,
+                                 BIAS | BIAS_BATCH | BIAS_HEADS | BIAS_QUERIES, BIAS};
     char *f[COLUMNS];
     test_case c;
     int n = 0;
@@ -128,8 +133,9 @@ static inline test_case parse_case(char *line) {
     c.dropout = strcmp(f[23], "-") == 0 ? 0 : (float)atof(f[23]);
     c.sinks = (cp_reach)word_of(f[24], reaches, 3, f[0]);
     c.max_logit = (cp_reach)word_of(f[25], reaches, 3, f[0]);
-    if (c.heads > MOST_HEADS || strcmp(f[22], "-") != 0)
-        die("a case with more heads, or with a bias, than this reader knows", f[0]);
+    c.bias = shapes[word_of(f[22], biases, 6, f[0])];
+    if (c.heads > MOST_HEADS)
+        die("a case with more heads than this reader knows", f[0]);
     return c;
 }
 
@@ -238,6 +244,31 @@ static inline char *true_tokens(const test_case *c, int side) {
     return is_true;
 }
 
+/* Most padded tokens of a sequence. */
+static inline int longest(const test_case *c, int side) {
+    int s, most = 0;
+    for (s = 0; s < c->count; s++)
+        most = c->side[side][s].padded > most ? c->side[side][s].padded : most;
+    return most;
+}
+
+/* [batch, heads, queries, keys] of the global bias; returns its number of elements, 0 without one. */
+static inline size_t bias_dims(const test_case *c, size_t dims[4]) {
+    dims[0] = c->bias & BIAS_BATCH ? (size_t)c->count : 1;
+    dims[1] = c->bias & BIAS_HEADS ? (size_t)c->heads : 1;
+    dims[2] = !(c->bias & BIAS_QUERIES) ? 1 : c->format == THD ? (size_t)tokens_of(c, 0) : (size_t)longest(c, 0);
+    dims[3] = c->bias ? (size_t)longest(c, 1) : 0;
+    return dims[0] * dims[1] * dims[2] * dims[3];
+}
+
+/* Index in the global bias of query i of a sequence and its sequence's first true key. */
+static inline size_t bias_row(const test_case *c, int seq, int head, int i) {
+    size_t dims[4], b = c->bias & BIAS_BATCH ? (size_t)seq : 0, h = c->bias & BIAS_HEADS ? (size_t)head : 0, row;
+    bias_dims(c, dims);
+    row = !(c->bias & BIAS_QUERIES) ? 0 : (size_t)(i + (c->format == THD ? first_token(c, 0, seq) : c->side[0][seq].before));
+    return ((b * dims[1] + h) * dims[2] + row) * dims[3] + (size_t)c->side[1][seq].before;
+}
+
 /* SplitMix64's output for counter n. */
 static inline uint64_t mix(uint64_t n) {
     uint64_t z = (n + 1) * UINT64_C(0x9E3779B97F4A7C15);
@@ -246,7 +277,7 @@ static inline uint64_t mix(uint64_t n) {
     return z ^ (z >> 31);
 }
 
-/* Element `index` of global tensor `id`: Q 1, K 2, V 3, dO 4, sinks 5. Exact in fp32. */
+/* Element `index` of global tensor `id`: Q 1, K 2, V 3, dO 4, sinks 5, bias 6. Exact in fp32. */
 static inline float element(uint64_t id, uint64_t index) {
     uint64_t z = mix((id << 40) + index);
     uint64_t sum = (z & 0xFFFF) + (z >> 16 & 0xFFFF) + (z >> 32 & 0xFFFF) + (z >> 48);

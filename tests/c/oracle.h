@@ -34,6 +34,8 @@ typedef struct reference {
     char *seen, *looks, *is_true[2]; /* key tokens that are seen, query tokens that see something, tokens that are no padding */
     float sinks[MOST_HEADS];
     double d_sinks[MOST_HEADS], d_sinks_terms[MOST_HEADS], max_logit[MOST_HEADS];
+    float *bias, *plain_bias; /* and its gradient */
+    double *d_bias, *d_bias_terms;
 } reference;
 
 /* A global input tensor in fp32, its padding NaN. */
@@ -86,9 +88,9 @@ static inline void add_plain(float *sums, float factor, const float *row, int n)
         sums[i] += factor * row[i];
 }
 
-/* A key that a query sees: its row of K and V, its distance from the diagonal, and whether dropout keeps its weight. */
+/* A key that a query sees: its row of K and V, its element of the bias, its distance from the diagonal, and whether dropout keeps its weight. */
 typedef struct seen_key {
-    size_t row;
+    size_t row, bias;
     int distance, kept;
 } seen_key;
 
@@ -109,6 +111,8 @@ static inline void exact_row(reference *r, size_t row, const seen_key *keys, int
         }
         if (c->alibi)
             s[j] -= (double)alibi_slopes()[head] * keys[j].distance;
+        if (c->bias)
+            s[j] += r->bias[keys[j].bias];
         r->max_logit[head] = s[j] > r->max_logit[head] ? s[j] : r->max_logit[head];
         max = s[j] > max ? s[j] : max;
     }
@@ -128,8 +132,12 @@ static inline void exact_row(reference *r, size_t row, const seen_key *keys, int
     r->d_sinks_terms[head] += exp(sink - lse) * delta_terms;
     for (j = 0; j < n; j++) {
         const float *k = r->k + keys[j].row * (size_t)dqk, *v = r->v + keys[j].row * (size_t)dv;
-        double p = exp(s[j] - lse), kept = keys[j].kept ? grow : 0, ds = scale * slopes[j] * p * (kept * dot(d_out, v, dv) - delta);
-        double ds_terms = fabs(scale) * slopes[j] * p * (kept * dot_terms(d_out, v, dv) + delta_terms);
+        double p = exp(s[j] - lse), kept = keys[j].kept ? grow : 0, dx = p * (kept * dot(d_out, v, dv) - delta), ds = scale * slopes[j] * dx;
+        double dx_terms = p * (kept * dot_terms(d_out, v, dv) + delta_terms), ds_terms = fabs(scale) * slopes[j] * dx_terms;
+        if (c->bias) {
+            r->d_bias[keys[j].bias] += dx;
+            r->d_bias_terms[keys[j].bias] += dx_terms;
+        }
         add(r->right[DQ] + row * (size_t)dqk, r->terms[DQ] + row * (size_t)dqk, ds, ds_terms, k, dqk);
         add(r->right[DK] + keys[j].row * (size_t)dqk, r->terms[DK] + keys[j].row * (size_t)dqk, ds, ds_terms, q, dqk);
         add(r->right[DV] + keys[j].row * (size_t)dv, r->terms[DV] + keys[j].row * (size_t)dv, kept * p, kept * p, d_out, dv);
@@ -153,6 +161,8 @@ static inline void plain_row(reference *r, size_t row, const seen_key *keys, int
         }
         if (c->alibi)
             s[j] -= alibi_slopes()[head] * (float)keys[j].distance;
+        if (c->bias)
+            s[j] += r->bias[keys[j].bias];
         max = s[j] > max ? s[j] : max;
     }
     for (j = 0; j < n; j++) {
@@ -168,7 +178,9 @@ static inline void plain_row(reference *r, size_t row, const seen_key *keys, int
     for (j = 0; j < n; j++) {
         const float *k = r->k + keys[j].row * (size_t)dqk, *v = r->v + keys[j].row * (size_t)dv;
         float p = expf(s[j] - lse), kept = keys[j].kept ? grow : 0;
-        float ds = rounded(p * (kept * dot_plain(d_out, v, dv) - delta) * slopes[j], r->dtype);
+        float dx = p * (kept * dot_plain(d_out, v, dv) - delta), ds = rounded(dx * slopes[j], r->dtype);
+        if (c->bias)
+            r->plain_bias[keys[j].bias] += dx;
         add_plain(r->plain[DQ] + row * (size_t)dqk, ds, k, dqk);
         add_plain(r->plain[DK] + keys[j].row * (size_t)dqk, ds, q, dqk);
         add_plain(r->plain[DV] + keys[j].row * (size_t)dv, rounded(kept * p, r->dtype), d_out, dv);
@@ -199,7 +211,7 @@ static inline void check_yardstick(const reference *r) {
 
 static inline void make_reference(reference *r, const test_case *c, cp_dtype dtype) {
     int seq, head, i, j, n, result;
-    size_t longest = 1, at;
+    size_t most = 1, at, dims[4];
     seen_key *keys;
     double *s;
     float *s_plain;
@@ -214,6 +226,11 @@ static inline void make_reference(reference *r, const test_case *c, cp_dtype dty
     r->is_true[1] = true_tokens(c, 1);
     r->seen = (char *)must(calloc((size_t)tokens_of(c, 1) + 1, 1));
     r->looks = (char *)must(calloc((size_t)tokens_of(c, 0) + 1, 1));
+    at = bias_dims(c, dims) + 1;
+    r->bias = (float *)must(calloc(at, sizeof(float)));
+    r->plain_bias = (float *)must(calloc(at, sizeof(float)));
+    r->d_bias = (double *)must(calloc(at, sizeof(double)));
+    r->d_bias_terms = (double *)must(calloc(at, sizeof(double)));
     for (head = 0; head < c->heads; head++) {
         r->sinks[head] = element(5, (uint64_t)head);
         r->max_logit[head] = -INFINITY;
@@ -229,12 +246,10 @@ static inline void make_reference(reference *r, const test_case *c, cp_dtype dty
                 r->plain[LSE][at] = -INFINITY;
             }
     }
-    for (seq = 0; seq < c->count; seq++)
-        if ((size_t)c->side[1][seq].len > longest)
-            longest = (size_t)c->side[1][seq].len;
-    keys = (seen_key *)must(malloc(longest * sizeof *keys));
-    s = (double *)must(malloc(2 * longest * sizeof *s));
-    s_plain = (float *)must(malloc(2 * longest * sizeof *s_plain));
+    most += (size_t)longest(c, 1);
+    keys = (seen_key *)must(malloc(most * sizeof *keys));
+    s = (double *)must(malloc(2 * most * sizeof *s));
+    s_plain = (float *)must(malloc(2 * most * sizeof *s_plain));
     for (seq = 0; seq < c->count; seq++)
         for (head = 0; head < c->heads; head++)
             for (i = 0; i < c->side[0][seq].len; i++) {
@@ -243,6 +258,8 @@ static inline void make_reference(reference *r, const test_case *c, cp_dtype dty
                 for (n = 0, j = 0; j < c->side[1][seq].len; j++)
                     if (sees(c, seq, i, j)) {
                         keys[n].row = (first + (size_t)j) * (size_t)c->kv_heads + kv_head;
+                        keys[n].bias = c->bias ? bias_row(c, seq, head, i) + (size_t)j : 0;
+                        r->bias[keys[n].bias] = rounded(element(6, keys[n].bias), dtype);
                         keys[n].distance = abs(after_diagonal(c, seq, i, j));
                         keys[n++].kept = keeps(c, seq, head, i, j);
                     }
@@ -257,6 +274,8 @@ static inline void make_reference(reference *r, const test_case *c, cp_dtype dty
     for (result = DQ; result <= DV; result++)
         for (at = 0; at < result_size(c, result); at++)
             r->plain[result][at] = rounded((result == DV ? 1.0f : c->scale) * r->plain[result][at], dtype);
+    for (at = 0; at < bias_dims(c, dims); at++)
+        r->plain_bias[at] = rounded(r->plain_bias[at], dtype);
     free(keys);
     free(s);
     free(s_plain);
@@ -265,7 +284,7 @@ static inline void make_reference(reference *r, const test_case *c, cp_dtype dty
 
 static inline void free_reference(reference *r) {
     int i;
-    free(r->q), free(r->k), free(r->v), free(r->d_out), free(r->seen), free(r->looks), free(r->is_true[0]), free(r->is_true[1]);
+    free(r->q), free(r->k), free(r->v), free(r->d_out), free(r->seen), free(r->looks), free(r->bias), free(r->plain_bias), free(r->d_bias), free(r->d_bias_terms), free(r->is_true[0]), free(r->is_true[1]);
     for (i = 0; i < RESULTS; i++)
         free(r->right[i]), free(r->terms[i]), free(r->plain[i]);
     memset(r, 0, sizeof *r);
@@ -355,6 +374,31 @@ static inline double check_numbers(const reference *r, int gradient, const float
             snprintf(why, room, "%s head %d: got %.9g, right is %.9g, allowed is %.3g", gradient ? "d_sinks" : "max_logit", head, got[head],
                      right, bound);
         worst = error > worst * bound ? error / bound : worst;
+    }
+    return why[0] != 0 ? INFINITY : worst;
+}
+
+/* Checks the gradient of the bias, a global one: buckets of 64 of its rows, and 0 where no query and key use it. */
+static inline double check_bias(const reference *r, const float *got, char *why, size_t room) {
+    size_t dims[4], n = bias_dims(r->c, dims), from, i;
+    double worst = 0;
+    why[0] = 0;
+    for (from = 0; from < n && why[0] == 0; from += 64 * dims[3]) {
+        double error = 0, plain = 0, size = 0, terms = 0, bound, ratio;
+        for (i = from; i < n && i < from + 64 * dims[3]; i++) {
+            double right = r->d_bias[i];
+            if (r->d_bias_terms[i] == 0 && !(got[i] == 0))
+                snprintf(why, room, "d_bias element %zu: got %g, not 0", i, got[i]);
+            error += (got[i] - right) * (got[i] - right);
+            plain += (r->plain_bias[i] - right) * (r->plain_bias[i] - right);
+            size += right * right;
+            terms += r->d_bias_terms[i] * r->d_bias_terms[i];
+        }
+        bound = 3 * sqrt(plain) + 4 * epsilon_of(r->dtype) * sqrt(size) + 1e-7 * sqrt(terms);
+        ratio = bound > 0 ? sqrt(error) / bound : error > 0 ? INFINITY : error;
+        worst = ratio > worst ? ratio : worst;
+        if (!(ratio <= 1))
+            snprintf(why, room, "d_bias rows from element %zu: error is %.3g of its bound", from, ratio);
     }
     return why[0] != 0 ? INFINITY : worst;
 }

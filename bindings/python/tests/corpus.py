@@ -43,6 +43,7 @@ class Case:
     scale: float | None
     softcap: float | None
     alibi: bool
+    bias: str | None  # its axes [batch, heads, queries, keys], 1 where one is for all
     dropout: float
     sinks: str | None
     max_logit: str | None
@@ -97,6 +98,21 @@ class Case:
         i, j = np.ogrid[: self.q[seq].len, : self.k[seq].len]
         words = philox(SEED, (j // 4, i, head, self.sequence_ids()[seq]))
         return np.choose(j % 4, words) >= np.floor(np.float64(np.float32(self.dropout)) * 2**32)
+
+    def bias_shape(self):
+        """Of the global bias."""
+        padded = [max(e.padded for e in side) for side in (self.q, self.k)]
+        extents = (len(self.q), self.heads, self.tokens("q") if self.format == "thd" else padded[0], padded[1])
+        return tuple(1 if axis == "1" else n for axis, n in zip(self.bias, extents))
+
+    def bias_block(self, bias, seq, head):
+        """One head of one sequence of a global bias, or of what is shaped like it, true tokens only: a view, [query, key]; of one query if that is for all."""
+        q, k = self.q[seq], self.k[seq]
+        rows = slice(None)
+        if self.bias[2] != "1":
+            first = q.before + (sum(e.padded for e in self.q[:seq]) if self.format == "thd" else 0)
+            rows = slice(first, first + q.len)
+        return bias[seq if self.bias[0] != "1" else 0, head if self.bias[1] != "1" else 0, rows, k.before : k.before + k.len]
 
     def factor(self):
         """The softmax scale: an fp32 number."""
@@ -168,8 +184,7 @@ def _case(row):
     flag = lambda name: {"0": False, "1": True}[row[name]]
     numbers = (int(row[name]) for name in ("heads", "kv_heads", "dim_qk", "dim_v"))
     maybe = lambda name, kind=float: None if row[name] == "-" else kind(row[name])
-    assert row["bias"] == "-", row["name"]
-    score = (maybe("softcap"), flag("alibi"), maybe("dropout") or 0.0, maybe("sinks", str), maybe("max_logit", str))
+    score = (maybe("softcap"), flag("alibi"), maybe("bias", str), maybe("dropout") or 0.0, maybe("sinks", str), maybe("max_logit", str))
     return Case(row["name"], tuple(row["tags"].split()), row["format"], side("q"), side("k"), *numbers, flag("causal"), flag("bottom_right"),
                 limit("window_left"), limit("window_right"), row["partition"], maybe("scale"), *score)  # fmt: skip
 
@@ -202,7 +217,7 @@ def elements(id, count):
 
 @functools.lru_cache(maxsize=8)
 def inputs(case, dtype):
-    """Global Q, K, V, dO as [token, head, dim] in storage type; padding is NaN. Sinks: fp32."""
+    """Global Q, K, V, dO as [token, head, dim] in storage type; padding is NaN. Sinks: fp32. The bias, NaN where nobody uses it."""
     made = {}
     query, key = ("q", case.heads), ("k", case.kv_heads)
     wide = (("q", *query, case.dim_qk), ("k", *key, case.dim_qk), ("v", *key, case.dim_v), ("d_out", *query, case.dim_v))
@@ -211,6 +226,13 @@ def inputs(case, dtype):
         values[~case.is_true(side)] = np.nan
         made[name] = values.astype(DTYPES[dtype])
     made["sinks"] = elements(5, case.heads)
+    if case.bias:
+        shape = case.bias_shape()
+        used = np.zeros(shape, bool)
+        for seq in range(len(case.q)):
+            for head in range(case.heads if case.q[seq].len else 0):
+                case.bias_block(used, seq, head)[...] = True
+        made["bias"] = np.where(used, elements(6, used.size).reshape(shape), np.float32(np.nan)).astype(DTYPES[dtype])
     return made
 
 
@@ -219,7 +241,7 @@ SHAPES = {"out": ("q", "heads", "dim_v"), "dq": ("q", "heads", "dim_qk"), "dk": 
 
 @dataclass
 class Reference:
-    right: dict  # name -> [token, head, dim], float64; "lse": [token, head]; "d_sinks", "max_logit": [head]
+    right: dict  # name -> [token, head, dim], float64; "lse": [token, head]; "d_sinks", "max_logit": [head]; "d_bias"
     terms: dict  # the same sums with every term made positive
     plain: dict
     seen: np.ndarray  # which key tokens any query sees
@@ -233,6 +255,9 @@ def reference(case, dtype):
     made = Reference(empty(), empty(), empty(), np.zeros(case.tokens("k"), bool), np.zeros(case.tokens("q"), bool))
     made.right["lse"] = np.full((case.tokens("q"), case.heads), -np.inf)
     made.right["max_logit"], made.right["d_sinks"], made.terms["d_sinks"] = np.full(case.heads, -np.inf), np.zeros(case.heads), np.zeros(case.heads)
+    if case.bias:
+        for part in (made.right, made.terms, made.plain):
+            part["d_bias"] = np.zeros(case.bias_shape())
     sinks = given["sinks"] if case.sinks else np.full(case.heads, -np.inf, np.float32)
     for seq, ((first_q, len_q), (first_k, len_k)) in enumerate(zip(case.spans("q"), case.spans("k"))):
         made.right["lse"][first_q : first_q + len_q] = sinks
@@ -246,36 +271,41 @@ def reference(case, dtype):
             at = {"out": (rows, head), "dq": (rows, head), "dk": (keys, kv), "dv": (keys, kv), "lse": (rows, head)}
             one = [given[name][at[place]] for name, place in (("q", "out"), ("k", "dk"), ("v", "dk"), ("d_out", "out"))]
             kept = case.keeps(seq, head) if case.dropout else np.ones(sees.shape, bool)
-            score = (sees, kept, abs(case.after_diagonal(seq)) * case.slopes()[head], sinks[head], case)
+            shift = -abs(case.after_diagonal(seq)) * case.slopes()[head].astype(np.float64)
+            if case.bias:
+                shift = shift + case.bias_block(given["bias"], seq, head)
+            score = (sees, kept, shift, sinks[head], case)
             right, terms = _exact(*(x.astype(np.float64) for x in one), *score)
             plain = _plain(*(x.astype(np.float32) for x in one), *score, DTYPES[dtype])
             made.right["lse"][at["lse"]] = right.pop("lse")
             made.right["max_logit"][head] = max(made.right["max_logit"][head], right.pop("max_logit"))
             made.right["d_sinks"][head] += right.pop("d_sinks")
             made.terms["d_sinks"][head] += terms.pop("d_sinks")
-            for name in SHAPES:
-                made.right[name][at[name]] += right[name]
-                made.terms[name][at[name]] += terms[name]
-                made.plain[name][at[name]] += plain[name]
-    for name in SHAPES:
+            for part, values in ((made.right, right), (made.terms, terms), (made.plain, plain)):
+                dx = values.pop("dx")
+                if case.bias:
+                    case.bias_block(part["d_bias"], seq, head)[...] += dx if case.bias[2] != "1" else dx.sum(axis=0)
+                for name in SHAPES:
+                    part[name][at[name]] += values[name]
+    for name in made.plain:
         made.plain[name] = made.plain[name].astype(np.float32).astype(DTYPES[dtype]).astype(np.float64)
     return made
 
 
-def _scores(q, k, scale, sees, bend, softcap):
+def _scores(q, k, scale, sees, shift, softcap):
     """Scores, and their derivatives by scale·q·k, in the type of q."""
     scores, slopes = scale * (q @ k.T), q.dtype.type(1)
     if softcap:
         cap = q.dtype.type(softcap)
         t = np.tanh(scores / cap)
         scores, slopes = cap * t, 1 - t * t
-    return np.where(sees, scores - bend.astype(q.dtype), q.dtype.type(-np.inf)), slopes
+    return np.where(sees, scores + shift.astype(q.dtype), q.dtype.type(-np.inf)), slopes
 
 
-def _exact(q, k, v, d_out, sees, kept, bend, sink, case):
-    """One head of one sequence in float64. bend: what ALiBi takes away."""
+def _exact(q, k, v, d_out, sees, kept, shift, sink, case):
+    """One head of one sequence in float64. shift: what ALiBi and the bias add."""
     scale, sink = float(case.factor()), float(sink)
-    scores, slopes = _scores(q, k, scale, sees, bend, None if case.softcap is None else np.float32(case.softcap))
+    scores, slopes = _scores(q, k, scale, sees, shift, None if case.softcap is None else np.float32(case.softcap))
     top = np.maximum(scores.max(axis=1), sink)
     blind = top == -np.inf
     top = np.where(blind, 0, top)
@@ -286,18 +316,19 @@ def _exact(q, k, v, d_out, sees, kept, bend, sink, case):
     out = (kept * p) @ v
     delta, delta_terms = (out * d_out).sum(axis=1), abs(out * d_out).sum(axis=1)
     of_sink = np.exp(sink - np.where(blind, 0, lse))
-    ds = scale * slopes * p * (kept * (d_out @ v.T) - delta[:, None])
-    ds_terms = abs(scale) * slopes * p * (kept * (abs(d_out) @ abs(v).T) + delta_terms[:, None])
-    right = {"out": out, "lse": lse, "dq": ds @ k, "dk": ds.T @ q, "dv": (kept * p).T @ d_out, "d_sinks": -(of_sink * delta).sum()}
+    dx = p * (kept * (d_out @ v.T) - delta[:, None])
+    dx_terms = p * (kept * (abs(d_out) @ abs(v).T) + delta_terms[:, None])
+    ds, ds_terms = scale * slopes * dx, abs(scale) * slopes * dx_terms
+    right = {"out": out, "lse": lse, "dq": ds @ k, "dk": ds.T @ q, "dv": (kept * p).T @ d_out, "dx": dx, "d_sinks": -(of_sink * delta).sum()}
     terms = {"out": (kept * p) @ abs(v), "dq": ds_terms @ abs(k), "dk": ds_terms.T @ abs(q), "dv": (kept * p).T @ abs(d_out)}
-    return {**right, "max_logit": scores.max()}, {**terms, "d_sinks": (of_sink * delta_terms).sum()}
+    return {**right, "max_logit": scores.max()}, {**terms, "dx": dx_terms, "d_sinks": (of_sink * delta_terms).sum()}
 
 
-def _plain(q, k, v, d_out, sees, kept, bend, sink, case, dtype):
+def _plain(q, k, v, d_out, sees, kept, shift, sink, case, dtype):
     """What a careful single-rank implementation computes: fp32, with P and dS rounded to the storage type before the products."""
     rounded = lambda x: x.astype(dtype).astype(np.float32)
     scale = case.factor()
-    scores, slopes = _scores(q, k, scale, sees, bend, case.softcap)
+    scores, slopes = _scores(q, k, scale, sees, shift, case.softcap)
     top = np.maximum(scores.max(axis=1), sink)
     blind = top == -np.inf
     top = np.where(blind, np.float32(0), top)
@@ -306,8 +337,9 @@ def _plain(q, k, v, d_out, sees, kept, bend, sink, case, dtype):
     total = np.where(blind, np.float32(1), p.sum(axis=1) + np.exp(sink - top))
     out = rounded((rounded(kept * p) @ v) / total[:, None])
     p = np.where(sees, np.exp(scores - (top + np.log(total))[:, None]), np.float32(0))
-    ds = rounded(p * (kept * (d_out @ v.T) - (out * d_out).sum(axis=1)[:, None]) * slopes)
-    return {"out": out, "dq": scale * (ds @ k), "dk": scale * (ds.T @ q), "dv": rounded(kept * p).T @ d_out}
+    dx = p * (kept * (d_out @ v.T) - (out * d_out).sum(axis=1)[:, None])
+    ds = rounded(dx * slopes)
+    return {"dx": dx, "out": out, "dq": scale * (ds @ k), "dk": scale * (ds.T @ q), "dv": rounded(kept * p).T @ d_out}
 
 
 def check(case, dtype, got):
@@ -344,4 +376,14 @@ def check(case, dtype, got):
         error = np.where(got[name] == right, 0, abs(got[name] - right))
         assert np.all(error <= bound), f"{case.name} {dtype} {name}: got {got[name]}, right is {right}, allowed ±{bound}"
         worst = max([worst, *(error[bound > 0] / bound[bound > 0])])
+    if case.bias and case.bias[2] != "1":
+        flat = lambda x: np.asarray(x, np.float64).reshape(-1, case.bias_shape()[3])
+        values, right, terms, plain = (flat(x) for x in (got["d_bias"], ref.right["d_bias"], ref.terms["d_bias"], ref.plain["d_bias"]))
+        assert np.all(values[terms == 0] == 0), f"{case.name} {dtype} d_bias: not 0 where nobody uses it"
+        for first in range(0, len(right), 64):
+            norm = lambda x: np.linalg.norm(x[first : first + 64])
+            bound = 3 * norm(plain - right) + 4 * EPSILON[dtype] * norm(right) + 1e-7 * norm(terms)
+            error = norm(values - right)
+            assert error <= bound, f"{case.name} {dtype} d_bias row {first}: error {error:.3e}, allowed {bound:.3e}"
+            worst = max(worst, error / bound) if bound else worst
     return worst
