@@ -96,6 +96,14 @@ static double judge(world *w, const test_case *c, const reference *r, float *glo
             bad = 1;
         }
     }
+    if (c->bias & BIAS_QUERIES && !bad) {
+        double ratio = check_bias(r, global + at + MOST_RANKS * NUMBERS, why, sizeof why);
+        worst = ratio > worst ? ratio : worst;
+        if (!(ratio <= 1)) {
+            printf("FAIL %s, %s: %s\n", c->name, what, why);
+            bad = 1;
+        }
+    }
     t->passed += !bad;
     t->failed += bad;
     return worst;
