@@ -94,6 +94,13 @@ def from_local(case, rows, tokens, local, format):
     rows[tokens] = local.reshape(len(tokens), *rows.shape[1:])
 
 
+def bias_rows(case, tokens):
+    """Which queries of the global bias a rank's rows are. Batch entries are dealt alike."""
+    if case.bias[2] == "1":
+        return np.zeros(1, int)
+    return tokens if case.format == "thd" else tokens[: len(tokens) // len(case.q)]
+
+
 def host_buffer(size):
     """Bytes aligned to 64, full of 255: NaN in every type."""
     raw = np.full(size + 64, 255, np.uint8)
@@ -117,6 +124,9 @@ def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, p
     mine = {name: view(to_local(case, given[name], tokens["k" if name in "kv" else "q"], format)) for name in ("q", "k", "v", "d_out")}
     numbers = [name for name, wanted in (("d_sinks", case.sinks), ("max_logit", case.max_logit)) if wanted]
     score = {"sinks": view(given["sinks"].copy())} if case.sinks else {}
+    if case.bias:
+        rows = bias_rows(case, tokens["q"])
+        score["bias"] = view(given["bias"][:, :, rows])
     if case.dropout:
         score |= {"dropout_seed": SEED, "sequence_ids": case.sequence_ids()}
     fresh, saved = {}, {}
@@ -151,6 +161,11 @@ def collect(case, of_ranks, format):
             numbers = np.array([np.asarray(found.pop(name)[0], np.float64) for found in of_ranks])
             assert reach == "rank" or (numbers == numbers[0]).all(), f"{case.name} {name}: differs between ranks: {numbers}"
             whole[name] = together(numbers, axis=0) if reach == "rank" else numbers[0]
+    if case.bias and case.bias[2] != "1":
+        whole["d_bias"] = np.full(case.bias_shape(), np.nan)
+        for found in of_ranks:
+            local, rows = found.pop("d_bias")
+            whole["d_bias"][:, :, rows] = np.asarray(local, np.float64)
     for found in of_ranks:
         for name, (local, tokens) in found.items():
             from_local(case, whole[name], tokens, np.asarray(local, np.float64), format)
