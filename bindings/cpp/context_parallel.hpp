@@ -506,6 +506,7 @@ struct AttentionConfig {
     std::uint32_t head_offset = 0;   ///< number of query head 0 in the whole model, for dropout under tensor parallelism
     Reach sinks = Reach::none;       ///< a sink for every query head; how far its gradient goes
     Reach max_logit = Reach::none;   ///< forward writes the largest visible score of every query head
+    std::uint32_t bias = 0;          ///< CP_BIAS_*: an additive bias comes with every call; 0: none
 
     /// For the C interface; valid while this object is there and unchanged.
     cp_attention_config raw() const {
@@ -541,6 +542,7 @@ struct AttentionConfig {
         c.head_offset = head_offset;
         c.sinks = static_cast<cp_reach>(sinks);
         c.max_logit = static_cast<cp_reach>(max_logit);
+        c.bias = bias;
         return c;
     }
 
@@ -581,6 +583,7 @@ struct CommConfig {
 struct ForwardTensors {
     Tensor q, k, v, out, lse;
     Tensor sinks, max_logit;        ///< [heads] fp32, where the layer has them
+    Tensor bias;                    ///< [batch or 1, heads or 1, queries or 1, keys], where the layer has one
     std::uint64_t dropout_seed = 0; ///< with dropout, equal on all ranks
 
     ForwardTensors() = default;
@@ -591,6 +594,7 @@ struct ForwardTensors {
 struct BackwardTensors {
     Tensor q, k, v, out, lse, d_out, dq, dk, dv;
     Tensor sinks, d_sinks; ///< [heads] fp32, where the layer has them
+    Tensor bias, d_bias;   ///< where the layer has a bias, and its gradient
 
     BackwardTensors() = default;
     BackwardTensors(const Tensor &query, const Tensor &key, const Tensor &value, const Tensor &o, const Tensor &l, const Tensor &d_o,
@@ -740,6 +744,7 @@ class Attention {
         a.lse = t.lse.raw();
         a.sinks = t.sinks.raw();
         a.max_logit = t.max_logit.raw();
+        a.bias = t.bias.raw();
         a.dropout_seed = t.dropout_seed;
         a.sequence_ids = sequences.ids();
         // Sequences that make no sense are told to all ranks by forward itself, so they are no error yet.
@@ -771,6 +776,8 @@ class Attention {
         a.dv = t.dv.raw();
         a.sinks = t.sinks.raw();
         a.d_sinks = t.d_sinks.raw();
+        a.bias = t.bias.raw();
+        a.d_bias = t.d_bias.raw();
         a.sequence_ids = sequences.ids();
         a.saved = context.saved();
         a.saved_bytes = context.saved_bytes_;

@@ -154,7 +154,7 @@ AT(cp_attention_config, alibi_slopes, 104);
 AT(cp_attention_config, head_offset, 112);
 AT(cp_attention_config, sinks, 116);
 AT(cp_attention_config, max_logit, 120);
-AT(cp_attention_config, reserved, 124);
+AT(cp_attention_config, bias, 124);
 
 SIZE(cp_comm_config, 48);
 AT(cp_comm_config, struct_size, 0);
@@ -201,7 +201,7 @@ AT(cp_context, attached, 8);
 AT(cp_context, dropout_seed, 16);
 AT(cp_context, reserved, 24);
 
-SIZE(cp_forward_args, 744);
+SIZE(cp_forward_args, 840);
 AT(cp_forward_args, struct_size, 0);
 AT(cp_forward_args, flags, 4);
 AT(cp_forward_args, sequences, 8);
@@ -219,8 +219,9 @@ AT(cp_forward_args, sinks, 536);
 AT(cp_forward_args, max_logit, 632);
 AT(cp_forward_args, dropout_seed, 728);
 AT(cp_forward_args, sequence_ids, 736);
+AT(cp_forward_args, bias, 744);
 
-SIZE(cp_backward_args, 1120);
+SIZE(cp_backward_args, 1312);
 AT(cp_backward_args, struct_size, 0);
 AT(cp_backward_args, flags, 4);
 AT(cp_backward_args, sequences, 8);
@@ -241,6 +242,8 @@ AT(cp_backward_args, workspace_bytes, 912);
 AT(cp_backward_args, sinks, 920);
 AT(cp_backward_args, d_sinks, 1016);
 AT(cp_backward_args, sequence_ids, 1112);
+AT(cp_backward_args, bias, 1120);
+AT(cp_backward_args, d_bias, 1216);
 
 int main(void) {
     return 0;

@@ -66,8 +66,9 @@ typedef struct side {
     struct outputs {
         float out[TOKENS * HEADS * DIM], lse[TOKENS * HEADS], dq[TOKENS * HEADS * DIM], dk[TOKENS * KV_HEADS * DIM];
         float dv[TOKENS * KV_HEADS * DIM], d_sinks[HEADS], max_logit[HEADS];
+        float d_bias[HEADS * TOKENS * TOKENS];
     } o, good;
-    float sinks[HEADS];
+    float sinks[HEADS], bias[HEADS * TOKENS * TOKENS];
     void *memory, *saved;
     void (*body)(struct side *);
 } side;
@@ -97,6 +98,18 @@ static cp_tensor per_head(float *data) {
     t.ndim = 1;
     t.shape[0] = HEADS;
     t.stride[0] = 1;
+    return t;
+}
+
+/* [1, heads, queries, keys] */
+static cp_tensor per_pair(float *data, int queries) {
+    cp_tensor t = rows(data, 1, 1);
+    t.shape[1] = HEADS;
+    t.shape[2] = queries;
+    t.shape[3] = TOKENS;
+    t.stride[0] = HEADS * queries * TOKENS;
+    t.stride[1] = queries * TOKENS;
+    t.stride[2] = TOKENS;
     return t;
 }
 
@@ -285,6 +298,7 @@ static void wrong_forward(side *s) {
     FORWARD(INVALID, "q: got shape", sequences.count = 2);
     FORWARD(INVALID, "args.sinks: given, but the layer was created without", a.sinks = per_head(s->sinks));
     FORWARD(INVALID, "args.max_logit: given, but the layer was created without", a.max_logit = per_head(s->o.max_logit));
+    FORWARD(INVALID, "args.bias: given, but the layer was created without", a.bias = per_pair(s->bias, 2));
     FORWARD(INVALID, "args.dropout_seed: without dropout", a.dropout_seed = 1);
     FORWARD(INVALID, "args.sequence_ids: got", a.sequence_ids = &number);
     TENSOR(FORWARD, q, 0);
@@ -319,6 +333,8 @@ static void wrong_backward(side *s) {
     BACKWARD(INVALID, "context: belongs to problem", sequences.seq_q = 20);
     BACKWARD(INVALID, "args.sinks: given, but the layer was created without", a.sinks = per_head(s->sinks));
     BACKWARD(INVALID, "args.d_sinks: given, but the layer was created without", a.d_sinks = per_head(s->o.d_sinks));
+    BACKWARD(INVALID, "args.bias: given, but the layer was created without", a.bias = per_pair(s->bias, 2));
+    BACKWARD(INVALID, "args.d_bias: given, but the layer was created without", a.d_bias = per_pair(s->o.d_bias, 2));
     BACKWARD(INVALID, "args.sequence_ids: got", a.sequence_ids = &number);
     TENSOR(BACKWARD, q, 0);
     TENSOR(BACKWARD, k, 0);
@@ -375,6 +391,23 @@ static void wrong_passes(side *s) {
             PASS_(INVALID, #t ".stride: 0 elements overlap", a.t.stride[0] = 0);                                            \
     } while (0)
 
+/* And with the bias or its gradient. */
+#define PER_PAIR(PASS_, t, output)                                                                                          \
+    do {                                                                                                                    \
+        PASS_(INVALID, "args." #t ": got NULL, the layer asks for it", a.t.data = NULL);                                    \
+        PASS_(INVALID, #t ".data: got", a.t.data = (char *)a.t.data + 2);                                                   \
+        PASS_(CP_ERR_UNSUPPORTED, #t ".device_type: got 2", a.t.device_type = CP_DEVICE_CUDA);                              \
+        PASS_(INVALID, #t ".dtype: got (code, bits, lanes) = (4, 16, 1)", (a.t.dtype_code = CP_CODE_BFLOAT, a.t.dtype_bits = 16)); \
+        PASS_(INVALID, #t ".ndim: got 3", a.t.ndim = 3);                                                                    \
+        PASS_(INVALID, #t ": got shape", a.t.shape[0] = 2);                                                                 \
+        PASS_(INVALID, #t ": got shape", a.t.shape[1] = 1);                                                                 \
+        PASS_(INVALID, #t ": got shape", a.t.shape[2] += 1);                                                                \
+        PASS_(INVALID, #t ": got shape", a.t.shape[3] -= 1);                                                                \
+        PASS_(INVALID, #t ".stride[3]: got 2", a.t.stride[3] = 2);                                                          \
+        if (output)                                                                                                         \
+            PASS_(INVALID, #t ".stride: 0 elements overlap", a.t.stride[1] = 0);                                            \
+    } while (0)
+
 /* A layer with scores beyond scale·q·k: what belongs to them wrong in turn, and ranks that do not agree about what is dropped. */
 static void wrong_scores(side *s) {
     static const float slopes[HEADS] = {0.5f, 0.25f, 0.125f, 0.0625f};
@@ -387,12 +420,16 @@ static void wrong_scores(side *s) {
     config.dropout = 0.25f;
     config.sinks = CP_REACH_GROUP;
     config.max_logit = CP_REACH_RANK;
+    config.bias = CP_BIAS | CP_BIAS_HEADS | CP_BIAS_QUERIES | CP_BIAS_GRADIENT;
     comm.comm_type = CP_COMM_A2A;
     side_open(s, CP_TRANSPORT_AUTO, 30000);
     GOOD(cp_attention_destroy(s->layer));
     GOOD(cp_attention_create(&config, &s->layer));
     GOOD(cp_set_group(s->layer, s->group, &comm));
     fill(s->sinks, HEADS, 5);
+    fill(s->bias, HEADS * TOKENS * TOKENS, 6);
+    s->f.bias = s->b.bias = per_pair(s->bias, TOKENS / s->size);
+    s->b.d_bias = per_pair(s->o.d_bias, TOKENS / s->size);
     s->f.sinks = s->b.sinks = per_head(s->sinks);
     s->f.max_logit = per_head(s->o.max_logit);
     s->b.d_sinks = per_head(s->o.d_sinks);
@@ -401,10 +438,13 @@ static void wrong_scores(side *s) {
     s->good = s->o;
     PER_HEAD(FORWARD, sinks, 0);
     PER_HEAD(FORWARD, max_logit, 1);
+    PER_PAIR(FORWARD, bias, 0);
     FORWARD(INVALID, "args.sequence_ids: got", a.sequence_ids = (const uint32_t *)((const char *)numbers + 1));
     TRUE_(works(s));
     PER_HEAD(BACKWARD, sinks, 0);
     PER_HEAD(BACKWARD, d_sinks, 1);
+    PER_PAIR(BACKWARD, bias, 0);
+    PER_PAIR(BACKWARD, d_bias, 1);
     BACKWARD(INVALID, "args.sequence_ids: got", a.sequence_ids = (const uint32_t *)((const char *)numbers + 1));
     TRUE_(works(s));
     if (s->size > 1) {

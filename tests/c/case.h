@@ -11,8 +11,6 @@
 
 enum { MOST_SEQS = 64, MOST_CASES = 256, MOST_STRETCHES = 4096, MOST_RANKS = 16, MOST_HEADS = 18, COLUMNS = 26 };
 enum { BSHD, SBHD, THD };
-/* There is a bias, and which of its dimensions are not 1. */
-enum { BIAS = 1, BIAS_BATCH = 2, BIAS_HEADS = 4, BIAS_QUERIES = 8 };
 
 typedef struct extent {
     int before, len, padded;
@@ -29,7 +27,8 @@ typedef struct test_case {
     int has_scale;
     float scale;
     float softcap, dropout; /* 0: none */
-    int alibi, bias;        /* bias: BIAS_* or 0, none */
+    int alibi;
+    uint32_t bias; /* CP_BIAS_*; 0: none */
     cp_reach sinks, max_logit;
 } test_case;
 
@@ -96,8 +95,8 @@ static inline test_case parse_case(char *line) {
     static const char *const partitions[] = {"zigzag", "contiguous", "striped", "list"};
     static const char *const reaches[] = {"-", "rank", "group"};
     static const char *const biases[] = {"-", "1hss", "11ss", "b1ss", "bhss", "111s"};
-    static const int shapes[] = {0, BIAS | BIAS_HEADS | BIAS_QUERIES, BIAS | BIAS_QUERIES, BIAS | BIAS_BATCH | BIAS_QUERIES,
-                                 BIAS | BIAS_BATCH | BIAS_HEADS | BIAS_QUERIES, BIAS};
+    static const uint32_t full = CP_BIAS | CP_BIAS_QUERIES | CP_BIAS_GRADIENT;
+    const uint32_t shapes[] = {0, full | CP_BIAS_HEADS, full, full | CP_BIAS_BATCH, full | CP_BIAS_BATCH | CP_BIAS_HEADS, CP_BIAS};
     char *f[COLUMNS];
     test_case c;
     int n = 0;
@@ -254,18 +253,18 @@ static inline int longest(const test_case *c, int side) {
 
 /* [batch, heads, queries, keys] of the global bias; returns its number of elements, 0 without one. */
 static inline size_t bias_dims(const test_case *c, size_t dims[4]) {
-    dims[0] = c->bias & BIAS_BATCH ? (size_t)c->count : 1;
-    dims[1] = c->bias & BIAS_HEADS ? (size_t)c->heads : 1;
-    dims[2] = !(c->bias & BIAS_QUERIES) ? 1 : c->format == THD ? (size_t)tokens_of(c, 0) : (size_t)longest(c, 0);
+    dims[0] = c->bias & CP_BIAS_BATCH ? (size_t)c->count : 1;
+    dims[1] = c->bias & CP_BIAS_HEADS ? (size_t)c->heads : 1;
+    dims[2] = !(c->bias & CP_BIAS_QUERIES) ? 1 : c->format == THD ? (size_t)tokens_of(c, 0) : (size_t)longest(c, 0);
     dims[3] = c->bias ? (size_t)longest(c, 1) : 0;
     return dims[0] * dims[1] * dims[2] * dims[3];
 }
 
 /* Index in the global bias of query i of a sequence and its sequence's first true key. */
 static inline size_t bias_row(const test_case *c, int seq, int head, int i) {
-    size_t dims[4], b = c->bias & BIAS_BATCH ? (size_t)seq : 0, h = c->bias & BIAS_HEADS ? (size_t)head : 0, row;
+    size_t dims[4], b = c->bias & CP_BIAS_BATCH ? (size_t)seq : 0, h = c->bias & CP_BIAS_HEADS ? (size_t)head : 0, row;
     bias_dims(c, dims);
-    row = !(c->bias & BIAS_QUERIES) ? 0 : (size_t)(i + (c->format == THD ? first_token(c, 0, seq) : c->side[0][seq].before));
+    row = !(c->bias & CP_BIAS_QUERIES) ? 0 : (size_t)(i + (c->format == THD ? first_token(c, 0, seq) : c->side[0][seq].before));
     return ((b * dims[1] + h) * dims[2] + row) * dims[3] + (size_t)c->side[1][seq].before;
 }
 

@@ -199,6 +199,7 @@ static inline cp_attention_config layer_config(const test_case *c, cp_dtype dtyp
     k.alibi_slopes = c->alibi ? alibi_slopes() : NULL;
     k.sinks = c->sinks;
     k.max_logit = c->max_logit;
+    k.bias = c->bias;
     k.threads = here != NULL ? 0 : vary & VARY_THREADS ? 2 : 1;
     k.device_type = place_type();
     k.device_id = place_id();
@@ -234,7 +235,7 @@ static inline size_t job_bias_row(const job *j, size_t row, size_t head) {
     const test_case *c = j->c;
     size_t dims[4], batch = c->format == THD ? 1 : (size_t)c->count, per = j->count[0] / batch, entry = 0, position = 0;
     bias_dims(c, dims);
-    if (c->bias & BIAS_QUERIES) {
+    if (c->bias & CP_BIAS_QUERIES) {
         entry = row / per;
         position = j->rows[0][row] - (c->format == THD ? 0 : entry * (size_t)c->side[0][0].padded);
     } else {
@@ -261,7 +262,7 @@ static inline void job_bias(job *j, local *l, int layout, int gradient) {
     size_t dims[4], batch = c->format == THD ? 1 : (size_t)c->count, row, head, k;
     char *used = bias_used(c);
     bias_dims(c, dims);
-    local_make(l, j->dtype, c->format == THD, KEYS, dims[0], c->bias & BIAS_QUERIES ? j->count[0] / batch : 1, dims[1], dims[3], layout,
+    local_make(l, j->dtype, c->format == THD, KEYS, dims[0], c->bias & CP_BIAS_QUERIES ? j->count[0] / batch : 1, dims[1], dims[3], layout,
                j->rank % 2);
     for (row = 0; !gradient && row < l->shape[0] * l->shape[1]; row++)
         for (head = 0; head < dims[1]; head++)
@@ -305,7 +306,7 @@ static inline void job_make(job *j, const test_case *c, cp_dtype dtype, cp_atten
         if (kind == PER_HEAD && (i == T_MAX_LOGIT ? c->max_logit : c->sinks) == CP_REACH_NONE)
             continue; /* no such tensor */
         if (i == T_BIAS || i == T_D_BIAS) {
-            if (i == T_BIAS ? c->bias : c->bias & BIAS_QUERIES)
+            if (i == T_BIAS ? c->bias : c->bias & CP_BIAS_QUERIES)
                 job_bias(j, &j->t[i], layout, i == T_D_BIAS);
         } else
             local_make(&j->t[i], kind == ROWS ? dtype : CP_DTYPE_F32, packed, kind, kind == PER_HEAD ? 1 : batch,
@@ -361,6 +362,7 @@ static inline int job_forward(job *j) {
     a.lse = j->t[T_LSE].t;
     a.sinks = j->t[T_SINKS].t;
     a.max_logit = j->t[T_MAX_LOGIT].t;
+    a.bias = j->t[T_BIAS].t;
     if (j->c->dropout > 0) {
         a.dropout_seed = DROPOUT_SEED;
         a.sequence_ids = j->seq.numbers;
@@ -403,6 +405,8 @@ static inline int job_backward(job *j) {
     a.dv = j->t[T_DV].t;
     a.sinks = j->t[T_SINKS].t;
     a.d_sinks = j->t[T_D_SINKS].t;
+    a.bias = j->t[T_BIAS].t;
+    a.d_bias = j->t[T_D_BIAS].t;
     a.sequence_ids = j->c->dropout > 0 ? j->seq.numbers : NULL;
     a.saved = j->saved.given;
     a.saved_bytes = j->saved.bytes;

@@ -284,7 +284,8 @@ static inline void make_reference(reference *r, const test_case *c, cp_dtype dty
 
 static inline void free_reference(reference *r) {
     int i;
-    free(r->q), free(r->k), free(r->v), free(r->d_out), free(r->seen), free(r->looks), free(r->bias), free(r->plain_bias), free(r->d_bias), free(r->d_bias_terms), free(r->is_true[0]), free(r->is_true[1]);
+    free(r->q), free(r->k), free(r->v), free(r->d_out), free(r->seen), free(r->looks), free(r->is_true[0]), free(r->is_true[1]);
+    free(r->bias), free(r->plain_bias), free(r->d_bias), free(r->d_bias_terms);
     for (i = 0; i < RESULTS; i++)
         free(r->right[i]), free(r->terms[i]), free(r->plain[i]);
     memset(r, 0, sizeof *r);

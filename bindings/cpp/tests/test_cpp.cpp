@@ -347,20 +347,29 @@ void packed_and_list() {
         EXPECT(a.out.x[i] == a.v.x[i] && a.out.x[5 * heads * dim + i] == a.v.x[5 * kv_heads * dim + i]);
 }
 
-// Soft-cap, ALiBi, dropout, sinks and largest scores at once: on any number of ranks what one rank computes.
+// Soft-cap, ALiBi, a bias, dropout, sinks and largest scores at once: on any number of ranks what one rank computes.
 cp::AttentionConfig scores(cp::Reach reach) {
     cp::AttentionConfig c = small();
     c.softcap = 2;
     c.dropout = 0.25f;
     c.alibi_slopes = {0.5f, 0.25f, 0.125f, 0.0625f};
     c.sinks = c.max_logit = reach;
+    c.bias = CP_BIAS | CP_BIAS_HEADS | CP_BIAS_QUERIES | CP_BIAS_GRADIENT;
     return c;
 }
 
 struct Numbers {
     std::vector<float> sinks = {0.5f, -1, 0.25f, 2}, d_sinks, max_logit;
+    Rows bias, d_bias; // a row for every query: [heads, keys]
 
-    // Forward and backward on this rank.
+    explicit Numbers(const Rows &b) : bias(b), d_bias(b.x.size() / static_cast<std::size_t>(b.width), b.width) {}
+
+    static cp::Tensor pairs(const Rows &b) {
+        return cp::Tensor(b.x.data(), cp::DType::f32, {1, heads, static_cast<std::int64_t>(b.x.size()) / b.width, b.width / heads},
+                          {0, b.width / heads, b.width, 1});
+    }
+
+    // Forward and backward on this rank, of a sequence of n.
     void step(cp::Attention &attention, const All &a, std::size_t n) {
         d_sinks.assign(heads, NAN);
         max_logit.assign(heads, NAN);
@@ -371,6 +380,8 @@ struct Numbers {
         f.sinks = b.sinks = cp::Tensor(sinks, {heads});
         f.max_logit = cp::Tensor(max_logit, {heads});
         b.d_sinks = cp::Tensor(d_sinks, {heads});
+        f.bias = b.bias = pairs(bias);
+        b.d_bias = pairs(d_bias);
         f.dropout_seed = UINT64_C(0x123456789abcdef);
         attention.forward(s, f, context);
         attention.backward(s, b, context);
@@ -381,7 +392,9 @@ void equal_one_rank_with_scores(cp::CommType comm, cp::Reach reach) {
     const std::size_t n = 37;
     const std::uint32_t size = 3;
     All right = inputs(n), got(n), in = inputs(n), plain = alone(n);
-    Numbers of_one;
+    const Rows bias = Rows::wave(n, heads * static_cast<std::int64_t>(n), 5);
+    Numbers of_one(bias);
+    Rows d_bias(n, bias.width);
     cp::Attention one(scores(cp::Reach::group));
     of_one.step(one, right, n);
     EXPECT(worst(right.out, plain.out) > 0.1);
@@ -395,7 +408,7 @@ void equal_one_rank_with_scores(cp::CommType comm, cp::Reach reach) {
         a.d_out = in.d_out.pick(mine);
         cp::Attention attention(scores(reach));
         attention.set_group(group, comm);
-        Numbers numbers;
+        Numbers numbers(bias.pick(mine));
         numbers.step(attention, a, n);
         std::lock_guard<std::mutex> lock(mutex);
         got.out.put(mine, a.out);
@@ -403,6 +416,7 @@ void equal_one_rank_with_scores(cp::CommType comm, cp::Reach reach) {
         got.dq.put(mine, a.dq);
         got.dk.put(mine, a.dk);
         got.dv.put(mine, a.dv);
+        d_bias.put(mine, numbers.d_bias);
         for (std::size_t h = 0; h < heads; h++) {
             d_sinks[h] = reach == cp::Reach::group ? numbers.d_sinks[h] : d_sinks[h] + numbers.d_sinks[h];
             max_logit[h] = max_logit[h] >= numbers.max_logit[h] ? max_logit[h] : numbers.max_logit[h];
@@ -415,6 +429,7 @@ void equal_one_rank_with_scores(cp::CommType comm, cp::Reach reach) {
     EXPECT(worst(right.dv, got.dv) < 1e-5);
     EXPECT(worst(of_one.d_sinks, d_sinks) < 1e-5);
     EXPECT(worst(of_one.max_logit, max_logit) < 1e-5);
+    EXPECT(worst(of_one.d_bias, d_bias) < 1e-5);
 }
 
 void score_errors() {

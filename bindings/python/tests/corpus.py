@@ -153,7 +153,8 @@ class Case:
         settings = dict(
             heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim_qk, head_dim_v=self.dim_v, dtype=dtype, causal=self.causal,
             bottom_right=self.bottom_right, window=(self.left, self.right), format=self.format, partition=self.partition, softmax_scale=self.scale,
-            softcap=self.softcap, alibi=self.slopes() if self.alibi else None, dropout=self.dropout, sinks=self.sinks, max_logit=self.max_logit)  # fmt: skip
+            softcap=self.softcap, alibi=self.slopes() if self.alibi else None,
+            bias=self.bias, dropout=self.dropout, sinks=self.sinks, max_logit=self.max_logit)  # fmt: skip
         return cp.Attention(**{**settings, **options})
 
 
@@ -273,7 +274,7 @@ def reference(case, dtype):
             kept = case.keeps(seq, head) if case.dropout else np.ones(sees.shape, bool)
             shift = -abs(case.after_diagonal(seq)) * case.slopes()[head].astype(np.float64)
             if case.bias:
-                shift = shift + case.bias_block(given["bias"], seq, head)
+                shift = shift + case.bias_block(given["bias"], seq, head).astype(np.float64)
             score = (sees, kept, shift, sinks[head], case)
             right, terms = _exact(*(x.astype(np.float64) for x in one), *score)
             plain = _plain(*(x.astype(np.float32) for x in one), *score, DTYPES[dtype])

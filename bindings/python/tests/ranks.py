@@ -124,6 +124,7 @@ def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, p
     mine = {name: view(to_local(case, given[name], tokens["k" if name in "kv" else "q"], format)) for name in ("q", "k", "v", "d_out")}
     numbers = [name for name, wanted in (("d_sinks", case.sinks), ("max_logit", case.max_logit)) if wanted]
     score = {"sinks": view(given["sinks"].copy())} if case.sinks else {}
+    has_d_bias = case.bias is not None and case.bias[2] != "1"
     if case.bias:
         rows = bias_rows(case, tokens["q"])
         score["bias"] = view(given["bias"][:, :, rows])
@@ -136,6 +137,8 @@ def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, p
             fresh[name] = view(to_local(case, rows, tokens[side], format))
         fresh["lse"] = view(to_local(case, np.full((case.tokens("q"), case.heads), np.nan, np.float32), tokens["q"], format))
         fresh |= {name: view(np.full(case.heads, np.nan, np.float32)) for name in numbers}
+        if has_d_bias:
+            fresh["d_bias"] = view(np.full_like(given["bias"][:, :, rows], np.nan))
         saved = {"saved": buffer(size) for size in [layer.report(sequences)["saved"]] if size > 0}
     scratch = None
     if workspace:
@@ -143,10 +146,12 @@ def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, p
         scratch = buffer(layer.workspace_size(max(held)))
     pick = lambda *names: {"workspace": scratch, "stream": stream, **{name: fresh[name] for name in names if name in fresh}}
     out, lse, context = layer.forward(mine["q"], mine["k"], mine["v"], sequences, **pick("out", "lse", "max_logit"), **saved, **score)
-    dq, dk, dv, *rest = layer.backward(context, mine["d_out"], **pick("dq", "dk", "dv", "d_sinks"))
+    dq, dk, dv, *rest = layer.backward(context, mine["d_out"], **pick("dq", "dk", "dv", "d_sinks", "d_bias"))
     found = {"out": (out, tokens["q"]), "lse": (lse, tokens["q"]), "dq": (dq, tokens["q"]), "dk": (dk, tokens["k"]), "dv": (dv, tokens["k"])}
     found |= {name: ({"d_sinks": rest, "max_logit": [context.max_logit]}[name][0], np.zeros(0, int)) for name in numbers}
-    assert len(rest) == ("d_sinks" in found) and (context.max_logit is not None) == ("max_logit" in found)
+    if has_d_bias:
+        found["d_bias"] = (rest[-1], rows)
+    assert len(rest) == ("d_sinks" in found) + has_d_bias and (context.max_logit is not None) == ("max_logit" in found)
     for name, (array, _) in found.items():
         assert name not in fresh or fresh[name] is array
     return found
@@ -161,7 +166,7 @@ def collect(case, of_ranks, format):
             numbers = np.array([np.asarray(found.pop(name)[0], np.float64) for found in of_ranks])
             assert reach == "rank" or (numbers == numbers[0]).all(), f"{case.name} {name}: differs between ranks: {numbers}"
             whole[name] = together(numbers, axis=0) if reach == "rank" else numbers[0]
-    if case.bias and case.bias[2] != "1":
+    if case.bias is not None and case.bias[2] != "1":
         whole["d_bias"] = np.full(case.bias_shape(), np.nan)
         for found in of_ranks:
             local, rows = found.pop("d_bias")

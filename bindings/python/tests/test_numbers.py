@@ -13,7 +13,6 @@ P2P_OPTIONS = ({}, {"relay": True}, {"stages": 1}, {"stages": "auto", "memory_ca
 
 # The C ABI gives packed sequences padding after the tokens only.
 LEFT_OUT = {"thd_padded_left_and_between"}
-LEFT_OUT |= {name for name, case in cases().items() if case.bias}  # not in the C ABI yet
 NAMES = [name for name in cases() if name not in LEFT_OUT]
 
 

@@ -12,8 +12,8 @@ from test_interface import CONFIG, SEQ, groups, qkv, raises, random  # noqa: F40
 pytestmark = pytest.mark.fast
 
 COMMS = ("p2p", "all_gather", "a2a", "a2a+p2p")
-SCORES = dict(softcap=3.0, alibi=True, dropout=0.25, sinks="group", max_logit="group")
-GIVEN = dict(sinks=random(4), dropout_seed=11)
+SCORES = dict(softcap=3.0, alibi=True, dropout=0.25, sinks="group", max_logit="group", bias="1hss")
+GIVEN = dict(sinks=random(4), dropout_seed=11, bias=random(1, 4, 12, 24))
 
 
 # Arguments
@@ -36,6 +36,7 @@ GIVEN = dict(sinks=random(4), dropout_seed=11)
         (dict(head_offset=-1), "head_offset|-1"),
         (dict(sinks="all"), "sinks|'all'|'group'"),
         (dict(max_logit=True), "max_logit|True|'rank'"),
+        (dict(bias="sshb"), "bias|'sshb'|'1hss'"),
     ],
 )
 def test_wrong_layers(change, words):
@@ -53,7 +54,12 @@ WRONG_FORWARD = {
     "max_logit_without": ({}, "max_logit|without", dict(max_logit=random(4))),
     "seed_without": ({}, "dropout_seed|without dropout|5", dict(dropout_seed=5)),
     "ids_without": ({}, "sequence_ids|without dropout", dict(sequence_ids=[1, 2])),
-    "no_sinks": (SCORES, "sinks|NULL", dict(dropout_seed=11)),
+    "bias_without": ({}, "bias|without", dict(bias=random(1, 4, 12, 24))),
+    "no_sinks": (SCORES, "sinks|NULL", {**GIVEN, "sinks": None}),
+    "no_bias": (SCORES, "bias|NULL", {**GIVEN, "bias": None}),
+    "bias_shape": (SCORES, "bias: got shape|12", {**GIVEN, "bias": random(1, 4, 24, 12)}),
+    "bias_dims": (SCORES, "bias.ndim|got 3", {**GIVEN, "bias": random(4, 12, 24)}),
+    "bias_dtype": (SCORES, "bias.dtype|64", {**GIVEN, "bias": random(1, 4, 12, 24, dtype=np.float64)}),
     "sinks_shape": (SCORES, "sinks|[5]|[4]", {**GIVEN, "sinks": odd}),
     "sinks_dims": (SCORES, "sinks.ndim|got 2", {**GIVEN, "sinks": random(1, 4)}),
     "sinks_dtype": (SCORES, "sinks.dtype|64", {**GIVEN, "sinks": random(4, dtype=np.float64)}),
@@ -88,6 +94,8 @@ def test_wrong_forward(groups, what):
 
 WRONG_BACKWARD = {
     "d_sinks_without": ({}, "d_sinks|without", dict(d_sinks=random(4))),
+    "d_bias_without": ({}, "d_bias|without", dict(d_bias=random(1, 4, 12, 24))),
+    "d_bias_shape": (SCORES, "d_bias: got shape|12", dict(d_bias=random(1, 4, 24, 12))),
     "d_sinks_shape": (SCORES, "d_sinks|[5]|[4]", dict(d_sinks=odd)),
     "d_sinks_read_only": (SCORES, "d_sinks|read-only", dict(d_sinks=read_only)),
 }
@@ -108,14 +116,14 @@ def test_wrong_backward(groups, what):
             raises(Status.MISMATCH, "rank 0 refused cp_attention_backward", layer.backward, context, d_out)
         return len(layer.backward(context, d_out))
 
-    assert everywhere(groups, work) == [4 if config else 3] * 2
+    assert everywhere(groups, work) == [5 if config else 3] * 2
 
 
 def test_ranks_that_disagree(groups):
     """About the layer, and about what is dropped: nobody computes with two masks."""
 
     def work(group):
-        for name, values in (("softcap", (2.0, 3.0)), ("dropout", (0.1, 0.2)), ("sinks", ("rank", "group")), ("alibi", (True, None))):
+        for name, values in (("softcap", (2.0, 3.0)), ("dropout", (0.1, 0.2)), ("sinks", ("rank", "group")), ("alibi", (True, None)), ("bias", ("11ss", None))):
             layer = cp.Attention(**{**CONFIG, name: values[group.rank]})
             raises(Status.MISMATCH, "another problem", layer.set_group, group)
         layer = cp.Attention(**CONFIG, dropout=0.5)
@@ -130,11 +138,13 @@ def test_ranks_that_disagree(groups):
 def test_numbers_are_written_in_place():
     layer = cp.Attention(**{**CONFIG, **SCORES})
     top, d_sinks, sinks = np.full(8, np.nan, np.float32), np.full(4, np.nan, np.float32), random(4)
+    d_bias = np.full((1, 4, 24, 24), np.nan, np.float32)
     kept = sinks.copy()
-    _, _, context = layer.forward(*qkv(24), SEQ, sinks=sinks, dropout_seed=3, max_logit=top[::2])
+    _, _, context = layer.forward(*qkv(24), SEQ, sinks=sinks, dropout_seed=3, max_logit=top[::2], bias=random(1, 4, 24, 24))
     assert context.max_logit.base is top and np.isfinite(top[::2]).all() and np.isnan(top[1::2]).all()
-    found = layer.backward(context, random(2, 24, 4, 16), d_sinks=d_sinks)
+    found = layer.backward(context, random(2, 24, 4, 16), d_sinks=d_sinks, d_bias=d_bias)
     assert found[3] is d_sinks and np.isfinite(d_sinks).all() and (sinks == kept).all()
+    assert found[4] is d_bias and np.isfinite(d_bias).all() and (d_bias[0, 0, 0, 1:] == 0).all()
 
 
 # Values

@@ -143,18 +143,17 @@ def test_gradients_equal_sdpa(torch, comm):
 
 
 def test_sinks_and_scores_equal_torch(torch):
-    """Gradients with sinks, soft-cap, ALiBi and dropout against the same in float64 with torch's own autograd: whole on every rank, or in parts."""
+    """Gradients with sinks, soft-cap, ALiBi, a bias and dropout against the same in float64 with torch's own autograd: whole on every rank, or in parts."""
     from context_parallel.torch import attention
 
-    given = [*tensors(torch), torch.tensor([0.3, -0.7, 1.1, -0.2])]
+    given = [*tensors(torch), torch.tensor([0.3, -0.7, 1.1, -0.2]), torch.randn(1, 4, 21, 21)]
     seed, numbers, p = 7, [4, 9], 0.25
-    *exact, d_out, sinks = (x.double().requires_grad_() for x in (*given[:3], given[3], given[4]))
-    q, k, v = exact
+    q, k, v, d_out, sinks, bias = (x.double().requires_grad_() for x in given)
     i, j = np.ogrid[:21, :21]
     words = [[philox(seed, (j // 4, i, head, number)) for head in range(4)] for number in numbers]
     kept = torch.from_numpy(np.array([[np.choose(j % 4, w) >= p * 2**32 for w in of_batch] for of_batch in words]))
     scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, dim=2)) / 4
-    scores = 2 * torch.tanh(scores / 2) - torch.from_numpy(cp.alibi_slopes(4)).double()[:, None, None] * torch.from_numpy(abs(i - j))
+    scores = 2 * torch.tanh(scores / 2) - torch.from_numpy(cp.alibi_slopes(4)).double()[:, None, None] * torch.from_numpy(abs(i - j)) + bias
     scores = scores.masked_fill(torch.from_numpy(j > i), -torch.inf)
     weights = torch.softmax(torch.cat([scores, sinks[:, None, None].expand(2, 4, 21, 1)], dim=-1), dim=-1)[..., :-1]
     whole = torch.einsum("bhij,bjhd->bihd", weights * kept / (1 - p), v.repeat_interleave(2, dim=2))
@@ -163,12 +162,12 @@ def test_sinks_and_scores_equal_torch(torch):
     def work(group, comm, reach):
         rows = cp.partition_tokens("zigzag", "bshd", SEQ, group.size, group.rank)
         mine = [torch.from_numpy(cp.scatter(x.numpy(), rows)).requires_grad_() for x in given[:4]]
-        own = given[4].clone().requires_grad_()
-        layer = cp.Attention(**CONFIG, softcap=2.0, alibi=True, dropout=p, sinks=reach)
+        own, pairs = given[4].clone().requires_grad_(), given[5][:, :, rows[: len(rows) // 2]].requires_grad_()
+        layer = cp.Attention(**CONFIG, softcap=2.0, alibi=True, dropout=p, sinks=reach, bias="1hss")
         layer.set_group(group, comm)
-        out = attention(layer, *mine[:3], SEQ, sinks=own, dropout_seed=seed, sequence_ids=numbers)
+        out = attention(layer, *mine[:3], SEQ, sinks=own, dropout_seed=seed, sequence_ids=numbers, bias=pairs)
         (out * mine[3].detach()).sum().backward()
-        return rows, [out.detach(), *(x.grad for x in mine[:3])], own.grad
+        return rows, [out.detach(), *(x.grad for x in mine[:3])], own.grad, pairs.grad
 
     close = dict(rtol=1e-4, atol=1e-5)
     for comm, reach in (("p2p", "group"), ("all_gather", "rank"), ("a2a", "group"), ("a2a+p2p", "rank")):
@@ -177,21 +176,24 @@ def test_sinks_and_scores_equal_torch(torch):
         give_back(groups)
         for index, right in enumerate((whole.detach(), q.grad, k.grad, v.grad)):
             got = np.full(right.shape, np.nan, np.float32)
-            for rows, results, _ in found:
+            for rows, results, *_ in found:
                 cp.gather_rows(got, rows, results[index].numpy())
             np.testing.assert_allclose(got, right.numpy(), **close, err_msg=f"{comm} {index}")
-        of_sinks = [grad.double() for _, _, grad in found]
+        for rows, _, _, got in found:
+            torch.testing.assert_close(got.double(), bias.grad[:, :, rows[: len(rows) // 2]], **close)
+        of_sinks = [grad.double() for _, _, grad, _ in found]
         for got in of_sinks if reach == "group" else [sum(of_sinks)]:
             torch.testing.assert_close(got, sinks.grad, **close)
 
 
-def test_autograd_sees_changes_of_sinks(torch):
+@pytest.mark.parametrize("name, shape, config", [("sinks", (4,), dict(sinks="rank")), ("bias", (1, 1, 21, 21), dict(bias="11ss"))])
+def test_autograd_sees_changes_of_scores(torch, name, shape, config):
     from context_parallel.torch import attention
 
     q, k, v, _ = (x.requires_grad_() for x in tensors(torch))
-    sinks = torch.zeros(4)
-    out = attention(cp.Attention(**CONFIG, sinks="rank"), q, k, v, SEQ, sinks=sinks)
-    sinks.add_(1)
+    given = torch.zeros(shape)
+    out = attention(cp.Attention(**CONFIG, **config), q, k, v, SEQ, **{name: given})
+    given.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         out.sum().backward()
 
