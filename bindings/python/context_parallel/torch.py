@@ -3,12 +3,13 @@
 import torch
 
 from . import trade
+from ._lib import argument_error
 
 __all__ = ["attention", "heads_to_sequence", "sequence_to_heads"]
 
 
-def attention(layer, q, k, v, sequences, *, return_lse=False, sinks=None, dropout_seed=0, sequence_ids=None):
-    """layer.forward on torch tensors, differentiable in q, k, v and sinks: out, or (out, lse); the lse carries no gradient.
+def attention(layer, q, k, v, sequences, *, return_lse=False, sinks=None, dropout_seed=0, sequence_ids=None, bias=None):
+    """layer.forward on torch tensors, differentiable in q, k, v, sinks and bias: out, or (out, lse); the lse carries no gradient.
 
     The gradient of sinks is the whole group's or this rank's part, as the layer was made: a framework that sums gradients over the group wants "rank".
 
@@ -16,17 +17,19 @@ def attention(layer, q, k, v, sequences, *, return_lse=False, sinks=None, dropou
     collective: all ranks must run their backwards in the same order, which they do when they build the same graph. On CUDA it works on torch's
     current stream and never waits for the device.
     """
-    out, lse = _Attention.apply(q, k, v, sinks, layer, sequences, dropout_seed, sequence_ids)
+    if bias is not None and bias.requires_grad and not layer.has_bias_gradient:
+        raise argument_error('bias: requires a gradient, which the layer has not: made with bias="111s" or bias_gradient=False')
+    out, lse = _Attention.apply(q, k, v, sinks, bias, layer, sequences, dropout_seed, sequence_ids)
     return (out, lse) if return_lse else out
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, layer, sequences, dropout_seed, sequence_ids):
-        out, lse, context = layer.forward(q, k, v, sequences, sinks=sinks, dropout_seed=dropout_seed, sequence_ids=sequence_ids)
+    def forward(ctx, q, k, v, sinks, bias, layer, sequences, dropout_seed, sequence_ids):
+        out, lse, context = layer.forward(q, k, v, sequences, sinks=sinks, dropout_seed=dropout_seed, sequence_ids=sequence_ids, bias=bias)
         # autograd keeps the tensors, so that it sees if one is changed in place; the context keeps the rest.
-        ctx.save_for_backward(*context.tensors, sinks)
-        context.tensors = context.sinks = None
+        ctx.save_for_backward(*context.tensors, sinks, bias)
+        context.tensors = context.sinks = context.bias = None
         ctx.layer, ctx.context = layer, context
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -36,11 +39,12 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, d_out, _):
         if not _usable(d_out):
             d_out = d_out.contiguous()  # autograd hands out expanded tensors, as after sum().
-        *tensors, sinks = ctx.saved_tensors
+        *tensors, sinks, bias = ctx.saved_tensors
         context = ctx.context.with_tensors(tensors)
-        context.sinks = sinks
-        dq, dk, dv, *d_sinks = ctx.layer.backward(context, d_out)
-        return dq, dk, dv, *(d_sinks or [None]), None, None, None, None
+        context.sinks, context.bias = sinks, bias
+        dq, dk, dv, *others = ctx.layer.backward(context, d_out)
+        d_sinks = others.pop(0) if ctx.layer.has_sinks else None
+        return dq, dk, dv, d_sinks, *(others or [None]), None, None, None, None
 
 
 def _usable(gradient):

@@ -198,6 +198,16 @@ def test_autograd_sees_changes_of_scores(torch, name, shape, config):
         out.sum().backward()
 
 
+def test_a_bias_without_gradient_is_refused(torch):
+    from context_parallel.torch import attention
+
+    layer, given = cp.Attention(**CONFIG, bias="111s"), torch.zeros(1, 1, 1, 21)
+    q, k, v, _ = (x.requires_grad_() for x in tensors(torch))
+    raises(Status.INVALID_ARGUMENT, "bias|gradient|111s", attention, layer, q, k, v, SEQ, bias=given.clone().requires_grad_())
+    attention(layer, q, k, v, SEQ, bias=given).sum().backward()
+    assert q.grad is not None
+
+
 def test_backward_of_expanded_gradients(torch):
     """sum() hands out one number with strides of 0."""
     from context_parallel.torch import attention
