@@ -401,7 +401,7 @@ static void wrong_passes(side *s) {
         PASS_(INVALID, #t ".ndim: got 3", a.t.ndim = 3);                                                                    \
         PASS_(INVALID, #t ": got shape", a.t.shape[0] = 2);                                                                 \
         PASS_(INVALID, #t ": got shape", a.t.shape[1] = 1);                                                                 \
-        PASS_(INVALID, #t ": got shape", a.t.shape[2] += 1);                                                                \
+        PASS_(INVALID, #t ": got shape", a.t.shape[2] -= 1);                                                                \
         PASS_(INVALID, #t ": got shape", a.t.shape[3] -= 1);                                                                \
         PASS_(INVALID, #t ".stride[3]: got 2", a.t.stride[3] = 2);                                                          \
         if (output)                                                                                                         \
