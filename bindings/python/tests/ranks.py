@@ -126,8 +126,8 @@ def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, p
     score = {"sinks": view(given["sinks"].copy())} if case.sinks else {}
     has_d_bias = case.bias is not None and case.bias[2] != "1"
     if case.bias:
-        rows = bias_rows(case, tokens["q"])
-        score["bias"] = view(given["bias"][:, :, rows])
+        of_bias = bias_rows(case, tokens["q"])
+        score["bias"] = view(given["bias"][:, :, of_bias])
     if case.dropout:
         score |= {"dropout_seed": SEED, "sequence_ids": case.sequence_ids()}
     fresh, saved = {}, {}
@@ -138,7 +138,7 @@ def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, p
         fresh["lse"] = view(to_local(case, np.full((case.tokens("q"), case.heads), np.nan, np.float32), tokens["q"], format))
         fresh |= {name: view(np.full(case.heads, np.nan, np.float32)) for name in numbers}
         if has_d_bias:
-            fresh["d_bias"] = view(np.full_like(given["bias"][:, :, rows], np.nan))
+            fresh["d_bias"] = view(np.full_like(given["bias"][:, :, of_bias], np.nan))
         saved = {"saved": buffer(size) for size in [layer.report(sequences)["saved"]] if size > 0}
     scratch = None
     if workspace:
@@ -150,7 +150,7 @@ def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, p
     found = {"out": (out, tokens["q"]), "lse": (lse, tokens["q"]), "dq": (dq, tokens["q"]), "dk": (dk, tokens["k"]), "dv": (dv, tokens["k"])}
     found |= {name: ({"d_sinks": rest, "max_logit": [context.max_logit]}[name][0], np.zeros(0, int)) for name in numbers}
     if has_d_bias:
-        found["d_bias"] = (rest[-1], rows)
+        found["d_bias"] = (rest[-1], of_bias)
     assert len(rest) == ("d_sinks" in found) + has_d_bias and (context.max_logit is not None) == ("max_logit" in found)
     for name, (array, _) in found.items():
         assert name not in fresh or fresh[name] is array
