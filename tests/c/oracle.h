@@ -195,14 +195,17 @@ static inline double epsilon_of(cp_dtype d) {
 /* Plain attention's error is what others are measured by, so it must be small itself: else a mistake of the oracle would excuse all. */
 static inline void check_yardstick(const reference *r) {
     int result;
-    size_t i;
-    for (result = 0; result < RESULTS; result++) {
+    size_t i, dims[4];
+    for (result = 0; result <= RESULTS; result++) {
         double error = 0, terms = 0;
+        const float *plain = result == RESULTS ? r->plain_bias : r->plain[result];
+        const double *right = result == RESULTS ? r->d_bias : r->right[result], *term = result == RESULTS ? r->d_bias_terms : r->terms[result];
+        size_t n = result == RESULTS ? bias_dims(r->c, dims) : result_size(r->c, result);
         if (result == LSE)
             continue;
-        for (i = 0; i < result_size(r->c, result); i++) {
-            error += (r->plain[result][i] - r->right[result][i]) * (r->plain[result][i] - r->right[result][i]);
-            terms += r->terms[result][i] * r->terms[result][i];
+        for (i = 0; i < n; i++) {
+            error += (plain[i] - right[i]) * (plain[i] - right[i]);
+            terms += term[i] * term[i];
         }
         if (!(sqrt(error) <= 16 * epsilon_of(r->dtype) * sqrt(terms)))
             die("plain attention and the oracle differ too much", r->c->name);

@@ -59,6 +59,14 @@ def test_the_metric_notices():
                 check(case, dtype, bad)
 
 
+def test_the_yardstick_is_small():
+    """Plain attention's error is what others are measured by: a mistake in one of the two would excuse everything."""
+    for case in (cases()[name] for name in ("causal_33", "softcap", "alibi", "dropout", "sinks_blind", "bias_1hss", "bias_documents", "bias_and_everything")):
+        ref = reference(case, "float32")
+        for name, plain in ref.plain.items():
+            assert np.linalg.norm(plain - ref.right[name]) <= 16 * 2.0**-24 * np.linalg.norm(ref.terms[name]), (case.name, name)
+
+
 def test_strided_has_gaps():
     x = strided(np.arange(24, dtype=np.float32).reshape(2, 3, 4))
     assert x.strides == (80, 20, 4) and x[1, 2, 3] == 23
