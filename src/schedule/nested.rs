@@ -224,9 +224,9 @@ impl Search<'_> {
             let made = self.place(self.sizes(middle, Round::No, 1), Rule::Least);
             if made <= middle { high = middle } else { low = middle }
         }
-        // Where packs cost much beside their samples, or wires nothing, few wide ones are better.
-        let few = self.ids.len() * n as usize <= 1 << 14;
-        let mut floor = if few || self.cost.pack(1) > 0.01 * high { 1 } else { n + 1 };
+        // Where packs cost much beside their samples, few wide ones are better; where wires cost nothing, all ranks for each.
+        let few = self.ids.len() * n as usize <= 1 << 14 || self.cost.pack(1) > 0.01 * high;
+        let mut floor = if few { 1 } else { n };
         while floor <= n && self.more() {
             self.place(self.sizes(f64::INFINITY, Round::Halve, floor), Rule::Least);
             self.place(self.sizes(high, Round::Halve, floor), Rule::Least);
