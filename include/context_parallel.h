@@ -212,6 +212,31 @@
 // CUDA: through page-locked host memory and a transport of the CPU's, the last resort. Slow: hosts wait for their devices; nothing is capturable.
 #define CP_TRANSPORT_STAGED 4
 
+// cp_attention_config.bias: there is one; without other flags it is the same for all batch entries, heads and queries.
+#define CP_BIAS 1
+
+// cp_attention_config.bias: one for every batch entry (dense format).
+#define CP_BIAS_BATCH 2
+
+// cp_attention_config.bias: one for every query head.
+#define CP_BIAS_HEADS 4
+
+// cp_attention_config.bias: one for every query.
+#define CP_BIAS_QUERIES 8
+
+// cp_attention_config.bias: backward writes its gradient; needs CP_BIAS_QUERIES.
+#define CP_BIAS_GRADIENT 16
+
+// It is not asked for.
+#define CP_REACH_NONE 0
+
+// This rank's part: the caller puts the ranks' together, as it does with its other gradients. What is forward's is of the rows and heads that this
+// rank computes (with a2a the others' are -inf), what is backward's of its own rows and all heads.
+#define CP_REACH_RANK 1
+
+// The whole group's: the same number on every rank, for one more exchange of some bytes.
+#define CP_REACH_GROUP 2
+
 // Forward.
 #define CP_PASS_FORWARD 0
 
@@ -502,6 +527,34 @@ typedef struct cp_loss_config {
     double tokens;
 } cp_loss_config;
 
+// Rows that cp_group_shift and cp_group_gather move: `row_bytes` bytes each, one after another, of whatever type.
+typedef struct cp_rows_args {
+    // sizeof(cp_rows_args).
+    uint32_t struct_size;
+    // Must be 0.
+    uint32_t flags;
+    // The sequences.
+    const struct cp_sequences *sequences;
+    // CP_PARTITION_*.
+    cp_partition partition;
+    // CP_FORMAT_*.
+    cp_format format;
+    // CP_SIDE_*.
+    cp_side side;
+    // cp_group_shift: how many tokens after a row the one is that it gets; negative: before.
+    int32_t shift;
+    // Bytes of a row, at least 1.
+    size_t row_bytes;
+    // This rank's rows, in the order of cp_partition_tokens.
+    const void *local;
+    // How many they are.
+    size_t local_rows;
+    // The result; overlaps nothing.
+    void *out;
+    // Rows at `out`: as many as `local_rows` for cp_group_shift, as many as all padded sequences have for cp_group_gather.
+    size_t out_rows;
+} cp_rows_args;
+
 // Ranks in a grid with the axes tp, cp, ep, dp, pp (tensor, context, expert, data, pipeline parallel), as Megatron numbers them.
 //
 // A mesh has cp > 1 or ep > 1, not both: experts have a mesh of their own over the same ranks, with cp = 1, see cp_mesh_expert.
@@ -693,6 +746,9 @@ typedef void *(*cp_device_alloc_fn)(void *ctx, size_t bytes, void *stream);
 // Takes memory back that a cp_device_alloc_fn gave, before the call that got it returns: work enqueued on `stream` so far still uses it.
 typedef void (*cp_device_free_fn)(void *ctx, void *ptr, size_t bytes, void *stream);
 
+// How far a number per head reaches.
+typedef uint32_t cp_reach;
+
 // A layer: what stays the same over its calls.
 typedef struct cp_attention_config {
     // sizeof(cp_attention_config).
@@ -739,6 +795,23 @@ typedef struct cp_attention_config {
     cp_device_free_fn device_free;
     // First argument of both.
     void *device_alloc_ctx;
+    // Soft-cap: scores x = softmax_scale·q·k become softcap·tanh(x/softcap); 0 = none.
+    float softcap;
+    // Probability of dropping a weight, 0 … below 1. What is dropped depends on seed, sequence, head and positions only, not on the ranks.
+    float dropout;
+    // ALiBi: slopes of the query heads, `[heads]`, host memory that is read during the call only; NULL = none. A score loses
+    // slope·|key position − diagonal|, after the soft-cap; the diagonal is the mask's.
+    const float *alibi_slopes;
+    // Number of query head 0 among the heads of the whole model, for dropout: ranks of tensor parallelism hold different ones.
+    uint32_t head_offset;
+    // CP_REACH_*, not CP_REACH_NONE: every query head has a sink, given with every call; the gradient that backward writes is this rank's part, or
+    // the sum over the group. Off-by-one softmax is a sink of 0.
+    cp_reach sinks;
+    // CP_REACH_*, not CP_REACH_NONE: forward writes the largest visible score of every query head, over this rank's part or over the group.
+    cp_reach max_logit;
+    // CP_BIAS_*, CP_BIAS among them: an additive bias `[batch, heads, queries, keys]` comes with every call and is added to the scores after
+    // softmax_scale, soft-cap and ALiBi; 0 = none.
+    uint32_t bias;
 } cp_attention_config;
 
 // How a group communicates for a layer. All zero is p2p.
@@ -801,7 +874,7 @@ typedef struct cp_context {
     uint64_t problem;
     // Group and communication that forward used.
     uint64_t attached;
-    // Reserved for the dropout seed; 0.
+    // Forward's dropout seed.
     uint64_t dropout_seed;
     // 0.
     uint64_t reserved;
@@ -836,6 +909,19 @@ typedef struct cp_forward_args {
     size_t workspace_bytes;
     // For backward; may be NULL. [out]
     struct cp_context *context;
+    // With sinks: `[heads]` fp32, ndim 1. [in]
+    struct cp_tensor sinks;
+    // With max_logit: `[heads]` fp32, ndim 1; -inf where nothing is seen. [out]
+    struct cp_tensor max_logit;
+    // With dropout: the seed, equal on all ranks.
+    uint64_t dropout_seed;
+    // With dropout: a number for every sequence, `[count]`, equal on all ranks: equal numbers drop alike, wherever and with whatever else they
+    // are computed. NULL = index in the call.
+    const uint32_t *sequence_ids;
+    // With a bias: `[batch or 1, heads or 1, S_q or 1, keys]`, ndim 4 in either format (packed: batch is 1, S_q the local tokens), in the layer's
+    // storage type. Queries are this rank's, keys those of the whole padded sequence in natural order (packed: of the longest one). With a2a it
+    // is exchanged like Q. [in]
+    struct cp_tensor bias;
 } cp_forward_args;
 
 // Arguments of cp_attention_backward: what forward had, the gradient of the output, and where the gradients go.
@@ -874,6 +960,16 @@ typedef struct cp_backward_args {
     void *workspace;
     // Bytes at `workspace`.
     size_t workspace_bytes;
+    // As in forward. [in]
+    struct cp_tensor sinks;
+    // With sinks: their gradient, `[heads]` fp32, ndim 1. [out]
+    struct cp_tensor d_sinks;
+    // As in forward; the seed is in the context.
+    const uint32_t *sequence_ids;
+    // As in forward. [in]
+    struct cp_tensor bias;
+    // With CP_BIAS_GRADIENT: shape of `bias`: what this rank's queries add, over all keys. [out]
+    struct cp_tensor d_bias;
 } cp_backward_args;
 
 // Which half of a training step a plan is for.
@@ -1141,6 +1237,25 @@ cp_status cp_loss_tokens(cp_format format,
 // `config` points to `struct_size` readable bytes; `factor` has room for a number.
 cp_status cp_loss_scale(const struct cp_loss_config *config,
                         double *factor);
+
+// Every row of `out` gets the row that stands `shift` tokens after it in its sequence, from whichever rank has it: labels, and those of multi-token
+// prediction. Rows without one (the last of a sequence, padding) are left as they are, so fill `out` before, with -100 say.
+//
+// Collective over the group, in the same order on all ranks; blocking. Host memory: groups of CUDA devices are refused (cp_partition_shift_exchange
+// says what a framework's own all-to-all moves). If one rank's arguments are wrong, that rank gets its error and all others CP_ERR_MISMATCH naming
+// it; nothing has moved.
+//
+// Requires:
+// `group` is a handle; `args` points to `struct_size` bytes; `local` and `out` have the rows that it says, and `out` overlaps nothing.
+cp_status cp_group_shift(const struct cp_group *group,
+                         const struct cp_rows_args *args);
+
+// `out` gets the rows of all padded sequences, in their order, on every rank: a whole output, where someone asks for it. In all else as
+// cp_group_shift; `shift` must be 0.
+//
+// Requires:
+// As cp_group_shift.
+cp_status cp_group_gather(const struct cp_group *group, const struct cp_rows_args *args);
 
 // Fills in what a mesh leaves to defaults: sizes, `world_size`, but not `order`. Checks all of it. Local. Any thread, any time.
 //

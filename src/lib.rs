@@ -24,9 +24,10 @@
 //! # Where to read
 //! | room | what it is for |
 //! |---|---|
-//! | [`partition`], [`mask`], [`problem`], [`holding`], [`dtype`], [`error`] | the vocabulary; pure |
+//! | [`partition`], [`mask`], [`score`], [`problem`], [`holding`], [`dtype`], [`error`] | the vocabulary; pure |
 //! | [`mesh`], [`layers`], [`padding`] | what surrounds a layer in Megatron: the rank grid, communication types per layer, padding rules; pure |
 //! | [`balance`] | deals documents out so that all ranks compute alike and few keys move |
+//! | [`collect`] | rows of any bytes between ranks: shifted, or whole sequences on every rank |
 //! | [`rows`], [`loss`] | what goes with a rank's rows: positions, shifted labels, whole sequences again; weights and scales of losses |
 //! | [`plan`] | decides; start with the table that `context-parallel plan` prints, then `plan/stages.rs` |
 //! | [`exec`] | runs one rank's plan |
@@ -50,6 +51,7 @@ pub mod attention;
 pub mod backend;
 pub mod balance;
 pub mod capi;
+pub mod collect;
 pub mod driver;
 pub mod dtype;
 pub mod error;
@@ -66,5 +68,6 @@ pub mod plan;
 pub mod problem;
 pub mod rows;
 pub mod schedule;
+pub mod score;
 pub mod trade;
 pub mod transport;

@@ -5,6 +5,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::partition::{Partition, Side};
+use crate::score::Score;
 use std::hash::{Hash, Hasher};
 
 /// Where the true tokens of a sequence lie within its padded length: `before` padding tokens, `len` true ones, padding up to `padded`.
@@ -157,6 +158,8 @@ pub struct Problem {
     pub wire: Wire,
     /// Multiplies q·k before the softmax.
     pub scale: f32,
+    /// What else happens to scores, and what is asked about them.
+    pub score: Score,
 }
 
 impl Eq for Problem {}
@@ -179,9 +182,10 @@ impl Hash for Problem {
             dtype,
             wire,
             scale,
+            score,
         } = self;
         (ranks, inner, stages, relay, partition, mask, packed).hash(h);
-        (seqs, heads, kv_heads, dim_qk, dim_v, dtype, wire, scale.to_bits()).hash(h);
+        (seqs, heads, kv_heads, dim_qk, dim_v, dtype, wire, scale.to_bits(), score).hash(h);
     }
 }
 
@@ -194,6 +198,11 @@ impl Problem {
     /// Query heads per key head.
     pub fn group(&self) -> u32 {
         self.heads / self.kv_heads
+    }
+
+    /// Columns of an additive bias: keys of a padded sequence, of the longest if they are packed.
+    pub fn bias_columns(&self) -> u32 {
+        self.seqs.iter().map(|s| s.k.padded).max().unwrap_or(0)
     }
 
     /// 64 bits that two ranks compare; includes the library's version. FNV-1a.
@@ -243,6 +252,10 @@ impl Problem {
         if !self.scale.is_finite() {
             return bad(format!("softmax_scale: got {}, must be finite", self.scale));
         }
+        self.score.validate(self.heads)?;
+        if self.packed && self.score.bias.is_some_and(|b| b.batch) {
+            return bad("bias: packed sequences have no batch dimension".into());
+        }
         for side in [Side::Query, Side::Key] {
             self.validate_lengths(side)?;
         }
@@ -253,6 +266,9 @@ impl Problem {
             validate_list(self, q, Side::Query)?;
             validate_list(self, k, Side::Key)?;
             validate_steps(self, q, k)?;
+            if !self.packed && self.score.bias.is_some_and(|b| !b.batch && b.queries) {
+                validate_entries_alike(q, self.seqs.len() as u32)?;
+            }
         }
         Ok(())
     }
@@ -386,6 +402,20 @@ fn validate_list(p: &Problem, lists: &[Vec<crate::partition::Stretch>], side: Si
     Ok(())
 }
 
+/// Batch entries share the rows of a bias only if a rank holds the same positions of each.
+fn validate_entries_alike(lists: &[Vec<crate::partition::Stretch>], entries: u32) -> Result<()> {
+    for (rank, list) in lists.iter().enumerate() {
+        let of =
+            |seq: u32| list.iter().filter(move |s| s.seq == seq).map(|s| (s.start, s.step, s.len));
+        if let Some(entry) = (1..entries).find(|e| !of(*e).eq(of(0))) {
+            return Err(Error::argument(format!(
+                "bias: shared by batch entries, but the partition list of rank {rank} deals entry {entry} otherwise than entry 0"
+            )));
+        }
+    }
+    Ok(())
+}
+
 /// A band stays a band only between equally spaced segments.
 fn validate_steps(
     p: &Problem,
@@ -450,13 +480,14 @@ pub(crate) mod tests {
             dtype: DType::F32,
             wire: Wire::Storage,
             scale: 1.0,
+            score: Score::default(),
         }
     }
 
     #[test]
     fn fingerprint_sees_every_field() {
         let base = small(4, 4, 2);
-        let changed: [fn(&mut Problem); 9] = [
+        let changed: [fn(&mut Problem); 12] = [
             |p| p.ranks = 5,
             |p| p.stages = 1,
             |p| p.relay = true,
@@ -466,6 +497,9 @@ pub(crate) mod tests {
             |p| p.dtype = DType::Bf16,
             |p| p.wire = Wire::F32,
             |p| p.scale = 2.0,
+            |p| p.score.softcap = 30.0,
+            |p| p.score.slopes = [0.5; 4].into(),
+            |p| p.score.dropout = 0.1,
         ];
         for change in changed {
             let mut p = base.clone();

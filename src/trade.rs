@@ -10,7 +10,7 @@ use crate::driver::{self, CUstream};
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
 use crate::exec::device::Target;
-use crate::exec::{self, Memory};
+use crate::exec::{self, Dropout, Memory};
 use crate::group::{Call, Group, Header, Prepared};
 use crate::holding::holding;
 use crate::partition::{Partition, Side};
@@ -108,6 +108,7 @@ pub unsafe fn run(group: &Group, pass: Pass, args: Result<Args>) -> Result<()> {
     };
     let caller = [of(Tensor::Local, &args.local), of(Tensor::Whole, &args.whole)].concat();
     let memory = Memory {
+        dropout: Dropout::default(),
         caller: &caller,
         offsets: &prepared.offsets,
         workspace: lease.ptr(),

@@ -10,7 +10,7 @@ use crate::driver::{self, CUstream};
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
 use crate::exec::device::Target;
-use crate::exec::{self, Memory};
+use crate::exec::{self, Dropout, Memory};
 use crate::group::{Call, Group, Header, Prepared};
 use crate::holding::holding;
 use crate::mask::Mask;
@@ -18,6 +18,7 @@ use crate::partition::{Partition, Side};
 use crate::plan::account::{ALIGN, Account, account};
 use crate::plan::{Kind, Options, Pass, Plan, Slot, Tensor, fewest_stages};
 use crate::problem::{CommType, Fnv, Problem, Sequence, Wire};
+use crate::score::Score;
 pub use engine::{AllocFn, Allocator, FreeFn};
 use engine::{Engine, Lease};
 use std::cell::RefCell;
@@ -41,6 +42,8 @@ pub struct Config {
     pub dtype: DType,
     /// Softmax scale; 0 means 1/√dim_qk.
     pub scale: f32,
+    /// What else happens to scores.
+    pub score: Score,
     /// Who may see whom.
     pub mask: Mask,
     /// Packed (thd) or one sequence per batch entry.
@@ -100,6 +103,7 @@ impl Config {
             dtype: self.dtype,
             wire: self.wire,
             scale: if self.scale == 0.0 { 1.0 / (self.dim_qk as f32).sqrt() } else { self.scale },
+            score: self.score.clone(),
         };
         if let Stages::Count(n) = comm.stages {
             p.stages = n;
@@ -197,6 +201,8 @@ pub struct Context {
     pub problem: u64,
     /// Which group and communication the layer was attached to.
     pub attached: u64,
+    /// Key of forward's dropout.
+    pub seed: u64,
 }
 
 /// A layer. One thread at a time.
@@ -234,6 +240,10 @@ pub struct Args {
     pub workspace: Option<(*mut u8, usize)>,
     /// Caller's saved buffer.
     pub saved: Option<(*mut u8, usize)>,
+    /// Key of dropout's random words: in backward forward's.
+    pub seed: u64,
+    /// The caller's numbers for the sequences, for dropout; empty: their indices.
+    pub ids: Vec<u32>,
     /// On CUDA the stream that the call is work on; null is the legacy default stream. Null on the CPU.
     pub stream: CUstream,
 }
@@ -251,6 +261,11 @@ impl Attention {
         allocator: Option<Allocator>,
     ) -> Result<Attention> {
         cuda.supports(config.dtype, config.dim_qk, config.dim_v)?;
+        if !config.score.is_plain() {
+            return Err(Error::unsupported(
+                "softcap, alibi_slopes, dropout, sinks, max_logit: not on CUDA yet; on the CPU they are",
+            ));
+        }
         let solo = Group::solo_on(cuda.device());
         Attention::with(config, Engine::on_device(cuda, allocator)?, solo)
     }
@@ -446,10 +461,11 @@ impl Attention {
     /// All memory in the arguments is valid for its shapes.
     pub unsafe fn forward(&mut self, args: Result<Args>) -> Result<Context> {
         let id = self.current;
+        let seed = args.as_ref().map_or(0, |args| args.seed);
         // SAFETY: the caller's promise.
         let problem = unsafe { self.pass(Pass::Forward, id, None, args)? };
         self.forwarded = Some(id);
-        Ok(Context { problem, attached: id })
+        Ok(Context { problem, attached: id, seed })
     }
 
     /// Backward of the forward that made `context`, on the group that it used. Collective, blocking.
@@ -459,7 +475,9 @@ impl Attention {
     pub unsafe fn backward(&mut self, context: Result<Context>, args: Result<Args>) -> Result<()> {
         let likely = self.forwarded.unwrap_or(self.current);
         let (id, args) = match &context {
-            Ok(c) if self.known.contains_key(&c.attached) => (c.attached, args),
+            Ok(c) if self.known.contains_key(&c.attached) => {
+                (c.attached, args.map(|args| Args { seed: c.seed, ..args }))
+            }
             Ok(c) => {
                 let text = format!(
                     "context: made by another layer, or on a group that this one never had (id {:#x}, rank {})",
@@ -512,6 +530,12 @@ impl Attention {
             }
             let dense = |tensor| args.views.iter().any(|(x, v)| *x == tensor && v.is_dense());
             let pack = !(dense(Tensor::K) && dense(Tensor::V));
+            let count = args.seqs.len();
+            if !args.ids.is_empty() && args.ids.len() != count {
+                let got = args.ids.len();
+                let text = format!("sequence_ids: got {got} for {count} sequences (rank {rank})");
+                return Err(Error::argument(text));
+            }
             let options = self.options(&at.group, pack);
             let prepared = at.group.prepare(&problem, pass, options, self.target());
             let given = |slot: &Slot| args.views.iter().any(|(x, _)| *x == slot.tensor);
@@ -531,10 +555,15 @@ impl Attention {
         // What backward exchanges depends on what forward leaves.
         let mut h = Fnv::default();
         (hash, self.config.save).hash(&mut h);
+        // One mask of dropout for all ranks.
+        if let (Ok((.., args)), true) = (&ready, self.config.score.dropout > 0.0) {
+            (args.seed, &args.ids).hash(&mut h);
+        }
         let header = Header { call, hash: h.finish() };
         let (hash, prepared, workspace, args) = at.group.agree(header, ready)?;
         let saved = args.saved.map_or(std::ptr::null_mut(), |(ptr, _)| ptr);
         let memory = Memory {
+            dropout: Dropout { seed: args.seed, ids: &args.ids },
             caller: &args.views,
             offsets: &prepared.offsets,
             workspace: workspace.ptr(),
@@ -582,7 +611,16 @@ impl Attention {
                 Tensor::Q | Tensor::K | Tensor::DQ | Tensor::DK => p.dim_qk,
                 _ => p.dim_v,
             });
-            let want = [batch, local / batch, heads, dim];
+            let want = match (tensor, p.score.bias) {
+                (Tensor::Bias | Tensor::DBias, Some(b)) => [
+                    if b.batch { batch } else { 1 },
+                    if b.queries { local / batch } else { 1 },
+                    if b.heads { heads } else { 1 },
+                    i64::from(p.bias_columns()),
+                ],
+                (tensor, _) if tensor.per_head() => [1, 1, heads, 1],
+                _ => [batch, local / batch, heads, dim],
+            };
             if *shape != want {
                 let name = name(*tensor);
                 return Err(Error::argument(format!(
@@ -653,6 +691,13 @@ pub fn name(tensor: Tensor) -> &'static str {
         Tensor::Delta => "delta",
         Tensor::Max => "max",
         Tensor::Sum => "sum",
+        Tensor::Sinks => "sinks",
+        Tensor::DSinks => "d_sinks",
+        Tensor::SinkTerms => "sink terms",
+        Tensor::Top => "row maxima",
+        Tensor::MaxLogit => "max_logit",
+        Tensor::Bias => "bias",
+        Tensor::DBias => "d_bias",
         Tensor::Local => "local",
         Tensor::Whole => "whole",
     }

@@ -5,9 +5,11 @@
 //! forward.rs   one tile of queries        kernels.rs  what an instruction set must provide
 //! backward.rs  one block of keys          scalar.rs, simd_avx2.rs, simd_avx512.rs provide it
 //! rows.rs      copies and row sums        pool.rs     parked threads
+//! effects.rs   scores beyond scale·q·k
 //! ```
 
 mod backward;
+mod effects;
 mod forward;
 mod kernels;
 mod pool;
@@ -20,7 +22,7 @@ mod simd_avx2;
 mod simd_avx512;
 mod tile;
 
-use super::{Backward, CopyRows, Delta, Forward, HeadMap, Progress, View};
+use super::{Backward, CopyRows, Delta, Forward, HeadMap, Progress, Reduce, SinkTerms, View};
 use crate::error::{Error, Result};
 use kernels::Kernels;
 pub use simd::Simd;
@@ -87,6 +89,7 @@ pub struct Cpu {
     scratch: Vec<Mutex<Scratch>>,
     tiling: tile::Tiling,
     turns: Vec<AtomicU32>,
+    places: effects::Places,
 }
 
 impl Cpu {
@@ -104,7 +107,14 @@ impl Cpu {
             Error::new(crate::error::Status::OutOfMemory, text)
         })?;
         let scratch = (0..threads).map(|_| Mutex::default()).collect();
-        Ok(Cpu { simd, pool, scratch, tiling: tile::Tiling::default(), turns: Vec::new() })
+        Ok(Cpu {
+            simd,
+            pool,
+            scratch,
+            tiling: tile::Tiling::default(),
+            turns: Vec::new(),
+            places: effects::Places::default(),
+        })
     }
 
     /// The instruction set in use.
@@ -124,7 +134,10 @@ impl Cpu {
             s.lines.capacity() * size_of::<Line>() + s.groups.bytes()
         };
         let threads: usize = self.scratch.iter_mut().map(of).sum();
-        threads + self.tiling.bytes() + self.turns.capacity() * size_of::<AtomicU32>()
+        threads
+            + self.places.bytes()
+            + self.tiling.bytes()
+            + self.turns.capacity() * size_of::<AtomicU32>()
     }
 
     /// One forward attend step. `progress` is called on this thread every few hundred microseconds; its error stops the step
@@ -145,16 +158,22 @@ impl Cpu {
         let mut tiling = std::mem::take(&mut self.tiling);
         tiling.build(step.slices, rows, step.k.rows, heads.min(step.heads.group as usize));
         let kernels = Kernels::of(self.simd, step.q.dtype);
-        let task = Shared(forward::Task { step, kernels, tiling: &tiling });
+        let mut places = std::mem::take(&mut self.places);
+        let beyond = step.effects.as_ref().map(|effects| {
+            places.build(effects, rows, step.k.rows);
+            (effects::Formula::new(effects, step.scale, self.simd), &places)
+        });
+        let task = Shared(forward::Task { step, kernels, tiling: &tiling, beyond });
         let (first, last) = (step.heads.kv_of(0), step.heads.kv_of(heads - 1));
         let kv_heads = last + 1 - first;
-        let result = self.parallel(tiling.tiles * kv_heads, progress, &|i, scratch, tick| {
-            // Last tiles first: under a causal mask they are the long ones.
-            let (tile, kv) = (tiling.tiles - 1 - i / kv_heads, first + i % kv_heads);
-            // SAFETY: the caller's promise; every (tile, key head) is one task.
-            unsafe { task.get().run(tile, kv, scratch, tick) }
-        });
-        self.tiling = tiling;
+        let result =
+            self.parallel(tiling.tiles * kv_heads, false, progress, &|i, scratch, tick| {
+                // Last tiles first: under a causal mask they are the long ones.
+                let (tile, kv) = (tiling.tiles - 1 - i / kv_heads, first + i % kv_heads);
+                // SAFETY: the caller's promise; every (tile, key head) is one task.
+                unsafe { task.get().run(tile, kv, scratch, tick) }
+            });
+        (self.tiling, self.places) = (tiling, places);
         result
     }
 
@@ -177,15 +196,23 @@ impl Cpu {
         turns.clear();
         turns.resize_with(tiling.tiles * (last + 1), AtomicU32::default);
         let kernels = Kernels::of(self.simd, step.q.dtype);
-        let task = Shared(backward::Task { step, kernels, tiling: &tiling, turns: &turns });
+        let mut places = std::mem::take(&mut self.places);
+        let beyond = step.effects.as_ref().filter(|e| e.score.changes()).map(|effects| {
+            places.build(effects, rows, step.k.rows);
+            (effects::Formula::new(effects, step.scale, self.simd), &places)
+        });
+        let task = Shared(backward::Task { step, kernels, tiling: &tiling, turns: &turns, beyond });
         let blocks = step.k.rows.div_ceil(tile::KEYS);
-        let result = self.parallel(blocks * kv_heads, progress, &|i, scratch, tick| {
+        // A gradient of the bias that heads share has an order of adding only if there is one thread.
+        let d_bias = step.effects.as_ref().and_then(|e| e.d_bias);
+        let alone = d_bias.is_some_and(|view| view.heads == 1) && kv_heads > 1;
+        let result = self.parallel(blocks * kv_heads, alone, progress, &|i, scratch, tick| {
             // Blocks ascend, so that whoever waits for its turn waits for a task that someone has begun.
             let (block, kv) = (i / kv_heads, first + i % kv_heads);
             // SAFETY: the caller's promise; every (block, key head) is one task.
             unsafe { task.get().run(block, kv, scratch, tick) }
         });
-        (self.tiling, self.turns) = (tiling, turns);
+        (self.tiling, self.turns, self.places) = (tiling, turns, places);
         result
     }
 
@@ -198,6 +225,24 @@ impl Cpu {
         unsafe { rows::delta(step, Kernels::of(self.simd, step.out.dtype)) }
     }
 
+    /// What rows add to the gradients of sinks.
+    ///
+    /// # Safety
+    /// As for [`Cpu::forward`].
+    pub unsafe fn sink_terms(&mut self, step: &SinkTerms) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { rows::sink_terms(step) }
+    }
+
+    /// Sums, or largest numbers, of heads.
+    ///
+    /// # Safety
+    /// As for [`Cpu::forward`]; source and destination do not overlap.
+    pub unsafe fn reduce(&mut self, step: &Reduce) {
+        // SAFETY: the caller's promise is passed on.
+        unsafe { rows::reduce(step) }
+    }
+
     /// Copies or adds rows.
     ///
     /// # Safety
@@ -208,8 +253,8 @@ impl Cpu {
     }
 
     /// Hands out tasks 0, 1, … to the threads. A task gets its thread's scratch and a function to call often, which says
-    /// whether to go on; on this thread it calls `progress`.
-    fn parallel(&self, tasks: usize, progress: Progress, task: &TaskFn) -> Result<()> {
+    /// whether to go on; on this thread it calls `progress`. `alone`: all on this thread, in order.
+    fn parallel(&self, tasks: usize, alone: bool, progress: Progress, task: &TaskFn) -> Result<()> {
         let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
         let work = |thread: usize, tick: &mut dyn FnMut() -> bool| {
             // Whoever panics stops the others too: they may be waiting for their turn after it.
@@ -238,7 +283,7 @@ impl Cpu {
             call();
             go_on()
         };
-        if self.scratch.len() == 1 || tasks <= 1 {
+        if self.scratch.len() == 1 || tasks <= 1 || alone {
             work(0, &mut tick);
         } else {
             let worker = |thread: usize| work(thread, &mut || go_on());

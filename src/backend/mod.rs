@@ -5,6 +5,8 @@ pub mod cuda;
 
 use crate::dtype::DType;
 use crate::mask::Slice;
+use crate::partition::Segment;
+use crate::score::Score;
 
 /// A tensor in memory, logically `[rows, heads, dim]`, `dim` contiguous. Rows of a caller's `[batch, seq, heads, dim]` tensor are
 /// numbered `batch · rows_per_batch + position`, so bshd, sbhd and bhsd differ only in strides. Strides are in elements.
@@ -109,6 +111,33 @@ pub struct Output {
     pub out: View,
     /// `[rows, heads, 1]`, fp32.
     pub lse: View,
+    /// The largest visible score of every row, `[rows, heads, 1]` fp32, if it is asked for; −∞ where nothing is seen.
+    pub top: Option<View>,
+}
+
+/// What scores depend on beside q, k and the slices. Every true token among the rows is in a segment; rows in none are padding.
+#[derive(Clone, Copy, Debug)]
+pub struct Effects<'a> {
+    /// The formula.
+    pub score: &'a Score,
+    /// Which tokens the query rows are.
+    pub queries: &'a [Segment],
+    /// Which tokens the key rows are.
+    pub keys: &'a [Segment],
+    /// Per sequence: the key position on the diagonal of query position 0.
+    pub diagonals: &'a [i32],
+    /// Key of the dropout's random words.
+    pub seed: u64,
+    /// Per sequence the caller's number for it, for dropout; empty: its index.
+    pub ids: &'a [u32],
+    /// One row, a sink for every global query head, fp32.
+    pub sinks: Option<View>,
+    /// Additive bias: the query rows; a head for each query head, or one for all; an element for each key of the padded sequence.
+    pub bias: Option<View>,
+    /// Backward: its gradient, fp32, added to.
+    pub d_bias: Option<View>,
+    /// Per sequence: padding keys before the first true one, which the bias has columns for.
+    pub padding: &'a [u32],
 }
 
 /// One forward attend step: all rows of `q` against what `slices` let them see in `k`, `v`.
@@ -131,6 +160,8 @@ pub struct Forward<'a> {
     pub scale: f32,
     /// State to continue from and to leave behind; `None` only when the step is both first and last.
     pub state: Option<State>,
+    /// Everything beside plain attention; `None` if that is all.
+    pub effects: Option<Effects<'a>>,
     /// Start from the empty state instead of reading it.
     pub first: bool,
     /// Normalise and write the result instead of leaving the state.
@@ -160,6 +191,8 @@ pub struct Backward<'a> {
     pub heads: HeadMap,
     /// As in the forward step.
     pub scale: f32,
+    /// As in the forward step.
+    pub effects: Option<Effects<'a>>,
     /// `[rows, heads, dim_qk]` fp32, added to.
     pub dq: View,
     /// `[key rows, kv heads, dim_qk]` fp32, added to.
@@ -211,6 +244,34 @@ pub struct Delta {
     pub d_out: View,
     /// `[rows, heads, 1]` fp32.
     pub delta: View,
+}
+
+/// `terms[row, head]` = −exp(sink − LSE)·delta, 0 where the LSE is −∞: what a row adds to the gradient of its head's sink.
+#[derive(Clone, Copy, Debug)]
+pub struct SinkTerms {
+    /// One row, fp32.
+    pub sinks: View,
+    /// `[rows, heads, 1]` fp32.
+    pub lse: View,
+    /// `[rows, heads, 1]` fp32.
+    pub delta: View,
+    /// `[rows, heads, 1]` fp32.
+    pub terms: View,
+}
+
+/// A number per head over all rows of `src` to `dst[dst_row, dst_head + head]`: the sum, or the largest. Both fp32.
+#[derive(Clone, Copy, Debug)]
+pub struct Reduce {
+    /// `[rows, heads, 1]`.
+    pub src: View,
+    /// `[rows, more heads, 1]`.
+    pub dst: View,
+    /// Row written.
+    pub dst_row: usize,
+    /// First head written.
+    pub dst_head: usize,
+    /// The largest instead of the sum.
+    pub max: bool,
 }
 
 /// Called by a backend now and then from the calling thread while it computes, so that transports can progress.

@@ -360,7 +360,45 @@ pub struct cp_attention_config {
     pub device_free: cp_device_free_fn,
     /// First argument of both.
     pub device_alloc_ctx: *mut c_void,
+    /// Soft-cap: scores x = softmax_scale·q·k become softcap·tanh(x/softcap); 0 = none.
+    pub softcap: f32,
+    /// Probability of dropping a weight, 0 … below 1. What is dropped depends on seed, sequence, head and positions only, not on the ranks.
+    pub dropout: f32,
+    /// ALiBi: slopes of the query heads, `[heads]`, host memory that is read during the call only; NULL = none. A score loses
+    /// slope·|key position − diagonal|, after the soft-cap; the diagonal is the mask's.
+    pub alibi_slopes: *const f32,
+    /// Number of query head 0 among the heads of the whole model, for dropout: ranks of tensor parallelism hold different ones.
+    pub head_offset: u32,
+    /// CP_REACH_*, not CP_REACH_NONE: every query head has a sink, given with every call; the gradient that backward writes is this rank's part, or
+    /// the sum over the group. Off-by-one softmax is a sink of 0.
+    pub sinks: cp_reach,
+    /// CP_REACH_*, not CP_REACH_NONE: forward writes the largest visible score of every query head, over this rank's part or over the group.
+    pub max_logit: cp_reach,
+    /// CP_BIAS_*, CP_BIAS among them: an additive bias `[batch, heads, queries, keys]` comes with every call and is added to the scores after
+    /// softmax_scale, soft-cap and ALiBi; 0 = none.
+    pub bias: u32,
 }
+
+/// cp_attention_config.bias: there is one; without other flags it is the same for all batch entries, heads and queries.
+pub const CP_BIAS: u32 = 1;
+/// cp_attention_config.bias: one for every batch entry (dense format).
+pub const CP_BIAS_BATCH: u32 = 2;
+/// cp_attention_config.bias: one for every query head.
+pub const CP_BIAS_HEADS: u32 = 4;
+/// cp_attention_config.bias: one for every query.
+pub const CP_BIAS_QUERIES: u32 = 8;
+/// cp_attention_config.bias: backward writes its gradient; needs CP_BIAS_QUERIES.
+pub const CP_BIAS_GRADIENT: u32 = 16;
+
+/// How far a number per head reaches.
+pub type cp_reach = u32;
+/// It is not asked for.
+pub const CP_REACH_NONE: u32 = 0;
+/// This rank's part: the caller puts the ranks' together, as it does with its other gradients. What is forward's is of the rows and heads that this
+/// rank computes (with a2a the others' are -inf), what is backward's of its own rows and all heads.
+pub const CP_REACH_RANK: u32 = 1;
+/// The whole group's: the same number on every rank, for one more exchange of some bytes.
+pub const CP_REACH_GROUP: u32 = 2;
 
 /// How a group communicates for a layer. All zero is p2p.
 #[repr(C)]
@@ -392,7 +430,7 @@ pub struct cp_context {
     pub problem: u64,
     /// Group and communication that forward used.
     pub attached: u64,
-    /// Reserved for the dropout seed; 0.
+    /// Forward's dropout seed.
     pub dropout_seed: u64,
     /// 0.
     pub reserved: u64,
@@ -429,6 +467,19 @@ pub struct cp_forward_args {
     pub workspace_bytes: usize,
     /// For backward; may be NULL. [out]
     pub context: *mut cp_context,
+    /// With sinks: `[heads]` fp32, ndim 1. [in]
+    pub sinks: cp_tensor,
+    /// With max_logit: `[heads]` fp32, ndim 1; -inf where nothing is seen. [out]
+    pub max_logit: cp_tensor,
+    /// With dropout: the seed, equal on all ranks.
+    pub dropout_seed: u64,
+    /// With dropout: a number for every sequence, `[count]`, equal on all ranks: equal numbers drop alike, wherever and with whatever else they
+    /// are computed. NULL = index in the call.
+    pub sequence_ids: *const u32,
+    /// With a bias: `[batch or 1, heads or 1, S_q or 1, keys]`, ndim 4 in either format (packed: batch is 1, S_q the local tokens), in the layer's
+    /// storage type. Queries are this rank's, keys those of the whole padded sequence in natural order (packed: of the longest one). With a2a it
+    /// is exchanged like Q. [in]
+    pub bias: cp_tensor,
 }
 
 /// Arguments of cp_attention_backward: what forward had, the gradient of the output, and where the gradients go.
@@ -469,6 +520,16 @@ pub struct cp_backward_args {
     pub workspace: *mut c_void,
     /// Bytes at `workspace`.
     pub workspace_bytes: usize,
+    /// As in forward. [in]
+    pub sinks: cp_tensor,
+    /// With sinks: their gradient, `[heads]` fp32, ndim 1. [out]
+    pub d_sinks: cp_tensor,
+    /// As in forward; the seed is in the context.
+    pub sequence_ids: *const u32,
+    /// As in forward. [in]
+    pub bias: cp_tensor,
+    /// With CP_BIAS_GRADIENT: shape of `bias`: what this rank's queries add, over all keys. [out]
+    pub d_bias: cp_tensor,
 }
 
 /// What a layer's call needs in memory and moves, for this rank. Bytes.

@@ -1,4 +1,7 @@
-//! Constants and structs of `rows`.
+//! Constants and structs of `rows` and `collect`.
+
+use super::abi::{cp_format, cp_partition, cp_sequences, cp_side};
+use libc::c_void;
 
 /// Instead of a position or a token: padding, or beyond the end of a sequence.
 pub const CP_NO_TOKEN: u32 = 0xffff_ffff;
@@ -35,4 +38,34 @@ pub struct cp_loss_config {
     pub microbatches: u32,
     /// Sum of the weights: per token of all ranks and micro-batches, per replica of the replica's ranks in this micro-batch.
     pub tokens: f64,
+}
+
+/// Rows that cp_group_shift and cp_group_gather move: `row_bytes` bytes each, one after another, of whatever type.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct cp_rows_args {
+    /// sizeof(cp_rows_args).
+    pub struct_size: u32,
+    /// Must be 0.
+    pub flags: u32,
+    /// The sequences.
+    pub sequences: *const cp_sequences,
+    /// CP_PARTITION_*.
+    pub partition: cp_partition,
+    /// CP_FORMAT_*.
+    pub format: cp_format,
+    /// CP_SIDE_*.
+    pub side: cp_side,
+    /// cp_group_shift: how many tokens after a row the one is that it gets; negative: before.
+    pub shift: i32,
+    /// Bytes of a row, at least 1.
+    pub row_bytes: usize,
+    /// This rank's rows, in the order of cp_partition_tokens.
+    pub local: *const c_void,
+    /// How many they are.
+    pub local_rows: usize,
+    /// The result; overlaps nothing.
+    pub out: *mut c_void,
+    /// Rows at `out`: as many as `local_rows` for cp_group_shift, as many as all padded sequences have for cp_group_gather.
+    pub out_rows: usize,
 }

@@ -7,6 +7,7 @@ use super::guard::{
     Opaque, create, destroy, enter, extensible, guard, object, output, report, zero,
 };
 use crate::attention::{Args, Attention, Context};
+use crate::backend::View;
 use crate::backend::cpu::{Cpu, Simd};
 use crate::backend::cuda::Cuda;
 use crate::driver::{CUstream, Device};
@@ -15,6 +16,7 @@ use crate::error::{Error, Result, Status};
 use crate::partition::Partition;
 use crate::plan::{Pass, Tensor, json};
 use crate::problem::Problem;
+use crate::score::BiasShape;
 use libc::{c_char, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
@@ -265,7 +267,7 @@ pub unsafe extern "C" fn cp_attention_forward(
                 context.write(cp_context {
                     problem: made.problem,
                     attached: made.attached,
-                    dropout_seed: 0,
+                    dropout_seed: made.seed,
                     reserved: 0,
                 })
             };
@@ -288,15 +290,24 @@ unsafe fn forward_args(
     if !a.context.is_null() {
         output("args.context", a.context)?;
     }
-    let inputs = [(Tensor::Q, &a.q), (Tensor::K, &a.k), (Tensor::V, &a.v)];
-    let outputs = [(Tensor::Out, &a.out), (Tensor::Lse, &a.lse)];
+    let score = &layer.config().score;
+    let mut inputs = vec![(Tensor::Q, &a.q), (Tensor::K, &a.k), (Tensor::V, &a.v)];
+    let mut outputs = vec![(Tensor::Out, &a.out), (Tensor::Lse, &a.lse)];
+    optional((Tensor::Sinks, &a.sinks), score.sinks.is_some(), &mut inputs)?;
+    optional((Tensor::MaxLogit, &a.max_logit), score.max_logit.is_some(), &mut outputs)?;
+    optional((Tensor::Bias, &a.bias), score.bias.is_some(), &mut inputs)?;
+    if score.dropout == 0.0 {
+        zero("args.dropout_seed: without dropout", a.dropout_seed)?;
+    }
     let workspace = buffer("workspace", a.workspace, a.workspace_bytes)?;
     let saved = buffer("saved", a.saved, a.saved_bytes)?;
     // SAFETY: the caller's promise.
     let args = unsafe {
         pass_args(layer, a.sequences, layer.group().size(), &inputs, &outputs, workspace, saved)?
     };
-    Ok((Args { stream, ..args }, a.context))
+    // SAFETY: the caller's promise.
+    let ids = unsafe { sequence_ids(layer, a.sequence_ids, args.seqs.len())? };
+    Ok((Args { stream, seed: a.dropout_seed, ids, ..args }, a.context))
 }
 
 /// Gradients of Q, K and V. Finds the group and communication that the forward used in `context`, whatever is attached now.
@@ -343,7 +354,7 @@ unsafe fn backward_args(
     } else {
         // SAFETY: not null and aligned; readable by the caller's promise.
         let c = unsafe { a.context.read() };
-        Ok(Context { problem: c.problem, attached: c.attached })
+        Ok(Context { problem: c.problem, attached: c.attached, seed: c.dropout_seed })
     };
     let ranks = context
         .as_ref()
@@ -352,7 +363,8 @@ unsafe fn backward_args(
         .unwrap_or_else(|| layer.group().size());
     let read = || {
         zero("args.flags", a.flags.into())?;
-        let inputs = [
+        let sinks = layer.config().score.sinks.is_some();
+        let mut inputs = vec![
             (Tensor::Q, &a.q),
             (Tensor::K, &a.k),
             (Tensor::V, &a.v),
@@ -360,15 +372,67 @@ unsafe fn backward_args(
             (Tensor::Lse, &a.lse),
             (Tensor::DOut, &a.d_out),
         ];
-        let outputs = [(Tensor::DQ, &a.dq), (Tensor::DK, &a.dk), (Tensor::DV, &a.dv)];
+        let mut outputs = vec![(Tensor::DQ, &a.dq), (Tensor::DK, &a.dk), (Tensor::DV, &a.dv)];
+        optional((Tensor::Sinks, &a.sinks), sinks, &mut inputs)?;
+        optional((Tensor::DSinks, &a.d_sinks), sinks, &mut outputs)?;
+        let bias = layer.config().score.bias;
+        optional((Tensor::Bias, &a.bias), bias.is_some(), &mut inputs)?;
+        optional((Tensor::DBias, &a.d_bias), bias.is_some_and(|b| b.gradient), &mut outputs)?;
         let workspace = buffer("workspace", a.workspace, a.workspace_bytes)?;
         let saved = buffer("saved", a.saved.cast_mut(), a.saved_bytes)?;
         // SAFETY: the caller's promise.
         let args =
             unsafe { pass_args(layer, a.sequences, ranks, &inputs, &outputs, workspace, saved)? };
-        Ok(Args { stream, ..args })
+        // SAFETY: the caller's promise.
+        let ids = unsafe { sequence_ids(layer, a.sequence_ids, args.seqs.len())? };
+        Ok(Args { stream, ids, ..args })
     };
     (context, read())
+}
+
+/// A tensor that is there exactly where the layer asks for it.
+fn optional<'a>(given: Named_<'a>, wanted: bool, list: &mut Vec<Named_<'a>>) -> Result<()> {
+    let (name, null) = (crate::attention::name(given.0), given.1.data.is_null());
+    match (wanted, null) {
+        (true, false) => list.push(given),
+        (false, true) => {}
+        (true, true) => {
+            return Err(Error::argument(format!("args.{name}: got NULL, the layer asks for it")));
+        }
+        (false, false) => {
+            return Err(Error::argument(format!(
+                "args.{name}: given, but the layer was created without"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// What is one for all has a row, or entry, that repeats.
+fn one_for_all(view: &mut View, shape: Option<BiasShape>, entries: usize) {
+    let Some(shape) = shape else { return };
+    if !shape.batch {
+        view.stride_batch = 0;
+        view.rows *= entries;
+    }
+    if !shape.queries {
+        view.stride_row = 0;
+    }
+}
+
+/// # Safety
+/// `ids` is NULL or has `count` numbers.
+unsafe fn sequence_ids(layer: &Attention, ids: *const u32, count: usize) -> Result<Vec<u32>> {
+    if ids.is_null() {
+        return Ok(Vec::new());
+    }
+    if layer.config().score.dropout == 0.0 || !ids.is_aligned() {
+        return Err(Error::argument(format!(
+            "args.sequence_ids: got {ids:p}, must be NULL without dropout, and aligned"
+        )));
+    }
+    // SAFETY: the caller's promise.
+    Ok(unsafe { std::slice::from_raw_parts(ids, count) }.to_vec())
 }
 
 type Named_<'a> = (Tensor, &'a cp_tensor);
@@ -394,6 +458,15 @@ unsafe fn pass_args(
         let name = crate::attention::name(*tensor);
         let (view, shape) = match tensor {
             Tensor::Lse => decode::statistic(name, t, place, config.packed)?,
+            Tensor::Bias | Tensor::DBias => {
+                let (mut view, shape) = decode::bias(name, t, place, config.dtype)?;
+                if *tensor == Tensor::Bias {
+                    let entries = if config.packed { 1 } else { seqs.len() };
+                    one_for_all(&mut view, config.score.bias, entries);
+                }
+                (view, shape)
+            }
+            tensor if tensor.per_head() => decode::per_head(name, t, place)?,
             _ => decode::tensor(name, t, place, config.dtype, config.packed)?,
         };
         if i >= inputs.len() {
@@ -403,7 +476,8 @@ unsafe fn pass_args(
         shapes.push((*tensor, shape));
     }
     debug_assert!(views.iter().all(|(t, v)| *t != Tensor::Lse || v.dtype == DType::F32));
-    Ok(Args { seqs, list, views, shapes, workspace, saved, stream: std::ptr::null_mut() })
+    let stream = std::ptr::null_mut();
+    Ok(Args { seqs, list, views, shapes, workspace, saved, seed: 0, ids: Vec::new(), stream })
 }
 
 /// On CUDA NULL is the legacy default stream, as everywhere.

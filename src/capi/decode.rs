@@ -10,6 +10,7 @@ use crate::group::Group;
 use crate::mask::Mask;
 use crate::partition::{Partition, Stretch};
 use crate::problem::{CommType, Extent, Sequence, Wire};
+use crate::score::{BiasShape, Reach, Score};
 
 /// A pointer that may be null, as a slice.
 ///
@@ -170,6 +171,24 @@ pub unsafe fn attention_config(ptr: *const cp_attention_config) -> Result<Layer>
         left: has(CP_ATTENTION_WINDOW_LEFT).then_some(c.window_left),
         right: has(CP_ATTENTION_WINDOW_RIGHT).then_some(c.window_right),
     };
+    if !c.alibi_slopes.is_aligned() {
+        let got = c.alibi_slopes;
+        return Err(Error::argument(format!("config.alibi_slopes: got {got:p}, must be aligned")));
+    }
+    let slopes = match c.alibi_slopes.is_null() {
+        true => &[],
+        // SAFETY: `heads` numbers, by the caller's promise.
+        false => unsafe { std::slice::from_raw_parts(c.alibi_slopes, c.heads as usize) },
+    };
+    let score = Score {
+        softcap: c.softcap,
+        slopes: slopes.into(),
+        bias: bias_shape(c.bias)?,
+        dropout: c.dropout,
+        head_offset: c.head_offset,
+        sinks: reach("config.sinks", c.sinks)?,
+        max_logit: reach("config.max_logit", c.max_logit)?,
+    };
     let or = |value: u32, default: u32| if value == 0 { default } else { value };
     let config = Config {
         heads: c.heads,
@@ -178,6 +197,7 @@ pub unsafe fn attention_config(ptr: *const cp_attention_config) -> Result<Layer>
         dim_v: or(c.head_dim_v, c.head_dim_qk),
         dtype: dtype("config.dtype", c.dtype)?,
         scale: c.softmax_scale,
+        score,
         mask,
         packed,
         partition: partition("config.partition", c.partition)?,
@@ -534,6 +554,46 @@ pub fn statistic(
         if packed { "[heads, tokens]" } else { "[batch, heads, seq]" },
         false,
     )
+}
+
+/// An additive bias `[batch, heads, queries, keys]`, seen as `[batch, queries, heads, keys]`.
+pub fn bias(name: &str, t: &cp_tensor, place: Place, dtype: DType) -> Result<(View, [i64; 4])> {
+    place.check(name, t)?;
+    view(name, t, dtype, &[0, 2, 1, 3], "[batch, heads, queries, keys]", true)
+}
+
+/// The dimensions that a bias has.
+fn bias_shape(flags: u32) -> Result<Option<BiasShape>> {
+    let known = CP_BIAS | CP_BIAS_BATCH | CP_BIAS_HEADS | CP_BIAS_QUERIES | CP_BIAS_GRADIENT;
+    known_flags("config.bias", flags, known)?;
+    let has = |flag| flags & flag != 0;
+    if flags != 0 && !has(CP_BIAS) {
+        return Err(Error::argument(format!("config.bias: got {flags:#x} without CP_BIAS (1)")));
+    }
+    Ok(has(CP_BIAS).then(|| BiasShape {
+        batch: has(CP_BIAS_BATCH),
+        heads: has(CP_BIAS_HEADS),
+        queries: has(CP_BIAS_QUERIES),
+        gradient: has(CP_BIAS_GRADIENT),
+    }))
+}
+
+/// A number per head, `[heads]`, seen as `[1, 1, heads, 1]`.
+pub fn per_head(name: &str, t: &cp_tensor, place: Place) -> Result<(View, [i64; 4])> {
+    place.check(name, t)?;
+    view(name, t, DType::F32, &[2], "[heads]", false)
+}
+
+/// Who gets a number per head.
+fn reach(name: &str, code: cp_reach) -> Result<Option<Reach>> {
+    match code {
+        CP_REACH_NONE => Ok(None),
+        CP_REACH_RANK => Ok(Some(Reach::Rank)),
+        CP_REACH_GROUP => Ok(Some(Reach::Group)),
+        other => Err(Error::argument(format!(
+            "{name}: got {other}, allowed CP_REACH_NONE (0), _RANK (1), _GROUP (2)"
+        ))),
+    }
 }
 
 /// `dims[i]` is the logical dimension (batch, seq, heads, dim) of the tensor's dimension i.

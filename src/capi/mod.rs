@@ -1,6 +1,6 @@
 //! The C ABI. Every exported function is: guard → decode → call → encode; nothing is decided here.
 //!
-//! In lifecycle order: `about` (version, errors), `group`, `partition`, `rows`, `mesh`, `padding`, `schedule`, `trade`, `attention`. The structs are in `abi` and its
+//! In lifecycle order: `about` (version, errors), `group`, `partition`, `rows`, `collect`, `mesh`, `padding`, `schedule`, `trade`, `attention`. The structs are in `abi` and its
 //! neighbours, all argument checks in `decode` and (for groups) `init`, panics and handles in `guard`. cbindgen makes `include/context_parallel.h` from these
 //! files; a test compares.
 
@@ -13,6 +13,7 @@ pub mod abi_schedule;
 pub mod abi_trade;
 pub mod about;
 pub mod attention;
+pub mod collect;
 mod decode;
 pub mod group;
 mod guard;

@@ -10,6 +10,7 @@ use crate::holding::tokens;
 use crate::mask::Mask;
 use crate::partition::{Partition, Side, padded_length};
 use crate::problem::{Problem, Wire};
+use crate::score::Score;
 
 /// Smallest length at or above `length` that gives every rank the same number of tokens: a multiple of 2·ranks for zigzag, else of
 /// ranks. This library needs no such padding; frameworks that exchange equal shapes do. Local. Any thread, any time.
@@ -129,6 +130,7 @@ pub(super) unsafe fn problem(
         dtype: DType::F32,
         wire: Wire::Storage,
         scale: 1.0,
+        score: Score::default(),
     };
     p.validate()?;
     Dealt::default().resolve(&mut p);

@@ -3,7 +3,7 @@
 //! The compute lane is the caller's stream, the comm lane the group's. It is forked from the caller's stream at the start and joined to it at
 //! the end, so that to the caller a call is work on one stream, and a capture of that stream captures all of it. Plan events become CUDA events.
 
-use super::{Memory, Slots, Stats, bind, fill_messages};
+use super::{Memory, PerSequence, Slots, Stats, bind, fill_messages};
 use crate::backend::cuda::{
     AttendWork, Cuda, RowsWork, Shape, SliceLimits, Staging, TableBuilder, backward_bound,
     forward_bound, runs_bound,
@@ -12,7 +12,7 @@ use crate::backend::{CopyRows, View};
 use crate::driver::{self, CUdeviceptr, CUstream, Event};
 use crate::error::{Error, Result};
 use crate::plan::account::ALIGN;
-use crate::plan::{Lane, Op, Plan, Rows, Slot, Value};
+use crate::plan::{self, Lane, Op, Plan, Rows, Slot, Value};
 use crate::transport;
 use crate::transport::device::{DeviceTransport, Step};
 
@@ -96,7 +96,7 @@ impl Tables {
                 Op::Fill { rows, .. } => {
                     Work::Rows(builder.rows(rows.iter().map(|r| (r.first, r.step, r.count))))
                 }
-                Op::Exchange { .. } | Op::Delta => Work::None,
+                Op::Exchange { .. } | Op::Delta | Op::SinkTerms | Op::Reduce { .. } => Work::None,
             });
         }
         let blob = builder.finish();
@@ -134,6 +134,7 @@ pub struct Scratch {
     staging: Staging,
     events: Vec<Event>,
     views: Vec<View>,
+    sequences: PerSequence,
     sends: Vec<transport::Message>,
     recvs: Vec<transport::Message>,
 }
@@ -142,7 +143,7 @@ impl Scratch {
     /// Nothing is allocated yet.
     pub fn new(staging: Staging) -> Scratch {
         let (events, views, sends, recvs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        Scratch { staging, events, views, sends, recvs }
+        Scratch { staging, events, views, sequences: PerSequence::default(), sends, recvs }
     }
 
     /// Allocates for calls with tables of at most so many bytes and so many events, so that they allocate nothing.
@@ -170,13 +171,16 @@ pub unsafe fn enqueue(
     scratch: &mut Scratch,
 ) -> Result<Stats> {
     let mut views = std::mem::take(&mut scratch.views);
+    let mut sequences = std::mem::take(&mut scratch.sequences);
+    sequences.fill(plan);
     let result = bind(plan, memory, &mut views).and_then(|()| {
-        let slots = Slots { plan, views: &views };
+        let slots = Slots { plan, dropout: memory.dropout, sequences: &sequences, views: &views };
         let run = Run { slots, tables, memory, cuda, stream };
         // SAFETY: the caller's promise.
         unsafe { run.steps(link.as_mut(), scratch) }
     });
     scratch.views = views;
+    scratch.sequences = sequences;
     if let (Err(e), Some(link)) = (&result, &mut link) {
         link.transport.give_up(e.clone());
     }
@@ -256,7 +260,7 @@ impl Run<'_> {
                     let at = Step { index: index as u32, stage: step.stage, call: link.call };
                     link.transport.exchange(sends, recvs, comm, at)?;
                 } else {
-                    self.compute(&step.op, work)?;
+                    self.compute(step, work)?;
                 }
                 if let Some(event) = step.signal {
                     events[event as usize].record(lane)?;
@@ -273,20 +277,21 @@ impl Run<'_> {
 
     /// # Safety
     /// As [`enqueue`].
-    unsafe fn compute(&self, op: &Op, work: &Work) -> Result<()> {
+    unsafe fn compute(&self, step: &plan::Step, work: &Work) -> Result<()> {
         let (slots, cuda, stream, tables) = (&self.slots, self.cuda, self.stream, self.tables());
         // SAFETY: the caller's promise; the plan's events order this step after everything it reads.
         unsafe {
-            match (op, work) {
+            match (&step.op, work) {
                 (Op::Attend { q, k, slices, first, last }, Work::Attend(work)) => {
-                    let step = slots.forward((*q, *k), slices, *first, *last);
+                    let step = slots.forward(step.stage, (*q, *k), slices, *first, *last);
                     cuda.forward(&step, work, tables, stream)
                 }
                 (
                     Op::AttendBackward { q, d_out, lse, delta, k, dk, slices },
                     Work::Attend(work),
                 ) => {
-                    let step = slots.backward([*q, *d_out, *lse, *delta, *k, *dk], slices);
+                    let step =
+                        slots.backward(step.stage, [*q, *d_out, *lse, *delta, *k, *dk], slices);
                     let counters =
                         self.memory.workspace as CUdeviceptr + self.tables.counters as CUdeviceptr;
                     cuda.backward(&step, work, tables, counters, stream)

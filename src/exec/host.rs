@@ -3,12 +3,12 @@
 //! Compute steps run one after another on the calling thread (and the backend's workers). Exchanges form one queue: each is started
 //! as soon as the one before it is complete, and progresses whenever the backend calls back and whenever a step waits for an event.
 
-use super::{Memory, Slots, Stats, bind, fill_messages};
+use super::{Memory, PerSequence, Slots, Stats, bind, fill_messages};
 use crate::backend::cpu::Cpu;
-use crate::backend::{CopyRows, View};
+use crate::backend::{CopyRows, Reduce, View};
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
-use crate::plan::{Event, Op, Plan, Rows, Value};
+use crate::plan::{Event, Op, Plan, Rows, Step, Value};
 use crate::transport::{self, Transport};
 use std::collections::VecDeque;
 use std::time::{Duration, Instant};
@@ -27,6 +27,7 @@ pub struct Link<'a> {
 #[derive(Default)]
 pub struct Scratch {
     views: Vec<View>,
+    sequences: PerSequence,
     signaled: Vec<bool>,
     queue: VecDeque<usize>,
     sends: Vec<transport::Message>,
@@ -49,7 +50,9 @@ pub unsafe fn run(
     scratch.signaled.clear();
     scratch.signaled.resize(plan.events as usize, false);
     scratch.queue.clear();
-    let slots = Slots { plan, views: &views };
+    let mut sequences = std::mem::take(&mut scratch.sequences);
+    sequences.fill(plan);
+    let slots = Slots { plan, dropout: memory.dropout, sequences: &sequences, views: &views };
     let mut comm = Comm { slots: &slots, link, scratch, in_flight: None, stats: Stats::default() };
     // SAFETY: the caller's promise.
     let result = unsafe { steps(plan, &slots, cpu, &mut comm) };
@@ -59,6 +62,7 @@ pub unsafe fn run(
     }
     drop(comm);
     scratch.views = views;
+    scratch.sequences = sequences;
     result.map(|()| stats)
 }
 
@@ -75,7 +79,7 @@ unsafe fn steps(plan: &Plan, slots: &Slots, cpu: &mut Cpu, comm: &mut Comm) -> R
             comm.wait(*event)?;
         }
         // SAFETY: the caller's promise; the plan's events order this step after everything it reads.
-        unsafe { compute(&step.op, slots, cpu, comm)? };
+        unsafe { compute(step, slots, cpu, comm)? };
         if let Some(event) = step.signal {
             comm.scratch.signaled[event as usize] = true;
         }
@@ -86,22 +90,34 @@ unsafe fn steps(plan: &Plan, slots: &Slots, cpu: &mut Cpu, comm: &mut Comm) -> R
 
 /// # Safety
 /// As [`run`].
-unsafe fn compute(op: &Op, slots: &Slots, cpu: &mut Cpu, comm: &mut Comm) -> Result<()> {
-    match op {
+unsafe fn compute(step: &Step, slots: &Slots, cpu: &mut Cpu, comm: &mut Comm) -> Result<()> {
+    match &step.op {
         Op::Exchange { .. } => unreachable!("exchanges are queued"),
         Op::Attend { q, k, slices, first, last } => {
-            let work = slots.forward((*q, *k), slices, *first, *last);
+            let work = slots.forward(step.stage, (*q, *k), slices, *first, *last);
             // SAFETY: the caller's promise.
             unsafe { cpu.forward(&work, &mut || comm.progress()) }
         }
         Op::AttendBackward { q, d_out, lse, delta, k, dk, slices } => {
-            let work = slots.backward([*q, *d_out, *lse, *delta, *k, *dk], slices);
+            let work = slots.backward(step.stage, [*q, *d_out, *lse, *delta, *k, *dk], slices);
             // SAFETY: the caller's promise.
             unsafe { cpu.backward(&work, &mut || comm.progress()) }
         }
         Op::Delta => {
             // SAFETY: the caller's promise.
             unsafe { cpu.delta(&slots.delta()) };
+            Ok(())
+        }
+        Op::SinkTerms => {
+            // SAFETY: the caller's promise.
+            unsafe { cpu.sink_terms(&slots.sink_terms()) };
+            Ok(())
+        }
+        Op::Reduce { src, dst, dst_row, dst_head, max } => {
+            let (src, dst) = (slots.view(*src), slots.view(*dst));
+            let (dst_row, dst_head) = (*dst_row as usize, *dst_head as usize);
+            // SAFETY: the caller's promise.
+            unsafe { cpu.reduce(&Reduce { src, dst, dst_row, dst_head, max: *max }) };
             Ok(())
         }
         Op::Copy { src, src_head, dst, dst_head, heads, runs, add } => {

@@ -5,15 +5,18 @@
 pub mod device;
 mod host;
 
-use crate::backend::{Backward, Delta, Forward, Output, State, View};
+use crate::backend::{Backward, Delta, Effects, Forward, Output, SinkTerms, State, View};
 use crate::error::{Error, Result};
 use crate::mask::Slice;
 use crate::plan::{Kind, Message, Plan, Slot, Tensor};
+use crate::problem::Sequence;
 use crate::transport::{self, Piece};
 pub use host::{Link, Scratch, run};
 
 /// Memory that a plan's slots are bound to.
 pub struct Memory<'a> {
+    /// What dropout draws from.
+    pub dropout: Dropout<'a>,
     /// The caller's tensors; of several of a kind, in the order of their slots' index.
     pub caller: &'a [(Tensor, View)],
     /// Offsets of all other slots, from [`crate::plan::account::layout`], in the order of `plan.slots`.
@@ -22,6 +25,15 @@ pub struct Memory<'a> {
     pub workspace: *mut u8,
     /// At least the plan's saved bytes, aligned likewise; may be null when there are none.
     pub saved: *mut u8,
+}
+
+/// The key of dropout's random words, and the caller's numbers for the sequences (empty: their indices). Backward gets what forward got.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Dropout<'a> {
+    /// Seed.
+    pub seed: u64,
+    /// One for each sequence of the problem, or none.
+    pub ids: &'a [u32],
 }
 
 /// What a run moved and how long it waited.
@@ -67,9 +79,34 @@ fn bind(plan: &Plan, memory: &Memory, views: &mut Vec<View>) -> Result<()> {
     Ok(())
 }
 
+/// What scores depend on besides tokens. Filled anew for every run; nothing if no score depends on it.
+#[derive(Default)]
+struct PerSequence {
+    /// The key position on the diagonal of query position 0.
+    diagonals: Vec<i32>,
+    /// Padding keys before the first true one.
+    padding: Vec<u32>,
+}
+
+impl PerSequence {
+    fn fill(&mut self, plan: &Plan) {
+        let p = &plan.problem;
+        self.diagonals.clear();
+        self.padding.clear();
+        if plan.origins.is_some() {
+            let shift = |s: &Sequence| i64::from(s.k.len) - i64::from(s.q.len);
+            let diagonal = |s| if p.mask.bottom_right { shift(s) as i32 } else { 0 };
+            self.diagonals.extend(p.seqs.iter().map(diagonal));
+            self.padding.extend(p.seqs.iter().map(|s| s.k.before));
+        }
+    }
+}
+
 /// Views of a plan's slots.
 struct Slots<'a> {
     plan: &'a Plan,
+    dropout: Dropout<'a>,
+    sequences: &'a PerSequence,
     /// In the order of `plan.slots`, which is sorted.
     views: &'a [View],
 }
@@ -80,9 +117,33 @@ impl Slots<'_> {
         self.views[index.unwrap_or_else(|_| panic!("plan has no slot {slot:?}"))]
     }
 
+    /// The view of a slot that not every plan has.
+    fn find(&self, slot: Slot) -> Option<View> {
+        let index = self.plan.slots.binary_search_by_key(&slot, |s| s.slot).ok()?;
+        Some(self.views[index])
+    }
+
+    /// What the scores of stage `stage` depend on.
+    fn effects(&self, stage: u32) -> Option<Effects<'_>> {
+        let origins = self.plan.origins.as_ref()?;
+        Some(Effects {
+            score: &self.plan.problem.score,
+            queries: &origins.queries,
+            keys: &origins.keys[stage as usize],
+            diagonals: &self.sequences.diagonals,
+            seed: self.dropout.seed,
+            ids: self.dropout.ids,
+            sinks: self.find(Slot::caller(Tensor::Sinks)),
+            bias: self.plan.bias().map(|slot| self.view(slot)),
+            d_bias: self.plan.d_bias().map(|slot| self.view(slot)),
+            padding: &self.sequences.padding,
+        })
+    }
+
     /// A forward attend step.
     fn forward<'b>(
-        &self,
+        &'b self,
+        stage: u32,
         (q, k): (Slot, Slot),
         slices: &'b [Slice],
         first: bool,
@@ -103,14 +164,20 @@ impl Slots<'_> {
             heads: self.plan.head_map(),
             scale: self.plan.problem.scale,
             state,
+            effects: self.effects(stage),
             first,
-            last: last.map(|(out, lse)| Output { out: self.view(out), lse: self.view(lse) }),
+            last: last.map(|(out, lse)| Output {
+                out: self.view(out),
+                lse: self.view(lse),
+                top: self.find(Slot::of(Kind::Acc, Tensor::Top)),
+            }),
         }
     }
 
     /// A backward attend step.
     fn backward<'b>(
-        &self,
+        &'b self,
+        stage: u32,
         [q, d_out, lse, delta, k, dk]: [Slot; 6],
         slices: &'b [Slice],
     ) -> Backward<'b> {
@@ -124,6 +191,7 @@ impl Slots<'_> {
             slices,
             heads: self.plan.head_map(),
             scale: self.plan.problem.scale,
+            effects: self.effects(stage),
             dq: self.view(Slot::of(Kind::Acc, Tensor::DQ)),
             dk: self.view(dk),
             dv: self.view(Slot { tensor: Tensor::DV, ..dk }),
@@ -137,6 +205,16 @@ impl Slots<'_> {
             out: caller(Tensor::Out),
             d_out: caller(Tensor::DOut),
             delta: self.view(Slot::of(Kind::Sum, Tensor::Delta)),
+        }
+    }
+
+    /// What rows add to the gradients of sinks.
+    fn sink_terms(&self) -> SinkTerms {
+        SinkTerms {
+            sinks: self.view(Slot::caller(Tensor::Sinks)),
+            lse: self.view(Slot::caller(Tensor::Lse)),
+            delta: self.view(Slot::of(Kind::Sum, Tensor::Delta)),
+            terms: self.view(Slot::of(Kind::Sum, Tensor::SinkTerms)),
         }
     }
 

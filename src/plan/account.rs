@@ -90,6 +90,7 @@ pub fn account(plan: &Plan) -> Account {
                                 if m.slot.tensor == Tensor::K { u64::from(m.count()) } else { 0 };
                         }
                         Kind::Return => a.received_gradients += bytes(m),
+                        Kind::Ranks => {} // some bytes a head
                         _ => a.received_heads += bytes(m),
                     }
                 }

@@ -62,8 +62,13 @@ fn accesses(plan: &Plan, step: &Step) -> Vec<Access> {
             let keys: Vec<Rows> = slices.iter().map(|s| Rows::range(s.k, s.k_len)).collect();
             let mut out =
                 vec![read(*q, all(*q)), read(*k, keys.clone()), read(beside(*k, Tensor::V), keys)];
+            out.extend(plan.bias().map(|slot| read(slot, all(slot))));
             if let Some((o, lse)) = last {
                 out.extend([write(*o, all(*o)), write(*lse, all(*lse))]);
+                let there = |slot: &Slot| plan.slots.iter().any(|s| s.slot == *slot);
+                let (top, sinks) = (acc(Tensor::Top), Slot::caller(Tensor::Sinks));
+                out.extend(Some(top).filter(there).map(|slot| write(slot, all(slot))));
+                out.extend(Some(sinks).filter(there).map(|slot| read(slot, all(slot))));
             }
             if !(*first && last.is_some()) {
                 let state = [Tensor::Out, Tensor::Max, Tensor::Sum].map(acc);
@@ -76,6 +81,8 @@ fn accesses(plan: &Plan, step: &Step) -> Vec<Access> {
             let mut out: Vec<Access> =
                 [*q, *d_out, *lse, *delta].into_iter().map(|slot| read(slot, all(slot))).collect();
             out.push(write(acc(Tensor::DQ), all(acc(Tensor::DQ))));
+            out.extend(plan.bias().map(|slot| read(slot, all(slot))));
+            out.extend(plan.d_bias().map(|slot| write(slot, all(slot))));
             out.extend([*k, beside(*k, Tensor::V)].map(|slot| read(slot, keys.clone())));
             out.extend([*dk, beside(*dk, Tensor::DV)].map(|slot| write(slot, keys.clone())));
             out
@@ -84,6 +91,19 @@ fn accesses(plan: &Plan, step: &Step) -> Vec<Access> {
             let (out, d_out) = (Slot::caller(Tensor::Out), Slot::caller(Tensor::DOut));
             let delta = Slot::of(Kind::Sum, Tensor::Delta);
             vec![read(out, all(out)), read(d_out, all(d_out)), write(delta, all(delta))]
+        }
+        Op::SinkTerms => {
+            let read_all = |slot| read(slot, all(slot));
+            let sum = |tensor| Slot::of(Kind::Sum, tensor);
+            vec![
+                read_all(Slot::caller(Tensor::Sinks)),
+                read_all(Slot::caller(Tensor::Lse)),
+                read_all(sum(Tensor::Delta)),
+                write(sum(Tensor::SinkTerms), all(sum(Tensor::SinkTerms))),
+            ]
+        }
+        Op::Reduce { src, dst, dst_row, .. } => {
+            vec![read(*src, all(*src)), write(*dst, vec![Rows::range(*dst_row, 1)])]
         }
         Op::Copy { src, dst, runs, .. } => {
             let from = runs.iter().map(|r| Rows { first: r.src, step: r.src_step, count: r.rows });

@@ -194,6 +194,15 @@ fn step(plan: &Plan, step: &Step) -> String {
             ("dk", debug(dk)),
             ("slices", slices(work)),
         ]),
+        Op::SinkTerms => fields.push(("op", text("sink_terms"))),
+        Op::Reduce { src, dst, dst_row, dst_head, max } => fields.extend([
+            ("op", text("reduce")),
+            ("src", debug(src)),
+            ("dst", debug(dst)),
+            ("dst_row", num(dst_row)),
+            ("dst_head", num(dst_head)),
+            ("max", num(max)),
+        ]),
         Op::Delta => fields.push(("op", text("delta"))),
         Op::Copy { src, src_head, dst, dst_head, heads, runs, add } => fields.extend([
             ("op", text("copy")),

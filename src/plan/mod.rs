@@ -6,6 +6,7 @@
 //!                     survey   both, for all stages: what the two passes of a rank have in common
 //!                     heads    head exchange: trade heads for sequence, and back
 //!                     stages   KV exchange: arrive, attend, return; forward and backward
+//!                     statistics   numbers per head: gradients of sinks, largest scores
 //!                     trade    head exchange alone, for other layers than attention
 //!                  ──▶ Plan ──▶ check (proves all ranks' plans together), account (bytes, FLOPs, memory), print
 //! ```
@@ -20,6 +21,7 @@ pub mod json;
 mod needs;
 pub mod print;
 mod stages;
+mod statistics;
 mod survey;
 pub mod svg;
 mod team;
@@ -28,6 +30,7 @@ pub mod trade;
 use crate::backend::{HeadMap, Run};
 use crate::dtype::DType;
 use crate::mask::Slice;
+use crate::partition::Segment;
 use crate::problem::Problem;
 use std::fmt;
 use std::sync::Arc;
@@ -86,6 +89,20 @@ pub enum Tensor {
     Max,
     /// Running sum.
     Sum,
+    /// Sink of every query head: one row, fp32.
+    Sinks,
+    /// Its gradient.
+    DSinks,
+    /// What every row adds to it.
+    SinkTerms,
+    /// Largest visible score of every row.
+    Top,
+    /// Of every query head: one row, fp32.
+    MaxLogit,
+    /// Additive bias: one row per query, an element per key of the whole sequence.
+    Bias,
+    /// Its gradient.
+    DBias,
     /// Of a trade: this rank's rows, all heads; the slot's index is the tensor's number.
     Local,
     /// Of a trade: whole sequences, this rank's heads. The index of a peer's buffer is the tensor's number times ranks plus the peer.
@@ -93,6 +110,11 @@ pub enum Tensor {
 }
 
 impl Tensor {
+    /// Has one row for the whole call: a number per query head.
+    pub fn per_head(self) -> bool {
+        matches!(self, Tensor::Sinks | Tensor::DSinks | Tensor::MaxLogit)
+    }
+
     /// Has one row per key instead of one per query.
     pub fn key_side(self) -> bool {
         matches!(self, Tensor::K | Tensor::V | Tensor::DK | Tensor::DV)
@@ -126,6 +148,8 @@ pub enum Kind {
     Acc,
     /// fp32 sum over members that share a key head: local rows, all heads.
     Sum,
+    /// Numbers per head of all ranks, one row a rank.
+    Ranks,
 }
 
 /// A named buffer. Printed as e.g. `RecvK1`, `SplitQ.3`, `AccDQ`; the caller's tensors by their bare name.
@@ -170,7 +194,9 @@ impl fmt::Debug for Slot {
             Kind::Send | Kind::Recv | Kind::Part | Kind::Wire | Kind::Return => {
                 write!(f, "{:?}{:?}{}", self.kind, self.tensor, self.index)
             }
-            Kind::Team | Kind::Acc | Kind::Sum => write!(f, "{:?}{:?}", self.kind, self.tensor),
+            Kind::Team | Kind::Acc | Kind::Sum | Kind::Ranks => {
+                write!(f, "{:?}{:?}", self.kind, self.tensor)
+            }
         }
     }
 }
@@ -308,6 +334,21 @@ pub enum Op {
     },
     /// `Delta` = Σ O∘dO over the caller's rows.
     Delta,
+    /// `SinkTerms` = −exp(sink − LSE)·Delta over the caller's rows; 0 where the LSE is −∞.
+    SinkTerms,
+    /// A number per head over all rows of `src`: the sum or the largest.
+    Reduce {
+        /// From.
+        src: Slot,
+        /// To.
+        dst: Slot,
+        /// Row written.
+        dst_row: u32,
+        /// First head written; as many as `src` has.
+        dst_head: u32,
+        /// The largest instead of the sum.
+        max: bool,
+    },
     /// Copies, converts or adds rows.
     Copy {
         /// From.
@@ -352,6 +393,15 @@ pub struct Step {
     pub op: Op,
 }
 
+/// Which tokens the rows of attend steps are. There only if scores depend on it.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Origins {
+    /// Of the query rows of every attend step.
+    pub queries: Vec<Segment>,
+    /// Of the key rows of stage s: in the buffer of the own keys, or of the stage.
+    pub keys: Vec<Vec<Segment>>,
+}
+
 /// What one rank does in one pass. Steps are in an order that respects all events, so a single queue may run them too.
 #[derive(Clone, Debug)]
 pub struct Plan {
@@ -375,6 +425,8 @@ pub struct Plan {
     pub stages: u32,
     /// Which heads this rank computes.
     pub share: HeadShare,
+    /// Which tokens its rows are.
+    pub origins: Option<Origins>,
 }
 
 impl Plan {
@@ -402,6 +454,18 @@ impl Plan {
             Ok(index) => &self.slots[index],
             Err(_) => panic!("plan has no slot {slot:?}"),
         }
+    }
+
+    /// Where attend steps find the bias.
+    pub fn bias(&self) -> Option<Slot> {
+        let slots = [Slot::of(Kind::Team, Tensor::Bias), Slot::caller(Tensor::Bias)];
+        slots.into_iter().find(|slot| self.slots.binary_search_by_key(slot, |s| s.slot).is_ok())
+    }
+
+    /// Where backward adds its gradient.
+    pub fn d_bias(&self) -> Option<Slot> {
+        let slot = Slot::of(Kind::Acc, Tensor::DBias);
+        self.slots.binary_search_by_key(&slot, |s| s.slot).ok().map(|_| slot)
     }
 
     /// Query head → key head for this rank's share.

@@ -95,6 +95,16 @@ pub fn rows(owner: &[Segment], intervals: &[Interval]) -> Vec<Rows> {
     out
 }
 
+/// The intervals as segments of a buffer in which they lie one after another from row `base`.
+pub fn placed(owner: &[Segment], intervals: &[Interval], base: u32, out: &mut Vec<Segment>) {
+    let mut offset = base;
+    for i in intervals {
+        let s = owner[i.segment as usize];
+        out.push(Segment { start: s.start + i.from * s.step, len: i.to - i.from, offset, ..s });
+        offset += i.to - i.from;
+    }
+}
+
 /// Slices of `reader` over the intervals of `owner`, which lie one after another from row `base` of a buffer.
 pub fn slices(
     problem: &Problem,

@@ -87,6 +87,11 @@ impl fmt::Display for Op {
                 write!(f, "grads {q:?}·{k:?}→{dk:?}{}", Work(slices))
             }
             Op::Delta => write!(f, "delta"),
+            Op::SinkTerms => write!(f, "sink terms"),
+            Op::Reduce { src, dst, dst_row, dst_head, max } => {
+                let verb = if *max { "largest" } else { "sum" };
+                write!(f, "{verb} of {src:?}→{dst:?}[{dst_row}].h{dst_head}")
+            }
             Op::Copy { src, src_head, dst, dst_head, heads, runs, add } => {
                 let rows: u32 = runs.iter().map(|r| r.rows).sum();
                 let verb = if *add { "add" } else { "copy" };

@@ -1,5 +1,6 @@
 //! What a rank knows before it plans either pass: its team, where all keys are, what every stage moves, and the slices to compute.
 
+use super::Origins;
 use super::needs::{self, Interval};
 use super::team::{Team, sides_are_alike, team_segments};
 use crate::mask::Slice;
@@ -43,6 +44,8 @@ pub(super) struct Stage {
     pub leaving: Traffic,
     /// Slices over the rows that came in.
     pub work: Vec<Slice>,
+    /// Which tokens those rows are, if scores depend on it.
+    pub tokens: Vec<Segment>,
 }
 
 /// Where the tokens of all teams are.
@@ -112,6 +115,7 @@ impl<'a> Survey<'a> {
             arriving: Traffic::default(),
             leaving: Traffic::default(),
             work: if work { vec![slice] } else { Vec::new() },
+            tokens: Vec::new(),
         };
         Survey {
             problem,
@@ -161,8 +165,25 @@ impl<'a> Survey<'a> {
                 needs::slices(self.problem, queries, owner, &t.keys, t.base, &mut work);
             }
             needs::sort(&mut work);
-            self.stages.push(Stage { arriving, leaving, work });
+            let mut tokens = Vec::new();
+            if self.problem.score.needs_origins() {
+                for t in &arriving.transfers {
+                    needs::placed(&keys[t.owner as usize], &t.keys, t.base, &mut tokens);
+                }
+            }
+            self.stages.push(Stage { arriving, leaving, work, tokens });
         }
+    }
+
+    /// Which tokens the rows are that attend steps see.
+    pub fn origins(&self) -> Option<Origins> {
+        self.problem.score.needs_origins().then(|| {
+            let stages = self.stages.iter().map(|s| s.tokens.clone());
+            Origins {
+                queries: self.mine.q.segments.clone(),
+                keys: std::iter::once(self.mine.k.segments.clone()).chain(stages).collect(),
+            }
+        })
     }
 
     /// Number of stages n: what the problem asks for, or fewer where there is less to move.

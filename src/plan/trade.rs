@@ -24,6 +24,7 @@ use crate::holding::holding;
 use crate::mask::Mask;
 use crate::partition::{Partition, Side};
 use crate::problem::{Extent, Fnv, Problem, Sequence, Wire};
+use crate::score::Score;
 use std::collections::BTreeMap;
 use std::hash::{Hash, Hasher};
 use std::ops::Range;
@@ -113,6 +114,7 @@ impl Trade {
             dtype: DType::F32,
             wire: Wire::Storage,
             scale: 1.0,
+            score: Score::default(),
         };
         problem.validate()?;
         Ok(Trade { problem: Arc::new(problem), tensors })
@@ -201,6 +203,7 @@ impl Plan {
             _ => b.deal_rows(),
         }
         Plan {
+            origins: None,
             problem: trade.problem.clone(),
             trade: Some(trade.clone()),
             rank,

@@ -256,6 +256,20 @@ AT(cp_loss_config, dp_size, 16);
 AT(cp_loss_config, microbatches, 20);
 AT(cp_loss_config, tokens, 24);
 
+SIZE(cp_rows_args, 72);
+AT(cp_rows_args, struct_size, 0);
+AT(cp_rows_args, flags, 4);
+AT(cp_rows_args, sequences, 8);
+AT(cp_rows_args, partition, 16);
+AT(cp_rows_args, format, 20);
+AT(cp_rows_args, side, 24);
+AT(cp_rows_args, shift, 28);
+AT(cp_rows_args, row_bytes, 32);
+AT(cp_rows_args, local, 40);
+AT(cp_rows_args, local_rows, 48);
+AT(cp_rows_args, out, 56);
+AT(cp_rows_args, out_rows, 64);
+
 int main(void) {
     return 0;
 }

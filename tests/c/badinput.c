@@ -322,6 +322,58 @@ static void rows_and_losses(void) {
     TRUE_(n == 8 && weights[6] == 1 && weights[7] == 0);
 }
 
+/* On a group of one everything is there already. */
+static void rows_of_a_group(const cp_group *group) {
+    uint32_t local[16], out[16];
+    cp_sequences s;
+    cp_rows_args a;
+    int i;
+    memset(&s, 0, sizeof s);
+    s.struct_size = (uint32_t)sizeof s;
+    s.count = 1;
+    s.seq_q = 16;
+    memset(&a, 0, sizeof a);
+    a.struct_size = (uint32_t)sizeof a;
+    a.sequences = &s;
+    a.shift = 2;
+    a.row_bytes = 4;
+    a.local = local;
+    a.local_rows = 16;
+    a.out = out;
+    a.out_rows = 16;
+    for (i = 0; i < 16; i++) {
+        local[i] = 100 + (uint32_t)i;
+        out[i] = 7;
+    }
+    EXPECT(CP_ERR_INVALID_HANDLE, "group: got NULL", cp_group_shift(NULL, &a));
+    BAD("args: got NULL", cp_group_shift(group, NULL));
+    BAD("args.shift: got 2", cp_group_gather(group, &a));
+    a.flags = 1;
+    BAD("args.flags: got 0x1", cp_group_shift(group, &a));
+    a.flags = 0;
+    a.row_bytes = 0;
+    BAD("args.row_bytes: got 0", cp_group_shift(group, &a));
+    a.row_bytes = SIZE_MAX / 2;
+    BAD("args.local: got", cp_group_shift(group, &a));
+    a.row_bytes = 4;
+    a.out = NULL;
+    BAD("args.out: got", cp_group_shift(group, &a));
+    a.out = out;
+    a.local_rows = 15;
+    BAD("local_rows: got 15, must be 16", cp_group_shift(group, &a));
+    a.local_rows = 16;
+    a.out_rows = 17;
+    BAD("out_rows: got 17, must be 16", cp_group_gather(group, (a.shift = 0, &a)));
+    TRUE_(out[0] == 7);
+    a.shift = 2;
+    a.out_rows = 16;
+    GOOD(cp_group_shift(group, &a));
+    TRUE_(out[0] == 102 && out[13] == 115 && out[14] == 7);
+    a.shift = 0;
+    GOOD(cp_group_gather(group, &a));
+    TRUE_(out[0] == 100 && out[15] == 115);
+}
+
 /* A layer that must be refused, by cp_attention_create and cp_query_support alike. */
 #define LAYER(wanted, words, change)                                      \
     do {                                                                  \
@@ -604,6 +656,7 @@ int main(int argc, char **argv) {
     group_functions(g, layer);
     partitions();
     rows_and_losses();
+    rows_of_a_group(g);
     meshes();
     types_of_layers();
     paddings();

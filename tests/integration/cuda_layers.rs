@@ -93,6 +93,8 @@ impl Batch {
         let tensors = || self.shard.0.iter().zip(&self.buffers).filter(|((t, _), _)| wanted(t));
         let buffer = |b: &DeviceBuffer| (b.address() as *mut u8, b.bytes());
         Args {
+            seed: 0,
+            ids: Vec::new(),
             seqs: self.seqs.clone(),
             list: None,
             views: tensors()

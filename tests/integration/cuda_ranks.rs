@@ -7,8 +7,8 @@ use context_parallel::backend::View;
 use context_parallel::backend::cuda::{Cuda, Staging};
 use context_parallel::driver::{self, CUdeviceptr, CUstream, Device, DeviceBuffer, Stream};
 use context_parallel::error::Result;
-use context_parallel::exec::Memory;
 use context_parallel::exec::device::{self, DeviceLink, Scratch, Tables, Target};
+use context_parallel::exec::{Dropout, Memory};
 use context_parallel::plan::account::{ALIGN, account, layout, saved_bytes, workspace_bytes};
 use context_parallel::plan::{Options, Pass, Plan, Tensor};
 use context_parallel::problem::Problem;
@@ -117,6 +117,7 @@ fn rank(
                 saved = Some(Fenced::new(&device, saved_bytes(&plan), stream.raw())?);
             }
             let memory = Memory {
+                dropout: Dropout::default(),
                 caller: &views,
                 offsets: &offsets,
                 workspace: workspace.ptr(),

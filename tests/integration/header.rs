@@ -46,6 +46,7 @@ fn header_is_what_cbindgen_makes() {
         "capi/group.rs",
         "capi/partition.rs",
         "capi/rows.rs",
+        "capi/collect.rs",
         "capi/mesh.rs",
         "capi/padding.rs",
         "capi/schedule.rs",

@@ -15,6 +15,7 @@ use context_parallel::partition::{Partition, Side};
 use context_parallel::plan::account::ALIGN;
 use context_parallel::plan::{Pass, Tensor};
 use context_parallel::problem::{CommType, Problem, Sequence, Wire};
+use context_parallel::score::Score;
 use context_parallel::transport::local::local_group;
 use context_parallel::transport::{Message, Transport};
 use std::sync::Arc;
@@ -29,6 +30,7 @@ pub fn comm(kind: CommType) -> Comm {
 
 pub fn config() -> Config {
     Config {
+        score: Score::default(),
         heads: 4,
         kv_heads: 2,
         dim_qk: 16,
@@ -94,6 +96,8 @@ impl Batch {
         let wanted = |t: &Tensor| pass == Pass::Backward || !outputs.contains(t);
         let shape = |(t, l): &(Tensor, crate::ranks::Local)| (*t, l.shape);
         Args {
+            seed: 0,
+            ids: Vec::new(),
             seqs: self.seqs.clone(),
             list: None,
             views: self.shard.views().into_iter().filter(|(t, _)| wanted(t)).collect(),

@@ -2,6 +2,7 @@
 
 mod balanced;
 mod cli;
+mod collect;
 mod cuda;
 mod cuda_capi;
 mod cuda_layers;

@@ -12,6 +12,7 @@ use context_parallel::mask::Mask;
 use context_parallel::partition::Partition;
 use context_parallel::plan::{Pass, Tensor};
 use context_parallel::problem::{CommType, Sequence, Wire};
+use context_parallel::score::Score;
 use context_parallel::transport::local::local_group;
 use std::alloc::{GlobalAlloc, Layout as Shape, System};
 use std::cell::Cell;
@@ -188,6 +189,7 @@ fn measure(
     let tag = 1 + rank as usize;
     let new = || -> context_parallel::error::Result<Attention> {
         let config = Config {
+            score: Score::default(),
             heads: HEADS as u32,
             kv_heads: KV_HEADS as u32,
             dim_qk: DIM as u32,
@@ -214,6 +216,8 @@ fn measure(
         let gradients = [Tensor::DOut, Tensor::DQ, Tensor::DK, Tensor::DV];
         let wanted = |t: &Tensor| pass == Pass::Backward || !gradients.contains(t);
         Args {
+            seed: 0,
+            ids: Vec::new(),
             seqs: seqs.clone(),
             list: None,
             views: shard.views().into_iter().filter(|(t, _)| wanted(t)).collect(),
@@ -263,6 +267,8 @@ fn memory_is_proportional_to_the_rows() {
         (0..(TOKENS as usize * heads * DIM) as u64).map(|i| element(id, i)).collect()
     };
     let global = Inputs {
+        sinks: Vec::new(),
+        bias: Vec::new(),
         q: tensor(1, HEADS),
         k: tensor(2, KV_HEADS),
         v: tensor(3, KV_HEADS),

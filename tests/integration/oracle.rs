@@ -19,7 +19,7 @@ mod metric;
 mod plain;
 mod selftest;
 
-pub use case::{Case, cases};
+pub use case::{Case, SEED, cases, number};
 pub use inputs::{Inputs, decode, element, encode, gather, inputs, mix, scatter};
 pub use leakage::leakage;
 pub use metric::{Reference, Tensor, reference};
@@ -38,6 +38,12 @@ pub struct Results<T> {
     pub dk: Vec<T>,
     /// `[key token, key head, dim_v]`.
     pub dv: Vec<T>,
+    /// `[head]`; empty without sinks.
+    pub d_sinks: Vec<T>,
+    /// `[head]`, −inf of heads that see nothing; empty where it is not asked for.
+    pub max_logit: Vec<T>,
+    /// `[batch, head, query, key]`, 1 where one is for all; empty where there is no gradient of the bias.
+    pub d_bias: Vec<T>,
 }
 
 impl<T: Copy> Results<T> {
@@ -50,6 +56,12 @@ impl<T: Copy> Results<T> {
             dq: vec![zero; nq * case.heads * case.dim_qk],
             dk: vec![zero; nk * case.kv_heads * case.dim_qk],
             dv: vec![zero; nk * case.kv_heads * case.dim_v],
+            d_sinks: vec![zero; case.sinks.map_or(0, |_| case.heads)],
+            d_bias: match case.bias {
+                Some(bias) if bias.gradient => vec![zero; case.bias_dims().iter().product()],
+                _ => Vec::new(),
+            },
+            max_logit: vec![minus_infinity; case.max_logit.map_or(0, |_| case.heads)],
         }
     }
 

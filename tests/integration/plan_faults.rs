@@ -8,6 +8,7 @@ use context_parallel::plan::{
     Kind, Lane, Message, Op, Options, Pass, Plan, Rows, Slot, SlotInfo, Step, Tensor, Value,
 };
 use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
+use context_parallel::score::{Reach, Score};
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
@@ -18,6 +19,8 @@ fn good_plans() -> Vec<Vec<Plan>> {
     let window = Mask { left: Some(3), ..Mask::CAUSAL };
     let padded = Extent { before: 1, len: 7, padded: 10 };
     let batch = vec![Sequence { q: padded, k: padded }, Sequence::square(10)];
+    let whole = Some(Reach::Group);
+    let score = Score { softcap: 2.0, sinks: whole, max_logit: whole, ..Score::default() };
     let mut out = Vec::new();
     for (p, options) in [
         (ring.clone(), plain),
@@ -32,6 +35,7 @@ fn good_plans() -> Vec<Vec<Plan>> {
         // Three heads over two members: uneven shares, and one key head in both.
         (Problem { seqs: batch, ..problem(4, CommType::A2aP2p, 2, 10, 3, 1) }, plain),
         (problem(3, CommType::A2a, 0, 12, 6, 3), Options { saved: true, ..plain }),
+        (Problem { score, ..problem(4, CommType::A2aP2p, 2, 11, 3, 1) }, plain),
     ] {
         p.validate().unwrap();
         let p = Arc::new(p);
@@ -240,7 +244,7 @@ fn rows_that_go_wrong() {
             rows.first = rows.first.wrapping_add_signed(by);
             true
         },
-        &["of head", "is not the sum", "nobody wrote", "not row"],
+        &["of head", "is not the sum", "nobody wrote", "not row", "touches"],
     );
     every(
         "last row neither sent nor received",
@@ -298,7 +302,7 @@ fn rows_that_go_wrong() {
             }
             true
         },
-        &["not row", "nobody wrote", "is not the sum", "of head"],
+        &["not row", "nobody wrote", "is not the sum", "of head", "the plan says"],
     );
 }
 
@@ -505,6 +509,58 @@ fn steps_that_are_missing_or_wrong() {
     );
 }
 
+/// Scores that depend on tokens need the right ones.
+#[test]
+fn tokens_that_are_not_there() {
+    let places = |plans: &[Plan]| -> Vec<(usize, usize, usize)> {
+        let origins = plans.iter().enumerate().filter_map(|(r, p)| Some((r, p.origins.as_ref()?)));
+        let lists = origins.flat_map(|(r, o)| (0..=o.keys.len()).map(move |list| (r, list, o)));
+        lists
+            .flat_map(|(r, list, o)| {
+                let segments = if list == 0 { &o.queries } else { &o.keys[list - 1] };
+                (0..segments.len()).map(move |s| (r, list, s))
+            })
+            .collect()
+    };
+    every(
+        "a segment one token later",
+        places,
+        |plans, (r, list, s)| {
+            let origins = plans[r].origins.as_mut().unwrap();
+            let list = if list == 0 { &mut origins.queries } else { &mut origins.keys[list - 1] };
+            list[s].start += 1;
+            !plans[r].share.q.is_empty()
+        },
+        &["the plan says"],
+    );
+}
+
+/// Numbers per head.
+#[test]
+fn numbers_that_are_not_reduced() {
+    let reduces = |s: &Step| matches!(s.op, Op::Reduce { .. } | Op::SinkTerms);
+    every(
+        "a reduction left out",
+        steps(reduces),
+        |plans, (rank, index)| {
+            drop_step(&mut plans[rank], index);
+            true
+        },
+        &["nobody wrote", "is not the sum"],
+    );
+    every(
+        "another row of the ranks'",
+        steps(|s| matches!(s.op, Op::Reduce { dst, .. } if dst.kind == Kind::Ranks)),
+        |plans, (rank, index)| {
+            let ranks = plans[rank].problem.ranks;
+            let Op::Reduce { dst_row, .. } = &mut plans[rank].steps[index].op else { panic!() };
+            *dst_row = (*dst_row + 1) % ranks;
+            true
+        },
+        &["nobody wrote", "is not the sum"],
+    );
+}
+
 /// Names of buffers in a step, receive buffers and the like.
 fn staged(step: &mut Step) -> Vec<&mut Slot> {
     let all: Vec<&mut Slot> = match &mut step.op {
@@ -515,7 +571,8 @@ fn staged(step: &mut Step) -> Vec<&mut Slot> {
         Op::AttendBackward { k, dk, .. } => vec![k, dk],
         Op::Copy { src, dst, .. } => vec![src, dst],
         Op::Fill { slot, .. } => vec![slot],
-        Op::Delta => vec![],
+        Op::Reduce { src, dst, .. } => vec![src, dst],
+        Op::Delta | Op::SinkTerms => vec![],
     };
     let staged = [Kind::Recv, Kind::Part, Kind::Wire, Kind::Return];
     all.into_iter().filter(|s| staged.contains(&s.kind)).collect()
@@ -616,6 +673,13 @@ fn touches(plan: &Plan, step: &Step) -> Vec<(Slot, u32, bool)> {
             if let Some((o, lse)) = last {
                 add(*o, &mut all(*o), true);
                 add(*lse, &mut all(*lse), true);
+                let there = |slot: &Slot| plan.slots.iter().any(|s| s.slot == *slot);
+                if let Some(slot) = Some(Slot::of(Kind::Acc, Tensor::Top)).filter(there) {
+                    add(slot, &mut all(slot), true);
+                }
+                if let Some(slot) = Some(Slot::caller(Tensor::Sinks)).filter(there) {
+                    add(slot, &mut all(slot), false);
+                }
             }
             if !first || last.is_none() {
                 let acc = Slot::of(Kind::Acc, Tensor::Out);
@@ -636,6 +700,20 @@ fn touches(plan: &Plan, step: &Step) -> Vec<(Slot, u32, bool)> {
             ] {
                 add(slot, &mut keys(slices).into_iter(), write);
             }
+        }
+        Op::SinkTerms => {
+            for (slot, write) in [
+                (Slot::caller(Tensor::Sinks), false),
+                (Slot::caller(Tensor::Lse), false),
+                (Slot::of(Kind::Sum, Tensor::Delta), false),
+                (Slot::of(Kind::Sum, Tensor::SinkTerms), true),
+            ] {
+                add(slot, &mut all(slot), write);
+            }
+        }
+        Op::Reduce { src, dst, dst_row, .. } => {
+            add(*src, &mut all(*src), false);
+            add(*dst, &mut std::iter::once(*dst_row), true);
         }
         Op::Delta => {
             for (slot, write) in [

@@ -6,6 +6,7 @@ use context_parallel::partition::Partition;
 use context_parallel::plan::account::layout;
 use context_parallel::plan::{Options, Pass, Plan, check::check};
 use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
+use context_parallel::score::Score;
 use std::sync::Arc;
 
 /// One causal sequence over a plain ring.
@@ -19,6 +20,7 @@ pub fn problem(
 ) -> Problem {
     let inner = comm.inner(ranks, inner).unwrap();
     Problem {
+        score: Score::default(),
         ranks,
         inner,
         stages: comm.default_stages(ranks / inner),

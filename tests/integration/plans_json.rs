@@ -159,6 +159,11 @@ fn read_back(p: &Problem, options: Options) {
                     Op::Copy { runs, .. } => {
                         assert_eq!(got.get("runs").list().len(), runs.len());
                     }
+                    Op::SinkTerms => assert_eq!(got.get("op").text(), "sink_terms"),
+                    Op::Reduce { dst, dst_row, .. } => {
+                        assert_eq!(got.get("dst").text(), format!("{dst:?}"));
+                        assert_eq!(got.get("dst_row").number(), u64::from(*dst_row));
+                    }
                     Op::Delta => assert_eq!(got.get("op").text(), "delta"),
                     Op::Fill { .. } => assert_eq!(got.get("op").text(), "fill"),
                 }

@@ -10,6 +10,7 @@ use context_parallel::plan::account::workspace_bytes;
 use context_parallel::plan::check::check;
 use context_parallel::plan::{self, Options, Pass, Plan};
 use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
+use context_parallel::score::{BiasShape, Reach, Score};
 use std::sync::Arc;
 
 /// Xorshift (Marsaglia, 2003), 64 bits.
@@ -127,6 +128,7 @@ pub fn any_problem(r: &mut Random) -> Problem {
     let kv_heads = r.within(1, 5);
     let (seqs, packed) = any_sequences(r, ranks);
     let mut p = Problem {
+        score: any_score(r),
         ranks,
         inner,
         stages,
@@ -146,7 +148,36 @@ pub fn any_problem(r: &mut Random) -> Problem {
     if r.one_in(4) {
         p.partition = any_list(r, &p);
     }
+    if matches!(p.partition, Partition::List { .. }) && !p.packed {
+        p.score.bias = None; // entries are dealt differently
+    }
     p
+}
+
+/// What scores depend on changes no message between teams; numbers per head add an exchange.
+fn any_score(r: &mut Random) -> Score {
+    let reach = [None, Some(Reach::Rank), Some(Reach::Group)];
+    match r.one_in(2) {
+        true => Score::default(),
+        false => Score {
+            softcap: if r.one_in(2) { 3.0 } else { 0.0 },
+            sinks: r.of(&reach),
+            max_logit: r.of(&reach),
+            bias: any_bias(r),
+            ..Score::default()
+        },
+    }
+}
+
+fn any_bias(r: &mut Random) -> Option<BiasShape> {
+    let queries = !r.one_in(4);
+    let shape = BiasShape {
+        batch: false,
+        heads: queries && r.one_in(2),
+        queries,
+        gradient: queries && r.one_in(2),
+    };
+    (!r.one_in(3)).then_some(shape)
 }
 
 fn any_mask(r: &mut Random, length: u32) -> Mask {

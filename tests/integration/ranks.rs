@@ -3,16 +3,17 @@
 //! Every run proves more than its results: inputs keep their bits, nothing is written between the rows of a strided tensor or beyond
 //! the workspace and the saved buffer, all memory starts as NaNs, and the bytes that moved are those of the account.
 
-use crate::oracle::{Inputs, Results};
+use crate::oracle::{Inputs, Results, SEED, number};
 use context_parallel::backend::View;
 use context_parallel::backend::cpu::{Cpu, Simd};
 use context_parallel::dtype::DType;
-use context_parallel::exec::{self, Link, Memory, Scratch};
+use context_parallel::exec::{self, Dropout, Link, Memory, Scratch};
 use context_parallel::holding::{holding, tokens};
 use context_parallel::partition::Side;
 use context_parallel::plan::account::{ALIGN, account, layout, saved_bytes, workspace_bytes};
 use context_parallel::plan::{Options, Pass, Plan, Tensor};
 use context_parallel::problem::Problem;
+use context_parallel::score::Reach;
 use context_parallel::transport::Transport;
 use context_parallel::transport::delay::delay;
 use context_parallel::transport::local::local_group;
@@ -150,7 +151,7 @@ impl Local {
 }
 
 /// The tensors of a training step.
-pub const TENSORS: [Tensor; 9] = [
+pub const TENSORS: [Tensor; 14] = [
     Tensor::Q,
     Tensor::K,
     Tensor::V,
@@ -160,6 +161,11 @@ pub const TENSORS: [Tensor; 9] = [
     Tensor::DQ,
     Tensor::DK,
     Tensor::DV,
+    Tensor::Sinks,
+    Tensor::DSinks,
+    Tensor::MaxLogit,
+    Tensor::Bias,
+    Tensor::DBias,
 ];
 /// Those that the library writes.
 pub const OUTPUTS: [Tensor; 5] = [Tensor::Out, Tensor::Lse, Tensor::DQ, Tensor::DK, Tensor::DV];
@@ -173,10 +179,21 @@ fn width(p: &Problem, tensor: Tensor) -> (usize, usize) {
     let heads = if tensor.key_side() { p.kv_heads } else { p.heads };
     let dim = match tensor {
         Tensor::Q | Tensor::K | Tensor::DQ | Tensor::DK => p.dim_qk,
-        Tensor::Lse => 1,
-        _ => p.dim_v,
+        Tensor::V | Tensor::DV | Tensor::Out | Tensor::DOut => p.dim_v,
+        _ => 1,
     };
     (heads as usize, dim as usize)
+}
+
+/// Has the problem this tensor?
+fn asked(p: &Problem, tensor: Tensor) -> bool {
+    match tensor {
+        Tensor::Sinks | Tensor::DSinks => p.score.sinks.is_some(),
+        Tensor::MaxLogit => p.score.max_logit.is_some(),
+        Tensor::Bias => p.score.bias.is_some(),
+        Tensor::DBias => p.score.bias.is_some_and(|b| b.gradient),
+        _ => true,
+    }
 }
 
 /// All tensors of one rank: inputs dealt out, outputs poisoned.
@@ -188,7 +205,17 @@ impl Shard {
         let local = |tensor| {
             let (heads, dim) = width(p, tensor);
             let rows = holding(p, rank, side(tensor)).rows as usize;
-            let dtype = if tensor == Tensor::Lse { DType::F32 } else { p.dtype };
+            let dtype = if dim == 1 { DType::F32 } else { p.dtype };
+            if matches!(tensor, Tensor::Bias | Tensor::DBias) {
+                return (tensor, bias(p, rank, global, tensor));
+            }
+            if tensor.per_head() {
+                let mut local = Local::new(dtype, [1, 1, heads, 1], Layout::Dense);
+                if tensor == Tensor::Sinks {
+                    (0..heads).for_each(|h| local.put(0, h, &global.sinks[h..h + 1]));
+                }
+                return (tensor, local);
+            }
             let mut local = Local::new(dtype, [batch, rows / batch, heads, dim], layout);
             let source = match tensor {
                 Tensor::Q => &global.q,
@@ -205,7 +232,7 @@ impl Shard {
             }
             (tensor, local)
         };
-        Shard(TENSORS.into_iter().map(local).collect())
+        Shard(TENSORS.into_iter().filter(|t| asked(p, *t)).map(local).collect())
     }
 
     pub fn get(&self, tensor: Tensor) -> &Local {
@@ -218,8 +245,61 @@ impl Shard {
 
     /// Bytes of some tensors, to see that they stay.
     pub fn bits(&self, which: &[Tensor]) -> Vec<Vec<u64>> {
-        which.iter().map(|t| self.get(*t).bytes.clone()).collect()
+        let there = |t: &&Tensor| self.0.iter().any(|(tensor, _)| tensor == *t);
+        which.iter().filter(there).map(|t| self.get(*t).bytes.clone()).collect()
     }
+}
+
+/// [batch, heads, queries, keys] of the global bias, and of a rank's.
+fn bias_dims(p: &Problem, rank: u32) -> [[usize; 4]; 2] {
+    let Some(b) = p.score.bias else { return [[0; 4], [1; 4]] };
+    let batch = if p.packed { 1 } else { p.seqs.len() };
+    let padded: Vec<usize> = p.seqs.iter().map(|s| s.q.padded as usize).collect();
+    let whole = if p.packed { padded.iter().sum() } else { padded[0] };
+    let local = holding(p, rank, Side::Query).rows as usize / batch;
+    let or_1 = |there, n| if there { n } else { 1 };
+    [whole, local].map(|queries| {
+        let heads = or_1(b.heads, p.heads as usize);
+        [or_1(b.batch, batch), heads, or_1(b.queries, queries), p.bias_columns() as usize]
+    })
+}
+
+/// Calls `f(entry, head, local row, element of the global bias)` for every row of a rank's bias.
+fn bias_rows(p: &Problem, rank: u32, mut f: impl FnMut(usize, usize, usize, usize)) {
+    let [[_, heads, queries, keys], [batch, _, local, _]] = bias_dims(p, rank);
+    let tokens = tokens(p, rank, Side::Query);
+    let rows = tokens.len() / if p.packed { 1 } else { p.seqs.len() };
+    for entry in 0..batch {
+        for head in 0..heads {
+            for row in 0..local {
+                let position = match (queries, p.packed) {
+                    (1, _) => 0,
+                    (_, true) => tokens[row] as usize,
+                    _ => tokens[entry * rows + row] as usize - entry * p.seqs[0].q.padded as usize,
+                };
+                f(entry, head, row, ((entry * heads + head) * queries + position) * keys);
+            }
+        }
+    }
+}
+
+/// A rank's bias, or the place for its gradient: `[batch, heads, queries, keys]` in memory, what is for all once.
+fn bias(p: &Problem, rank: u32, global: &Inputs, tensor: Tensor) -> Local {
+    let [_, [batch, heads, queries, keys]] = bias_dims(p, rank);
+    let mut local = Local::new(p.dtype, [batch, queries, heads, keys], Layout::HeadsFirst);
+    if p.score.bias.is_none() || tensor == Tensor::DBias {
+        return local;
+    }
+    bias_rows(p, rank, |entry, head, row, at| {
+        local.put(entry * queries + row, head, &global.bias[at..at + keys]);
+    });
+    let rows = holding(p, rank, Side::Query).rows as usize;
+    let entries = if p.packed { 1 } else { p.seqs.len() };
+    local.view.rows = rows;
+    local.view.rows_per_batch = (rows / entries).max(1);
+    local.view.stride_batch *= usize::from(batch > 1);
+    local.view.stride_row *= usize::from(p.score.bias.is_some_and(|b| b.queries));
+    local
 }
 
 /// What all ranks wrote, as global tensors.
@@ -240,7 +320,44 @@ pub fn collect(p: &Problem, shards: &[Shard]) -> Results<f32> {
         values
     };
     let [o, lse, dq, dk, dv] = OUTPUTS.map(one);
-    Results { o, lse, dq, dk, dv }
+    let numbers = |tensor, reach: Option<Reach>, both: fn(f32, f32) -> f32| {
+        if reach.is_none() {
+            return Vec::new();
+        }
+        let of = |shard: &Shard| {
+            let mut values = vec![f32::NAN; p.heads as usize];
+            (0..values.len()).for_each(|h| shard.get(tensor).get(0, h, &mut values[h..h + 1]));
+            values
+        };
+        let all: Vec<Vec<f32>> = shards.iter().map(of).collect();
+        match reach {
+            None => Vec::new(),
+            Some(Reach::Group) => {
+                assert!(
+                    all.iter().all(|x| x == &all[0]),
+                    "{tensor:?} differs between ranks: {all:?}"
+                );
+                all[0].clone()
+            }
+            Some(Reach::Rank) => (0..all[0].len())
+                .map(|h| all.iter().map(|x| x[h]).reduce(both).expect("a rank"))
+                .collect(),
+        }
+    };
+    let d_sinks = numbers(Tensor::DSinks, p.score.sinks, |a, b| a + b);
+    let max_logit = numbers(Tensor::MaxLogit, p.score.max_logit, f32::max);
+    let mut d_bias = Vec::new();
+    if p.score.bias.is_some_and(|b| b.gradient) {
+        d_bias = vec![f32::NAN; bias_dims(p, 0)[0].iter().product()];
+        for (rank, shard) in shards.iter().enumerate() {
+            let [_, [_, _, queries, keys]] = bias_dims(p, rank as u32);
+            let local = shard.get(Tensor::DBias);
+            bias_rows(p, rank as u32, |entry, head, row, at| {
+                local.get(entry * queries + row, head, &mut d_bias[at..at + keys]);
+            });
+        }
+    }
+    Results { o, lse, dq, dk, dv, d_sinks, max_logit, d_bias }
 }
 
 /// Memory that must not be written beyond its end. Starts as NaNs.
@@ -290,7 +407,9 @@ fn rank(
             plan.slots.iter().map(|s| layout.get(&s.slot).copied().unwrap_or(0)).collect();
         let mut workspace = Fenced::new(workspace_bytes(&plan));
         let saved = saved.get_or_insert_with(|| Fenced::new(saved_bytes(&plan)));
+        let ids: Vec<u32> = (0..problem.seqs.len()).map(number).collect();
         let memory = Memory {
+            dropout: Dropout { seed: SEED, ids: &ids },
             caller: &views,
             offsets: &offsets,
             workspace: workspace.ptr(),
@@ -301,7 +420,7 @@ fn rank(
             members: &members,
             timeout: Duration::from_secs(60),
         };
-        let mut inputs = vec![Tensor::Q, Tensor::K, Tensor::V, Tensor::DOut];
+        let mut inputs = vec![Tensor::Q, Tensor::K, Tensor::V, Tensor::DOut, Tensor::Sinks];
         if pass == Pass::Backward {
             inputs.extend([Tensor::Out, Tensor::Lse]);
         }

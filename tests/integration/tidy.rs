@@ -60,7 +60,8 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("dtype", &[]),
     ("mask", &["partition"]),
     ("partition", &[]),
-    ("problem", &["dtype", "error", "mask", "partition"]),
+    ("score", &["error"]),
+    ("problem", &["dtype", "error", "mask", "partition", "score"]),
     ("balance", &["partition", "problem"]),
     ("holding", &["balance", "partition", "problem"]),
     ("rows", &["holding", "partition", "problem"]),
@@ -69,12 +70,12 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("layers", &["error", "problem"]),
     ("padding", &["error"]),
     // Of `backend` the plan uses plain data only: `HeadMap` and `Run`.
-    ("plan", &["backend", "dtype", "error", "holding", "mask", "partition", "problem"]),
+    ("plan", &["backend", "dtype", "error", "holding", "mask", "partition", "problem", "score"]),
     ("schedule", &["error"]),
     ("driver", &["error"]),
-    ("backend", &["driver", "dtype", "error", "mask"]),
+    ("backend", &["driver", "dtype", "error", "mask", "partition", "score"]),
     ("transport", &["driver", "error"]),
-    ("exec", &["backend", "driver", "dtype", "error", "mask", "plan", "transport"]),
+    ("exec", &["backend", "driver", "dtype", "error", "mask", "plan", "problem", "transport"]),
     ("group", &["driver", "error", "exec", "plan", "problem", "transport"]),
     (
         "attention",
@@ -91,6 +92,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "partition",
             "plan",
             "problem",
+            "score",
         ],
     ),
     (
@@ -111,11 +113,16 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "collect",
+        &["error", "exec", "group", "holding", "partition", "problem", "rows", "transport"],
+    ),
+    (
         "capi",
         &[
             "attention",
             "backend",
             "balance",
+            "collect",
             "driver",
             "dtype",
             "error",
@@ -131,6 +138,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "problem",
             "rows",
             "schedule",
+            "score",
             "trade",
             "transport",
         ],

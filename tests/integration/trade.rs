@@ -5,7 +5,7 @@ use crate::ranks::{Fenced, Layout, Local, on_threads};
 use context_parallel::backend::View;
 use context_parallel::backend::cpu::{Cpu, Simd};
 use context_parallel::dtype::DType;
-use context_parallel::exec::{self, Link, Memory, Scratch};
+use context_parallel::exec::{self, Dropout, Link, Memory, Scratch};
 use context_parallel::holding::{holding, tokens};
 use context_parallel::partition::Side;
 use context_parallel::plan::account::{account, layout, workspace_bytes};
@@ -255,6 +255,7 @@ fn rank(
             plan.slots.iter().map(|s| layout.get(&s.slot).copied().unwrap_or(0)).collect();
         let mut workspace = Fenced::new(workspace_bytes(&plan));
         let memory = Memory {
+            dropout: Dropout::default(),
             caller: &views,
             offsets: &offsets,
             workspace: workspace.ptr(),

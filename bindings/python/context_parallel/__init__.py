@@ -13,7 +13,7 @@ On GPUs the group and the layer get device="cuda:0", and calls are enqueued on a
 """
 
 from ._lib import Error, Status, build_info
-from .attention import Attention, Context, query_support
+from .attention import Attention, Context, alibi_slopes, query_support
 from .group import Group, unique_id
 from .mesh import Mesh, ParallelState, comm_types_per_layer
 from .padding import (
@@ -33,6 +33,8 @@ from .partition import Sequences, gather_rows, padded_length, partition_tokens, 
 from .rows import (
     gather,
     gather_order,
+    group_gather,
+    group_shift,
     local_cu_seqlens,
     loss_scale,
     loss_tokens,
@@ -58,6 +60,7 @@ __all__ = [
     "ScheduleCost",
     "Sequences",
     "Status",
+    "alibi_slopes",
     "build_info",
     "comm_types_per_layer",
     "context_parallel_image_bounds",
@@ -68,6 +71,8 @@ __all__ = [
     "generate_positional_ids_for_cp",
     "get_packed_seq_params",
     "get_padding",
+    "group_gather",
+    "group_shift",
     "heads_of_rank",
     "heads_to_sequence",
     "join_context_parallel_ranks",

@@ -1,11 +1,11 @@
 """What goes with a rank's rows besides Q, K and V: positions, shifted labels, whole sequences again, weights and scales of losses.
 
-All of it is local and exact for any partition, any lengths, packed and padded; no group is needed. With the rows of a rank as
+All of it is exact for any partition, any lengths, packed and padded, and local, but for group_shift and group_gather. With the rows of a rank as
 `tokens = partition_tokens(partition, format, sequences, ranks, rank)`:
 
     freqs = table[rope_rows(partition, format, sequences, ranks, rank)]           # rotary embedding
     labels = shift(whole_ids, partition, format, sequences, ranks, rank)          # ids[t + 1], where every rank has all ids
-    exchange = shift_exchange(partition, format, sequences, ranks, rank)          # where it has only its own: one all-to-all
+    labels = group_shift(group, ids, partition, sequences, format="t")            # where it has only its own; on GPUs shift_exchange
     weights = loss_weights(partition, format, sequences, ranks, rank)             # 0 for padding and for rows without a label
     (loss_scale(loss_tokens(format, sequences), cp_size=ranks) * (weights * losses).sum()).backward()
 """
@@ -138,6 +138,44 @@ def gather(shards, partition, sequences, format="bshd", side="q"):
     if len(whole) != len(order):
         raise argument_error(f"shards: got {len(whole)} rows in all, the sequences have {len(order)}")
     return _from_rows(whole[order], rows[0][1], rows[0][2])
+
+
+def group_shift(group, local, partition, sequences, shift=1, fill=-100, format="bshd", side="q"):
+    """A rank's own rows shifted through the group: every row gets the one `shift` tokens after it in its sequence, from whichever rank has it,
+    and `fill` where there is none. Collective, blocking; arrays in host memory of any type (on GPUs: shift_exchange). `format` names the axes: "bs"
+    or "t" for labels."""
+    rows, batch, axes = _rows_first(np.asarray(local), format)
+    rows = np.ascontiguousarray(rows)
+    out = np.full_like(rows, fill)
+    _collect(lib.cp_group_shift, group, rows, out, partition, sequences, format, side, _shift(shift))
+    return _from_rows(out, batch, axes)
+
+
+def group_gather(group, local, partition, sequences, format="bshd", side="q"):
+    """The whole array on every rank, from their own rows. Collective, blocking; arrays in host memory of any type (on GPUs: gather_order and the
+    framework's all-gather). `format` names the axes: "bshd", "thd", "bhs", "ht", …"""
+    rows, batch, axes = _rows_first(np.asarray(local), format)
+    rows = np.ascontiguousarray(rows)
+    count = len(gather_order(partition, "thd" if "t" in format else "bshd", sequences, group.size, side))
+    out = np.empty((count, *rows.shape[1:]), rows.dtype)
+    _collect(lib.cp_group_gather, group, rows, out, partition, sequences, format, side, 0)
+    return _from_rows(out, batch, axes)
+
+
+def _collect(function, group, rows, out, partition, sequences, format, side, shift):
+    args = _abi.cp_rows_args(
+        sequences=sequences.pointer(group.size),
+        partition=partition_code(partition),
+        format=_layout("thd" if "t" in format else "bshd"),
+        side=choice("side", side, _SIDES),
+        shift=shift,
+        row_bytes=int(np.prod(rows.shape[1:], dtype=np.int64)) * rows.itemsize,
+        local=rows.ctypes.data,
+        local_rows=len(rows),
+        out=out.ctypes.data,
+        out_rows=len(out),
+    )
+    group._handle.call(function, byref(args))
 
 
 def loss_weights(partition, format, sequences, ranks, rank, shift=1):

@@ -158,3 +158,43 @@ def test_balanced_attention_equals_one_rank(comm):
         np.testing.assert_allclose(cp.gather(parts, "balanced", sequences, "thd"), one, rtol=2e-4, atol=2e-5, err_msg=name)
     for group in groups:
         group.close()
+
+
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_through_a_group(partition):
+    ids = np.arange(65) * 7 + 3
+    values = np.random.default_rng(1).standard_normal((65, 2, 3))
+
+    def work(group):
+        mine = cp.partition_tokens(partition, "thd", PACKED, group.size, group.rank)
+        for by in (1, 3, -1):
+            want = whole_shift(by)[mine]
+            got = cp.group_shift(group, ids[mine], partition, PACKED, by, format="t")
+            np.testing.assert_array_equal(got, np.where(want < 0, -100, ids[want]))
+        np.testing.assert_array_equal(cp.group_gather(group, values[mine], partition, PACKED, "thd"), values)
+        return cp.group_gather(group, ids[mine].astype(np.int32), partition, PACKED, "t")
+
+    groups = cp.Group.threads(3, timeout=20)
+    for whole in everywhere(groups, work):
+        assert whole.dtype == np.int32
+        np.testing.assert_array_equal(whole, ids)
+    for group in groups:
+        group.close()
+
+
+def test_dense_through_a_group():
+    sequences = cp.Sequences.dense(2, 9)
+    ids, values = np.arange(18).reshape(2, 9), np.random.default_rng(1).standard_normal((9, 2, 4)).astype(np.float16)
+
+    def work(group):
+        mine = cp.partition_tokens("zigzag", "bshd", sequences, group.size, group.rank)
+        labels = cp.group_shift(group, cp.scatter(ids, mine, "bs"), "zigzag", sequences, format="bs")
+        return labels, cp.group_gather(group, cp.scatter(values, mine, "sbd"), "zigzag", sequences, "sbd"), mine
+
+    groups = cp.Group.threads(3, timeout=20)
+    for labels, whole, mine in everywhere(groups, work):
+        np.testing.assert_array_equal(whole, values)
+        want = np.concatenate([ids[:, 1:], np.full((2, 1), -100)], axis=1)
+        np.testing.assert_array_equal(labels, cp.scatter(want, mine, "bs"))
+    for group in groups:
+        group.close()

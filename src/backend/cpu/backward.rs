@@ -4,6 +4,7 @@
 //! blocks of keys take turns in ascending order, so that the sum has the same bits for any number of threads.
 
 use super::Scratch;
+use super::effects::{self, Formula, Lanes, Panel, Places};
 use super::forward::lanes_of;
 use super::kernels::{Gemm, Gradient, Into, Kernels, LANES};
 use super::rows::{add, stat};
@@ -25,6 +26,8 @@ pub struct Task<'a> {
     pub tiling: &'a Tiling,
     /// Whose turn it is to add to dQ, per (key head, tile).
     pub turns: &'a [AtomicU32],
+    /// Scores beyond scale·q·k.
+    pub beyond: Option<(Formula, &'a Places)>,
 }
 
 /// Buffers of a task, all in the thread's scratch. `[a][b]` is row-major with rows of `stride(b)` units.
@@ -220,6 +223,7 @@ impl Task<'_> {
     ) {
         let rows = self.tiling.rows_of(tile);
         let panels = (rows.len() * heads.len()).div_ceil(LANES);
+        let first_key = keys.start;
         groups.load(self.tiling, tile, keys.clone());
         groups.touched.clear();
         groups.touched.resize(panels, false);
@@ -246,6 +250,7 @@ impl Task<'_> {
                         &mut bounds,
                         rows.clone(),
                         heads.clone(),
+                        first_key,
                         &pending,
                         groups.touched[panel],
                     );
@@ -270,6 +275,7 @@ impl Task<'_> {
         bounds: &mut Bounds,
         rows: Range<usize>,
         heads: Range<usize>,
+        first_key: usize,
         pending: &Pending,
         add: bool,
     ) {
@@ -347,21 +353,62 @@ impl Task<'_> {
             };
             (self.kernels.gemm)(&product(q_rows, q_units, b.k_t, scores));
             (self.kernels.gemm)(&product(o_rows, o_units, b.v_t, d_p));
-            (self.kernels.gradient)(&Gradient {
-                scores,
-                d_p,
-                stride: stride(KEYS),
-                keys: keys.len(),
-                scale: self.step.scale,
-                lse: lse.as_ptr(),
-                delta: delta.as_ptr(),
-                lo: lo.as_ptr(),
-                hi: hi.as_ptr(),
-                masked: !bounds.full,
-                p_by_lanes: b.p_lanes.wrapping_add(place / 2 * stride(KEYS)),
-                ds_by_lanes: b.ds_lanes.wrapping_add(place / 2 * stride(KEYS)),
-                ds_by_keys: b.ds_keys,
-            });
+            if let (Some((formula, places)), Some(effects)) = (&self.beyond, &self.step.effects) {
+                let lanes =
+                    Lanes::new(effects, places, self.step.heads.q_first, source.into_iter());
+                // The last keys may be beyond the buffer: blocks of keys are whole panels.
+                let known = places
+                    .keys(first_key + keys.start..(first_key + keys.end).min(self.step.k.rows));
+                let panel_of = |at| std::slice::from_raw_parts_mut(at, LANES * stride(KEYS));
+                let mut panel = Panel {
+                    scores: panel_of(scores),
+                    d_p: panel_of(d_p),
+                    stride: stride(KEYS),
+                    lse: &lse,
+                    delta: &delta,
+                    bounds: (&lo, &hi),
+                };
+                for lane in 0..LANES {
+                    let end = lane * panel.stride + keys.len();
+                    panel.scores[lane * panel.stride + known.len()..end].fill(0.0);
+                    panel.d_p[lane * panel.stride + known.len()..end].fill(0.0);
+                }
+                let mut kept = [0; KEYS];
+                if formula.drops() {
+                    effects::keep(formula, &lanes, known, &mut kept);
+                }
+                effects::gradient(formula, &lanes, known, &kept, &mut panel);
+                if pairs == 2 {
+                    let units =
+                        |at, rows: usize| std::slice::from_raw_parts_mut(at, rows * stride(KEYS));
+                    let at = place / 2 * stride(KEYS);
+                    let (p_lanes, ds_lanes) = (b.p_lanes.add(at), b.ds_lanes.add(at));
+                    let half = LANES / 2;
+                    effects::pair(
+                        &panel,
+                        keys.len(),
+                        units(p_lanes, half),
+                        units(ds_lanes, half),
+                        units(b.ds_keys, LANES),
+                    );
+                }
+            } else {
+                (self.kernels.gradient)(&Gradient {
+                    scores,
+                    d_p,
+                    stride: stride(KEYS),
+                    keys: keys.len(),
+                    scale: self.step.scale,
+                    lse: lse.as_ptr(),
+                    delta: delta.as_ptr(),
+                    lo: lo.as_ptr(),
+                    hi: hi.as_ptr(),
+                    masked: !bounds.full,
+                    p_by_lanes: b.p_lanes.wrapping_add(place / 2 * stride(KEYS)),
+                    ds_by_lanes: b.ds_lanes.wrapping_add(place / 2 * stride(KEYS)),
+                    ds_by_keys: b.ds_keys,
+                });
+            }
             (self.kernels.gemm)(&Gemm {
                 m: LANES,
                 n: dqk.next_multiple_of(16),

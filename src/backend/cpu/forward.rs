@@ -4,6 +4,7 @@
 //! and P is already laid out for the product with V. K and V are packed one block at a time and serve all lanes of the tile.
 
 use super::Scratch;
+use super::effects::{self, Formula, Lanes, Places};
 use super::kernels::{Gemm, Into, Kernels, LANES, Softmax};
 use super::rows::{set_stat, stat};
 use super::tile::{Bounds, KEYS, Packer, Tiling, heads_of, prefetch, stride};
@@ -18,6 +19,8 @@ pub struct Task<'a> {
     pub kernels: &'static Kernels,
     /// The tiles.
     pub tiling: &'a Tiling,
+    /// Scores beyond scale·q·k.
+    pub beyond: Option<(Formula, &'a Places)>,
 }
 
 /// Buffers of a task, all in the thread's scratch.
@@ -108,7 +111,8 @@ impl Task<'_> {
                         let bounds =
                             Bounds::new(&groups.rows, panel * LANES, heads.len(), block.clone());
                         if !bounds.keys.is_empty() {
-                            self.attend(&buffers, panel, &bounds);
+                            let lanes = self.lanes_at(rows.clone(), heads.clone(), panel);
+                            self.attend(&buffers, panel, &bounds, from, lanes.as_ref());
                         }
                     }
                     if !tick() {
@@ -118,6 +122,14 @@ impl Task<'_> {
             }
             self.finish(&buffers, rows, heads);
         }
+    }
+
+    /// What a panel's lanes are, where scores depend on it.
+    fn lanes_at(&self, rows: Range<usize>, heads: Range<usize>, panel: usize) -> Option<Lanes> {
+        let (_, places) = self.beyond?;
+        let effects = self.step.effects.as_ref().filter(|e| e.score.changes())?;
+        let lanes = lanes_of(rows, heads).skip(panel * LANES).map(Some);
+        Some(Lanes::new(effects, places, self.step.heads.q_first, lanes))
     }
 
     /// Fetches the state of the tile's rows, or starts from the empty one.
@@ -197,14 +209,24 @@ impl Task<'_> {
     ///
     /// # Safety
     /// See `run`.
-    unsafe fn attend(&self, b: &Buffers, panel: usize, bounds: &Bounds) {
+    unsafe fn attend(
+        &self,
+        b: &Buffers,
+        panel: usize,
+        bounds: &Bounds,
+        first_key: usize,
+        lanes: Option<&Lanes>,
+    ) {
         let pairs = self.kernels.pairs;
         let (k_units, dv) = (self.step.q.dim / pairs, self.step.v.dim);
         let from = bounds.keys.start / pairs * pairs;
         let to = bounds.keys.end.next_multiple_of(pairs);
         let (lo, hi) = bounds.relative_to(from);
         let mut shrink = [0f32; LANES];
-        let scale = self.step.scale;
+        let mut scale = self.step.scale;
+        let mut kept = [0; KEYS];
+        // The last keys may be beyond the buffer, to fill a unit.
+        let last = (first_key + to).min(self.step.k.rows);
         // SAFETY: keys `from .. to` are packed, the panel's queries too, and the buffers do not overlap.
         unsafe {
             (self.kernels.gemm)(&Gemm {
@@ -221,6 +243,15 @@ impl Task<'_> {
                 c_stride: LANES,
                 into: Into::Set,
             });
+            if let (Some((formula, places)), Some(lanes)) = (&self.beyond, lanes) {
+                let keys = places.keys(first_key + from..last);
+                let scores = std::slice::from_raw_parts_mut(b.scores, (to - from) * LANES);
+                effects::adjust(formula, lanes, keys, scores);
+                scale = 1.0;
+                if formula.drops() {
+                    effects::keep(formula, lanes, keys, &mut kept);
+                }
+            }
             (self.kernels.softmax)(&Softmax {
                 scores: b.scores,
                 keys: to - from,
@@ -233,6 +264,11 @@ impl Task<'_> {
                 sum: b.sum.add(panel * LANES),
                 shrink: shrink.as_mut_ptr(),
             });
+            if self.beyond.is_some_and(|(formula, _)| formula.drops()) {
+                let units = (to - from) / pairs * LANES;
+                let units = std::slice::from_raw_parts_mut(b.scores.cast::<u32>(), units);
+                effects::drop_weights(units, pairs, &kept[..to - from]);
+            }
             (self.kernels.gemm)(&Gemm {
                 m: LANES,
                 n: dv.next_multiple_of(16),
@@ -250,6 +286,18 @@ impl Task<'_> {
         }
     }
 
+    /// The sink of a row that is a token.
+    ///
+    /// # Safety
+    /// See `run`.
+    unsafe fn sink(&self, row: usize, head: usize) -> Option<f32> {
+        let (_, places) = self.beyond?;
+        let sinks = self.step.effects.as_ref()?.sinks?;
+        let head = self.step.heads.q_first as usize + head;
+        // SAFETY: a sink for every head.
+        places.is_token(row).then(|| unsafe { stat(&sinks, 0, head) })
+    }
+
     /// Writes O and LSE, or leaves the state behind.
     ///
     /// # Safety
@@ -263,14 +311,19 @@ impl Task<'_> {
                 let (max, sum) = (*b.max.add(lane), *b.sum.add(lane));
                 if let Some(last) = &self.step.last {
                     // NaN in the inputs must not look like a row that saw nothing.
-                    let lse = if sum == 0.0 {
-                        out.fill(0.0);
-                        f32::NEG_INFINITY
-                    } else {
-                        let norm = 1.0 / sum;
-                        out.iter_mut().for_each(|x| *x *= norm);
-                        max + sum.ln()
+                    let (norm, lse) = match self.sink(row, head) {
+                        Some(sink) => effects::with_sink(max, sum, sink),
+                        None if sum == 0.0 => (0.0, f32::NEG_INFINITY),
+                        None => (1.0 / sum, max + sum.ln()),
                     };
+                    if norm == 0.0 {
+                        out.fill(0.0);
+                    }
+                    let norm = norm * self.beyond.map_or(1.0, |(formula, _)| formula.grow());
+                    out.iter_mut().for_each(|x| *x *= norm);
+                    if let Some(top) = &last.top {
+                        set_stat(top, row, head, max);
+                    }
                     let to = last.out.at(row, head);
                     (self.kernels.narrow)(last.out.dtype, out.as_ptr(), to, dv);
                     set_stat(&last.lse, row, head, lse);

@@ -1,7 +1,7 @@
 //! Row-wise steps: copy and add rows, Σ O∘dO. They are bound by memory, so the calling thread does them alone.
 
 use super::kernels::Kernels;
-use crate::backend::{CopyRows, Delta, View};
+use crate::backend::{CopyRows, Delta, Reduce, SinkTerms, View};
 use crate::dtype::DType;
 
 /// Numbers that are converted at a time.
@@ -109,6 +109,48 @@ unsafe fn add_converted(
             (kernels.widen)(from_type, from, chunk.as_mut_ptr(), count);
             add(to.add(at), chunk.as_ptr(), count, 1.0);
         }
+    }
+}
+
+/// Carries out a [`SinkTerms`].
+///
+/// # Safety
+/// The views are valid for all rows and heads.
+pub unsafe fn sink_terms(step: &SinkTerms) {
+    for row in 0..step.terms.rows {
+        for head in 0..step.terms.heads {
+            // SAFETY: (row, head) lies in the views, and every head has a sink.
+            unsafe {
+                let lse = stat(&step.lse, row, head);
+                // Of padding delta may be anything.
+                let term = match lse == f32::NEG_INFINITY {
+                    true => 0.0,
+                    false => {
+                        -(stat(&step.sinks, 0, head) - lse).exp() * stat(&step.delta, row, head)
+                    }
+                };
+                set_stat(&step.terms, row, head, term);
+            }
+        }
+    }
+}
+
+/// Carries out a [`Reduce`]. Sums are kept in fp64.
+///
+/// # Safety
+/// The views are valid for all rows and heads.
+pub unsafe fn reduce(step: &Reduce) {
+    for head in 0..step.src.heads {
+        let (mut sum, mut top) = (0f64, f32::NEG_INFINITY);
+        for row in 0..step.src.rows {
+            // SAFETY: (row, head) lies in the source.
+            let x = unsafe { stat(&step.src, row, head) };
+            sum += f64::from(x);
+            top = top.max(x);
+        }
+        let value = if step.max { top } else { sum as f32 };
+        // SAFETY: the destination has the row and as many heads.
+        unsafe { set_stat(&step.dst, step.dst_row, step.dst_head + head, value) };
     }
 }
 

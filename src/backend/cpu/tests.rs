@@ -210,6 +210,7 @@ impl Case {
 
     fn forward<'a>(&self, inputs: &Inputs, slices: &'a [Slice]) -> Forward<'a> {
         Forward {
+            effects: None,
             q: inputs.q.view,
             k: inputs.k.view,
             v: inputs.v.view,
@@ -243,8 +244,11 @@ impl Case {
             let mut step = self.forward(inputs, &slices);
             step.state = (stages > 1).then_some(state);
             step.first = stage == 0;
-            step.last = (stage + 1 == stages)
-                .then_some(Output { out: results.out.view, lse: results.lse.view });
+            step.last = (stage + 1 == stages).then_some(Output {
+                out: results.out.view,
+                lse: results.lse.view,
+                top: None,
+            });
             // SAFETY: the tensors outlive the call.
             unsafe { cpu.forward(&step, &mut progress) }.unwrap();
         }
@@ -254,6 +258,7 @@ impl Case {
         for stage in 0..stages {
             let slices = cut(stage);
             let step = Backward {
+                effects: None,
                 q: inputs.q.view,
                 k: inputs.k.view,
                 v: inputs.v.view,
@@ -589,7 +594,7 @@ fn an_error_of_progress_stops_the_step_and_is_returned() {
     let case = base("stop", 1500, 1500, whole(1500, 1500, Mask::FULL));
     let (inputs, results) = (case.inputs(), case.results());
     let mut step = case.forward(&inputs, &case.slices);
-    step.last = Some(Output { out: results.out.view, lse: results.lse.view });
+    step.last = Some(Output { out: results.out.view, lse: results.lse.view, top: None });
     for threads in [1, 3] {
         let mut cpu = Cpu::new(threads, Simd::detect()).unwrap();
         let mut calls = 0;
@@ -620,6 +625,7 @@ fn rows_without_lse_have_no_gradient() {
     results.lse.fill(|| f32::NEG_INFINITY);
     for simd in Simd::ALL.into_iter().filter(|s| s.available()) {
         let step = Backward {
+            effects: None,
             q: inputs.q.view,
             k: inputs.k.view,
             v: inputs.v.view,
@@ -668,7 +674,7 @@ fn wrong_shapes_and_thread_counts_are_refused() {
     };
     assert!(refused(&step), "neither state nor output");
     let results = case.results();
-    step.last = Some(Output { out: results.out.view, lse: results.lse.view });
+    step.last = Some(Output { out: results.out.view, lse: results.lse.view, top: None });
     assert!(!refused(&step));
     let bad: [fn(&mut Forward); 5] = [
         |s| s.q.dim = 56,

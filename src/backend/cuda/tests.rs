@@ -153,6 +153,7 @@ impl Case {
             let [o, lse] = result.each_mut().map(Plain::view);
             let last = n + 1 == self.steps.len();
             let step = Forward {
+                effects: None,
                 q: q.view(),
                 k: k.view(),
                 v: v.view(),
@@ -161,7 +162,7 @@ impl Case {
                 scale: self.scale,
                 state: Some(State { out, max, sum }),
                 first: n == 0,
-                last: last.then_some(Output { out: o, lse }),
+                last: last.then_some(Output { out: o, lse, top: None }),
             };
             // SAFETY: all views are of tensors above.
             unsafe { cpu.forward(&step, &mut || Ok(())).unwrap() };
@@ -205,8 +206,9 @@ fn forward_steps_are_the_cpus() {
         for (n, (slices, work)) in case.steps.iter().zip(&works).enumerate() {
             let [q, k, v] = inputs.each_ref().map(Tensor::on_device);
             let [acc_out, max, sum] = state.each_ref().map(Tensor::on_device);
-            let last = Output { out: out.on_device(), lse: lse.on_device() };
+            let last = Output { out: out.on_device(), lse: lse.on_device(), top: None };
             let step = Forward {
+                effects: None,
                 q,
                 k,
                 v,
@@ -263,6 +265,7 @@ fn backward_steps_are_the_cpus() {
         for slices in &case.steps {
             let [dq, dk, dv] = want.each_mut().map(Plain::view);
             let step = Backward {
+                effects: None,
                 q: q.view(),
                 k: k.view(),
                 v: v.view(),
@@ -327,6 +330,7 @@ fn backward(
     for (slices, work) in case.steps.iter().zip(&works) {
         let [q, k, v] = inputs.each_ref().map(Tensor::on_device);
         let step = Backward {
+            effects: None,
             q,
             k,
             v,
@@ -435,6 +439,7 @@ fn steps_without_work_launch_nothing() {
     let (x, y, z) = (t(DType::Bf16, 64), t(DType::F32, 64), t(DType::F32, 1));
     let (x, y, z) = (x.on_device(), y.on_device(), z.on_device());
     let step = Backward {
+        effects: None,
         q: x,
         k: x,
         v: x,

@@ -135,6 +135,8 @@ fn one(job: &Job, case: &Case, group: &Group) -> Result<Report> {
         let shape =
             |l: &Local| [batch, l.view.rows / batch, l.view.heads, l.view.dim].map(|n| n as i64);
         Args {
+            seed: 0,
+            ids: Vec::new(),
             seqs: case.seqs.clone(),
             list: None,
             views: locals.iter().enumerate().map(view).collect(),

@@ -7,6 +7,7 @@ use context_parallel::error::Result;
 use context_parallel::mask::Mask;
 use context_parallel::partition::Partition;
 use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
+use context_parallel::score::Score;
 use std::sync::Arc;
 
 /// How ranks share the work.
@@ -109,6 +110,7 @@ pub fn config(given: &Given, dtype: DType) -> std::result::Result<Config, Failur
     let heads = given.small("heads", 8, 1..=4096)?;
     let default = if heads.is_multiple_of(4) { heads / 4 } else { heads };
     Ok(Config {
+        score: Score::default(),
         heads,
         kv_heads: given.small("kv-heads", default, 1..=4096)?,
         dim_qk,

@@ -105,6 +105,24 @@ fn meaning(plan: &Plan, step: &Step) -> Result<(), String> {
             slices.iter().try_for_each(tight)
         }
         Op::Delta => Ok(()),
+        Op::SinkTerms => {
+            let sum = |tensor| find(plan, Slot::of(Kind::Sum, tensor));
+            let (terms, delta) = (sum(Tensor::SinkTerms)?, sum(Tensor::Delta)?);
+            match (terms.rows, terms.heads) == (delta.rows, delta.heads) {
+                true => Ok(()),
+                false => Err(format!("{terms:?} and {delta:?} have other rows or heads")),
+            }
+        }
+        Op::Reduce { src, dst, dst_head, .. } => {
+            let (from, to) = (find(plan, *src)?, find(plan, *dst)?);
+            if dst_head + from.heads > to.heads || (from.dim, to.dim) != (1, 1) {
+                return Err(format!("{src:?} has {} heads, {dst:?} {}", from.heads, to.heads));
+            }
+            match from.dtype == DType::F32 && to.dtype == DType::F32 {
+                true => Ok(()),
+                false => Err(format!("{src:?} and {dst:?} must be fp32")),
+            }
+        }
         Op::Copy { src, src_head, dst, dst_head, heads, add, .. } => {
             let (from, to) = (find(plan, *src)?, find(plan, *dst)?);
             if src_head + heads > from.heads || dst_head + heads > to.heads {
@@ -119,7 +137,8 @@ fn meaning(plan: &Plan, step: &Step) -> Result<(), String> {
             Ok(())
         }
         Op::Fill { slot, value, .. } => {
-            let empty = if slot.tensor == Tensor::Lse { Value::NegInf } else { Value::Zero };
+            let least = matches!(slot.tensor, Tensor::Lse | Tensor::MaxLogit);
+            let empty = if least { Value::NegInf } else { Value::Zero };
             if *value == empty { Ok(()) } else { Err(format!("{slot:?} must be {empty:?}")) }
         }
     }
@@ -138,6 +157,9 @@ fn same_rows(plan: &Plan, op: &Op, slices: &[Slice]) -> Result<(), String> {
         _ => return Ok(()),
     };
     let rows = find(plan, *q)?.rows;
+    let one_for_all = plan.problem.score.bias.is_some_and(|b| !b.queries);
+    let bias = plan.bias().filter(|_| !one_for_all).into_iter().chain(plan.d_bias());
+    let beside = beside.into_iter().chain(bias.filter(|_| !slices.is_empty()));
     for slot in beside {
         if find(plan, slot)?.rows != rows {
             return Err(format!("{slot:?} has other rows than {q:?}"));

@@ -19,7 +19,9 @@ fn identity(tensor: Tensor, head: u32, token: u32) -> u64 {
 
 /// Weight of a triple (splitmix64's finaliser).
 pub(super) fn weight(head: u32, query: u32, key: u32) -> u64 {
-    let mut z = (u64::from(head) << 32 | u64::from(query)).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    // Counted from 1: the first query and key of head 0 must not weigh 0.
+    let mut z = ((u64::from(head) << 32 | u64::from(query)) + 1)
+        .wrapping_mul(0x9e37_79b9_7f4a_7c15)
         ^ u64::from(key).wrapping_mul(0xd1b5_4a32_d192_ed03);
     z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
     z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -129,12 +131,17 @@ pub(super) fn initial(plan: &Plan) -> Memory {
         }
         Pass::ToHeads | Pass::ToSequence => &[],
     };
+    let numbers = Slot::caller(Tensor::Sinks);
+    let bias = Slot::caller(Tensor::Bias);
     let team = Team::new(p, plan.rank / p.inner, plan.options.pack);
     let mut out = Vec::new();
     for info in &plan.slots {
         let tensor = info.slot.tensor;
         let mut buffer = Buffer::new(info.slot, info.rows, info.heads, POISON);
         let side = side_of(tensor);
+        if info.slot == numbers {
+            buffer.set(&[Rows::range(0, 1)], identity(tensor, 0, 0));
+        }
         let mut fill = |segments: &[Segment], first_head: u32| {
             for s in segments {
                 let first = first_token(p, s.seq as usize, side) + s.start;
@@ -147,7 +154,7 @@ pub(super) fn initial(plan: &Plan) -> Memory {
                 }
             }
         };
-        if info.slot.kind == Kind::Caller && inputs.contains(&tensor) {
+        if info.slot.kind == Kind::Caller && (inputs.contains(&tensor) || info.slot == bias) {
             fill(&holding(p, plan.rank, side).segments, 0);
             for (at, value) in buffer.data.iter_mut().enumerate().filter(|(_, v)| **v == POISON) {
                 *value = identity(tensor, at as u32 % info.heads, PAD);
@@ -209,6 +216,36 @@ pub(super) fn compute(plan: &Plan, memory: &mut Memory, step: &Step) -> Result<(
             }
             Ok(())
         }
+        // A row's term has the weight of its (token, head); rows of padding add nothing.
+        Op::SinkTerms => {
+            let inputs = [
+                (Slot::of(Kind::Sum, Tensor::Delta), Tensor::Delta),
+                (Slot::caller(Tensor::Lse), Tensor::Lse),
+            ];
+            let terms = Slot::of(Kind::Sum, Tensor::SinkTerms);
+            let info = plan.info(terms);
+            for (row, head) in elements(&[Rows::range(0, info.rows)], info.heads) {
+                memory.of(Slot::caller(Tensor::Sinks)).read(0, head)?;
+                let term = match memory.token(&inputs, row, head, head)? {
+                    PAD => 0,
+                    token => weight(head, token, 0),
+                };
+                memory.of_mut(terms).put(row, head, term);
+            }
+            Ok(())
+        }
+        // Sums stand for largest numbers too.
+        Op::Reduce { src, dst, dst_row, dst_head, .. } => {
+            let info = plan.info(*src);
+            for head in 0..info.heads {
+                let mut sum = 0u64;
+                for row in 0..info.rows {
+                    sum = sum.wrapping_add(memory.of(*src).read(row, head)?);
+                }
+                memory.of_mut(*dst).put(*dst_row, dst_head + head, sum);
+            }
+            Ok(())
+        }
         Op::Attend { q, k, slices, first, last } => {
             let info = plan.info(*q);
             let all = [Rows::range(0, info.rows)];
@@ -224,12 +261,17 @@ pub(super) fn compute(plan: &Plan, memory: &mut Memory, step: &Step) -> Result<(
                     state.add(t.q_row, t.head, t.weight)
                 })?;
             }
+            origins(plan, memory, step.stage, (*q, Tensor::Q), *k, slices)?;
             for (row, head) in elements(&all, info.heads) {
                 let sum = state.at(row, head);
                 match last {
                     Some((out, lse)) => {
                         memory.of_mut(*out).put(row, head, sum.wrapping_mul(factor(Tensor::Out)));
                         memory.of_mut(*lse).put(row, head, sum.wrapping_mul(factor(Tensor::Lse)));
+                        let top = Slot::of(Kind::Acc, Tensor::Top);
+                        if memory.find(top).is_some() {
+                            memory.of_mut(top).put(row, head, sum);
+                        }
                     }
                     None => memory.of_mut(acc).put(row, head, sum),
                 }
@@ -250,13 +292,75 @@ pub(super) fn compute(plan: &Plan, memory: &mut Memory, step: &Step) -> Result<(
                 memory.triples(plan, s, &queries, *k, |memory, t| {
                     let weight = |tensor| t.weight.wrapping_mul(factor(tensor));
                     memory.0[dq].add(t.q_row, t.head, weight(Tensor::DQ))?;
+                    if let Some(slot) = plan.d_bias() {
+                        let head = if plan.info(slot).heads == 1 { 0 } else { t.head };
+                        memory.of_mut(slot).add(t.q_row, head, weight(Tensor::DBias))?;
+                    }
                     memory.0[dk].add(t.k_row, t.kv_head, weight(Tensor::DK))?;
                     memory.0[dv].add(t.k_row, t.kv_head, weight(Tensor::DV))
                 })?;
             }
-            Ok(())
+            origins(plan, memory, step.stage, (*q, Tensor::Q), *k, slices)
         }
     }
+}
+
+/// If scores depend on tokens, the plan must know which token every row is that a slice touches.
+fn origins(
+    plan: &Plan,
+    memory: &Memory,
+    stage: u32,
+    q: (Slot, Tensor),
+    k: Slot,
+    slices: &[Slice],
+) -> Result<(), String> {
+    let Some(origins) = &plan.origins else {
+        return match plan.problem.score.needs_origins() {
+            true => Err("scores depend on tokens, which the plan does not know".into()),
+            false => Ok(()),
+        };
+    };
+    if plan.share.q.is_empty() {
+        return Ok(());
+    }
+    let told = |segments: &[Segment], rows: u32, side: Side| {
+        let mut tokens = vec![PAD; rows as usize];
+        for s in segments {
+            let first = first_token(&plan.problem, s.seq as usize, side) + s.start;
+            (0..s.len).for_each(|i| tokens[(s.offset + i) as usize] = first + i * s.step);
+        }
+        tokens
+    };
+    let keys = origins.keys.get(stage as usize).ok_or("a stage whose tokens are not known")?;
+    let q_told = told(&origins.queries, plan.info(q.0).rows, Side::Query);
+    let k_told = told(keys, plan.info(k).rows, Side::Key);
+    let q_rows = slices.iter().flat_map(|s| s.q..s.q + s.q_len).map(|row| (q, row, &q_told));
+    let k_rows = slices.iter().flat_map(|s| s.k..s.k + s.k_len);
+    let k_rows = k_rows.map(|row| ((k, Tensor::K), row, &k_told));
+    // A bias for every query: that of the right query, and head.
+    if let (Some(slot), Some(true)) = (plan.bias(), plan.problem.score.bias.map(|b| b.queries)) {
+        let info = plan.info(slot);
+        let per_head = plan.problem.score.bias.is_some_and(|b| b.heads);
+        let first = if per_head { plan.share.q.start } else { 0 };
+        for row in slices.iter().flat_map(|s| s.q..s.q + s.q_len) {
+            for head in 0..info.heads {
+                let want = identity(Tensor::Bias, first + head, q_told[row as usize]);
+                if memory.of(slot).read(row, head)? != want {
+                    return Err(format!("{slot:?} row {row} head {head} is another query's bias"));
+                }
+            }
+        }
+    }
+    for ((slot, _), row, told) in q_rows.chain(k_rows) {
+        let token = memory.of(slot).read(row, 0)? as u32;
+        if told[row as usize] != token {
+            return Err(format!(
+                "{slot:?} row {row} is token {token}, the plan says {}",
+                told[row as usize]
+            ));
+        }
+    }
+    Ok(())
 }
 
 impl Memory {

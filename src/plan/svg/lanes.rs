@@ -60,7 +60,11 @@ pub fn lanes(plans: &[Plan]) -> String {
                 Lane::Comm => (y + compute + 1.0, comm - 1.0),
             };
             let fill = match step.op {
-                Op::Copy { .. } | Op::Fill { .. } | Op::Delta => "#9a9a9a".to_string(),
+                Op::Copy { .. }
+                | Op::Fill { .. }
+                | Op::Delta
+                | Op::SinkTerms
+                | Op::Reduce { .. } => "#9a9a9a".to_string(),
                 _ => colour(plan.rank, p.ranks, step.stage.min(plan.stages), plan.stages),
             };
             if small {
@@ -162,7 +166,7 @@ impl Costs {
                 let rows: usize = rows.iter().map(|r| r.count as usize).sum();
                 0.05 * moved(rows * plan.info(*slot).row_bytes())
             }
-            Op::Delta => 0.0,
+            Op::Delta | Op::SinkTerms | Op::Reduce { .. } => 0.0,
         }
     }
 }

@@ -6,6 +6,7 @@ use context_parallel::error::Result;
 use context_parallel::mask::Mask;
 use context_parallel::partition::{Partition, Side, Stretch};
 use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
+use context_parallel::score::{BiasShape, Reach, Score};
 use std::sync::OnceLock;
 
 /// How `[token, head, dim]` lies in a caller's tensor.
@@ -43,6 +44,24 @@ pub struct Case {
     pub right: Option<u32>,
     pub dealing: Dealing,
     pub scale: f32,
+    /// 0: none.
+    pub softcap: f32,
+    /// ALiBi, one for each head; empty: none.
+    pub slopes: Vec<f32>,
+    /// Probability; 0: none.
+    pub dropout: f32,
+    pub sinks: Option<Reach>,
+    pub max_logit: Option<Reach>,
+    /// With a gradient where there is one bias per query.
+    pub bias: Option<BiasShape>,
+}
+
+/// Key of the corpus' dropout.
+pub const SEED: u64 = 0x0123_4567_89ab_cdef;
+
+/// The caller's number for sequence `seq`.
+pub fn number(seq: usize) -> u32 {
+    7 * seq as u32 + 3
 }
 
 /// All cases, in file order.
@@ -52,7 +71,8 @@ pub fn cases() -> &'static [Case] {
 }
 
 const COLUMNS: &str = "name,tags,format,batch,lens_q,lens_k,padded_q,padded_k,before_q,before_k,\
-heads,kv_heads,dim_qk,dim_v,causal,bottom_right,window_left,window_right,partition,scale";
+heads,kv_heads,dim_qk,dim_v,causal,bottom_right,window_left,window_right,partition,scale,\
+softcap,alibi,bias,dropout,sinks,max_logit";
 
 fn parse(text: &str) -> Vec<Case> {
     let mut lines = text.lines();
@@ -67,6 +87,16 @@ fn line(line: &str) -> Case {
         |i: usize| -> usize { f[i].parse().unwrap_or_else(|e| panic!("{}: {e}: {}", f[0], f[i])) };
     let batch = number(3);
     let limit = |i: usize| (f[i] != "-").then(|| number(i) as u32);
+    let fraction = |i: usize| match f[i] {
+        "-" => 0.0,
+        text => text.parse().unwrap_or_else(|e| panic!("{}: {e}: {text}", f[0])),
+    };
+    let reach = |i: usize| match f[i] {
+        "-" => None,
+        "rank" => Some(Reach::Rank),
+        "group" => Some(Reach::Group),
+        other => panic!("{}: reach {other}", f[0]),
+    };
     let q = extents(batch, f[4], f[6], f[8]);
     let k = extents(batch, f[5], f[7], f[9]);
     let dim_qk = number(12);
@@ -100,7 +130,47 @@ fn line(line: &str) -> Case {
             "-" => 1.0 / (dim_qk as f32).sqrt(),
             text => text.parse().unwrap_or_else(|e| panic!("{}: {e}: {text}", f[0])),
         },
+        softcap: fraction(20),
+        slopes: match f[21] {
+            "0" => Vec::new(),
+            _ => (0..number(10)).map(|h| 0.5f32.powi(1 + h as i32 % 6)).collect(),
+        },
+        dropout: fraction(23),
+        bias: bias(f[22]),
+        sinks: reach(24),
+        max_logit: reach(25),
     }
+}
+
+/// The bias column: the dimensions [batch, heads, queries, keys], 1 where one is for all.
+fn bias(word: &str) -> Option<BiasShape> {
+    let [batch, heads, queries] = match word {
+        "-" => return None,
+        "1hss" => [false, true, true],
+        "11ss" => [false, false, true],
+        "b1ss" => [true, false, true],
+        "bhss" => [true, true, true],
+        "111s" => [false, false, false],
+        other => panic!("bias {other}"),
+    };
+    Some(BiasShape { batch, heads, queries, gradient: queries })
+}
+
+/// Philox4x32-10, from the paper (Salmon et al., SC 2011): ten rounds, the key bumped between them.
+fn philox(key: u64, mut x: [u32; 4]) -> [u32; 4] {
+    let (mut k0, mut k1) = (key as u32, (key >> 32) as u32);
+    for round in 0..10 {
+        if round > 0 {
+            k0 = k0.wrapping_add(0x9E37_79B9);
+            k1 = k1.wrapping_add(0xBB67_AE85);
+        }
+        let p0 = 0xD251_1F53u64 * u64::from(x[0]);
+        let p1 = 0xCD9E_8D57u64 * u64::from(x[2]);
+        let (hi0, lo0) = ((p0 >> 32) as u32, p0 as u32);
+        let (hi1, lo1) = ((p1 >> 32) as u32, p1 as u32);
+        x = [hi1 ^ x[1] ^ k0, lo1, hi0 ^ x[3] ^ k1, lo0];
+    }
+    x
 }
 
 fn extents(batch: usize, lens: &str, padded: &str, before: &str) -> Vec<Extent> {
@@ -137,6 +207,44 @@ impl Case {
         }
         self.left.is_none_or(|l| after >= -i64::from(l))
             && (self.causal || self.right.is_none_or(|r| after <= i64::from(r)))
+    }
+
+    /// How far key `j` is from the diagonal of query `i`.
+    pub fn distance(&self, seq: usize, i: usize, j: usize) -> u64 {
+        let (len_q, len_k) = (self.seqs[seq].q.len as i64, self.seqs[seq].k.len as i64);
+        let diagonal = i as i64 + if self.bottom_right { len_k - len_q } else { 0 };
+        (j as i64 - diagonal).unsigned_abs()
+    }
+
+    /// Does dropout keep the weight of key `j` for query `i`?
+    pub fn keeps(&self, seq: usize, head: usize, i: usize, j: usize) -> bool {
+        let counter = [(j / 4) as u32, i as u32, head as u32, number(seq)];
+        f64::from(philox(SEED, counter)[j % 4]) >= (f64::from(self.dropout) * 2f64.powi(32)).floor()
+    }
+
+    /// [batch, heads, queries, keys] of the global bias.
+    pub fn bias_dims(&self) -> [usize; 4] {
+        let Some(b) = self.bias else { return [0; 4] };
+        let padded = |side: Side| self.seqs.iter().map(move |s| s.extent(side).padded as usize);
+        let queries = match self.format {
+            Format::Thd => self.tokens(Side::Query),
+            _ => padded(Side::Query).max().unwrap_or(0),
+        };
+        let keys = padded(Side::Key).max().unwrap_or(0);
+        let or_1 = |there, n| if there { n } else { 1 };
+        [or_1(b.batch, self.seqs.len()), or_1(b.heads, self.heads), or_1(b.queries, queries), keys]
+    }
+
+    /// Index in the global bias of a query's row for head `head`, at its sequence's first true key.
+    pub fn bias_row(&self, seq: usize, head: usize, i: usize) -> usize {
+        let [batch, heads, queries, keys] = self.bias_dims();
+        let (b, h) = (if batch > 1 { seq } else { 0 }, if heads > 1 { head } else { 0 });
+        let row = match self.format {
+            _ if queries <= 1 => 0,
+            Format::Thd => self.first(seq, Side::Query) + i,
+            _ => self.seqs[seq].q.before as usize + i,
+        };
+        ((b * heads + h) * queries + row) * keys + self.seqs[seq].k.before as usize
     }
 
     /// Tokens of a side, padding included.
@@ -198,6 +306,15 @@ impl Case {
             dtype,
             wire: Wire::Storage,
             scale: self.scale,
+            score: Score {
+                softcap: self.softcap,
+                slopes: self.slopes.clone().into(),
+                dropout: self.dropout,
+                bias: self.bias,
+                sinks: self.sinks,
+                max_logit: self.max_logit,
+                ..Score::default()
+            },
         };
         problem.validate()?;
         Dealt::default().resolve(&mut problem);

@@ -43,36 +43,78 @@ fn row(case: &Case, x: &Inputs, seq: usize, head: usize, i: usize, out: &mut Exa
         .filter(|&j| case.sees(seq, i, j))
         .map(|j| (first_key + j) * case.kv_heads + kv_head)
         .collect();
+    let sink = case.sinks.map(|_| f64::from(x.sinks[head]));
     if keys.is_empty() {
+        out.right.lse[query] = sink.unwrap_or(f64::NEG_INFINITY);
         return;
     }
     let k = |key: usize| &x.k[key * dqk..][..dqk];
     let v = |key: usize| &x.v[key * dv..][..dv];
+    let positions: Vec<usize> =
+        (0..case.seqs[seq].k.len as usize).filter(|&j| case.sees(seq, i, j)).collect();
+    let slope = case.slopes.get(head).map_or(0.0, |s| f64::from(*s));
 
-    let scores: Vec<f64> = keys.iter().map(|&key| scale * dot(q, k(key))).collect();
-    let max = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-    let sum: f64 = scores.iter().map(|s| (s - max).exp()).sum();
+    // Every score, and its derivative by scale·q·k.
+    let (mut scores, mut derivatives) = (Vec::new(), Vec::new());
+    for (&key, &j) in keys.iter().zip(&positions) {
+        let mut score = scale * dot(q, k(key));
+        let mut derivative = 1.0;
+        if case.softcap > 0.0 {
+            let cap = f64::from(case.softcap);
+            let t = (score / cap).tanh();
+            (score, derivative) = (cap * t, 1.0 - t * t);
+        }
+        let bias = case.bias.map_or(0.0, |_| f64::from(x.bias[case.bias_row(seq, head, i) + j]));
+        scores.push(score - slope * case.distance(seq, i, j) as f64 + bias);
+        derivatives.push(derivative);
+    }
+    let max = scores.iter().copied().fold(sink.unwrap_or(f64::NEG_INFINITY), f64::max);
+    let sum: f64 =
+        scores.iter().map(|s| (s - max).exp()).sum::<f64>() + sink.map_or(0.0, |s| (s - max).exp());
     let lse = max + sum.ln();
     let p: Vec<f64> = scores.iter().map(|s| (s - lse).exp()).collect();
+    // What a weight is multiplied by: 0 where it is dropped.
+    let kept: Vec<f64> = positions
+        .iter()
+        .map(|&j| match case.dropout > 0.0 {
+            true if case.keeps(seq, head, i, j) => 1.0 / (1.0 - f64::from(case.dropout)),
+            true => 0.0,
+            false => 1.0,
+        })
+        .collect();
     out.right.lse[query] = lse;
+    if let Some(top) = out.right.max_logit.get_mut(head) {
+        *top = scores.iter().copied().fold(*top, f64::max);
+    }
 
-    for (&key, p) in keys.iter().zip(&p) {
+    for ((&key, p), kept) in keys.iter().zip(&p).zip(&kept) {
         out.seen[key / case.kv_heads] = true;
-        add(&mut out.right.o[query * dv..][..dv], *p, v(key));
-        add_terms(&mut out.terms.o[query * dv..][..dv], *p, v(key));
+        add(&mut out.right.o[query * dv..][..dv], p * kept, v(key));
+        add_terms(&mut out.terms.o[query * dv..][..dv], p * kept, v(key));
     }
     let o = &out.right.o[query * dv..][..dv];
     let delta: f64 = o.iter().zip(d_o).map(|(o, g)| o * f64::from(*g)).sum();
     let delta_terms: f64 = o.iter().zip(d_o).map(|(o, g)| (o * f64::from(*g)).abs()).sum();
-    for (&key, p) in keys.iter().zip(&p) {
-        let ds = scale * p * (dot(d_o, v(key)) - delta);
-        let ds_terms = scale.abs() * p * (dot_terms(d_o, v(key)) + delta_terms);
+    if let Some(sink) = sink {
+        out.right.d_sinks[head] -= (sink - lse).exp() * delta;
+        out.terms.d_sinks[head] += (sink - lse).exp() * delta_terms;
+    }
+    for (n, &key) in keys.iter().enumerate() {
+        let (p, kept, factor) = (p[n], kept[n], scale * derivatives[n]);
+        if let Some(bias) =
+            case.bias.filter(|b| b.gradient).map(|_| case.bias_row(seq, head, i) + positions[n])
+        {
+            out.right.d_bias[bias] += p * (kept * dot(d_o, v(key)) - delta);
+            out.terms.d_bias[bias] += p * (kept * dot_terms(d_o, v(key)) + delta_terms);
+        }
+        let ds = factor * p * (kept * dot(d_o, v(key)) - delta);
+        let ds_terms = factor.abs() * p * (kept * dot_terms(d_o, v(key)) + delta_terms);
         add(&mut out.right.dq[query * dqk..][..dqk], ds, k(key));
         add_terms(&mut out.terms.dq[query * dqk..][..dqk], ds_terms, k(key));
         add(&mut out.right.dk[key * dqk..][..dqk], ds, q);
         add_terms(&mut out.terms.dk[key * dqk..][..dqk], ds_terms, q);
-        add(&mut out.right.dv[key * dv..][..dv], *p, d_o);
-        add_terms(&mut out.terms.dv[key * dv..][..dv], *p, d_o);
+        add(&mut out.right.dv[key * dv..][..dv], p * kept, d_o);
+        add_terms(&mut out.terms.dv[key * dv..][..dv], p * kept, d_o);
     }
 }
 

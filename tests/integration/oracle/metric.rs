@@ -130,6 +130,76 @@ impl Reference {
         Ok(worst)
     }
 
+    /// Checks the numbers per head. The gradient of a sink sums exp(sink − LSE)·Σ dO·O over rows; O is rounded once before, which is all
+    /// that can go wrong: ε·terms. Returns the largest error as a share of its bound.
+    pub fn check_numbers(&self, d_sinks: &[f32], max_logit: &[f32]) -> Result<f64, String> {
+        let (right, terms) = (&self.exact.right, &self.exact.terms);
+        let mut worst = 0.0f64;
+        let mut check = |what: &str, head: usize, got: f32, right: f64, bound: f64| {
+            let error = if f64::from(got) == right { 0.0 } else { (f64::from(got) - right).abs() };
+            if error.is_nan() || error > bound {
+                return Err(format!(
+                    "case {}, {}, {what}, head {head}: got {got}, right is {right}, allowed ±{bound:.3e}",
+                    self.case.name,
+                    self.dtype.name()
+                ));
+            }
+            worst = worst.max(if error > 0.0 { error / bound } else { 0.0 });
+            Ok(())
+        };
+        if d_sinks.len() != right.d_sinks.len() || max_logit.len() != right.max_logit.len() {
+            return Err(format!(
+                "case {}: {} d_sinks, {} max_logit",
+                self.case.name,
+                d_sinks.len(),
+                max_logit.len()
+            ));
+        }
+        for (head, got) in d_sinks.iter().enumerate() {
+            let bound = (epsilon(self.dtype) + 1e-6) * terms.d_sinks[head];
+            check("d_sinks", head, *got, right.d_sinks[head], bound)?;
+        }
+        for (head, got) in max_logit.iter().enumerate() {
+            check("max_logit", head, *got, right.max_logit[head], LSE_BOUND)?;
+        }
+        Ok(worst)
+    }
+
+    /// Checks the gradient of the bias, in buckets of 64 of its rows; what no query and key use is exactly 0.
+    pub fn check_bias(&self, got: &[f32]) -> Result<f64, String> {
+        let (right, terms, plain) =
+            (&self.exact.right.d_bias, &self.exact.terms.d_bias, &self.plain.d_bias);
+        let at = format!("case {}, {}, d_bias", self.case.name, self.dtype.name());
+        if got.len() != right.len() {
+            return Err(format!("{at}: {} elements, not {}", got.len(), right.len()));
+        }
+        let width = 64 * self.case.bias_dims()[3].max(1);
+        let mut worst = 0.0f64;
+        for first in (0..got.len()).step_by(width) {
+            let [mut error, mut plain_error, mut size, mut term_size] = [0.0f64; 4];
+            for i in first..(first + width).min(got.len()) {
+                if terms[i] == 0.0 && got[i] != 0.0 {
+                    return Err(format!("{at}, element {i}: got {}, not 0", got[i]));
+                }
+                error += (f64::from(got[i]) - right[i]).powi(2);
+                plain_error += (f64::from(plain[i]) - right[i]).powi(2);
+                size += right[i].powi(2);
+                term_size += terms[i].powi(2);
+            }
+            let bound = 3.0 * plain_error.sqrt()
+                + 4.0 * epsilon(self.dtype) * size.sqrt()
+                + 1e-7 * term_size.sqrt();
+            let error = error.sqrt();
+            if error.is_nan() || error > bound {
+                return Err(format!(
+                    "{at}, rows from element {first}: error {error:.3e}, allowed {bound:.3e}"
+                ));
+            }
+            worst = worst.max(if bound > 0.0 { error / bound } else { 0.0 });
+        }
+        Ok(worst)
+    }
+
     fn is_padding(&self, side: Side, row: usize) -> bool {
         !self.case.true_tokens(side).contains(&row)
     }

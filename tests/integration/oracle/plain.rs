@@ -39,6 +39,7 @@ pub fn plain(case: &Case, x: &Inputs, dtype: DType, how: &Variation) -> Results<
     {
         gradient.iter_mut().for_each(|g| *g = round(scale * *g, dtype));
     }
+    out.d_bias.iter_mut().for_each(|g| *g = round(*g, dtype));
     out
 }
 
@@ -59,7 +60,9 @@ fn row(
         .filter(|&j| (how.sees)(seq, i, j))
         .map(|j| (first_key + j) * case.kv_heads + kv_head)
         .collect();
+    let sink = case.sinks.map(|_| x.sinks[head]);
     if keys.is_empty() {
+        out.lse[query] = sink.unwrap_or(f32::NEG_INFINITY);
         return;
     }
     let k = |key: usize| &x.k[key * dqk..][..dqk];
@@ -67,15 +70,33 @@ fn row(
     let add = |sums: &mut [f32], factor: f32, row: &[f32]| {
         sums.iter_mut().zip(row).for_each(|(s, x)| *s = round(*s + factor * x, how.accumulator));
     };
+    let slope = case.slopes.get(head).copied().unwrap_or(0.0);
+    let score = |key: usize| -> (f32, f32) {
+        let j = key / case.kv_heads - first_key;
+        let (mut score, mut derivative) = (how.scale * dot(q, k(key)), 1.0);
+        if case.softcap > 0.0 {
+            let t = (score / case.softcap).tanh();
+            (score, derivative) = (case.softcap * t, 1.0 - t * t);
+        }
+        let bias = case.bias.map_or(0.0, |_| x.bias[case.bias_row(seq, head, i) + j]);
+        (score - slope * case.distance(seq, i, j) as f32 + bias, derivative)
+    };
+    let kept = |key: usize| match case.dropout > 0.0 {
+        true if case.keeps(seq, head, i, key / case.kv_heads - first_key) => {
+            1.0 / (1.0 - case.dropout)
+        }
+        true => 0.0,
+        false => 1.0,
+    };
 
-    let scores: Vec<f32> = keys.iter().map(|&key| how.scale * dot(q, k(key))).collect();
-    let max = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let mut sum = 0.0;
+    let scores: Vec<(f32, f32)> = keys.iter().map(|&key| score(key)).collect();
+    let max = scores.iter().map(|s| s.0).fold(sink.unwrap_or(f32::NEG_INFINITY), f32::max);
+    let mut sum = sink.map_or(0.0, |s| (s - max).exp());
     let mut o = vec![0.0; dv];
-    for (&key, s) in keys.iter().zip(&scores) {
+    for (&key, (s, _)) in keys.iter().zip(&scores) {
         let p = (s - max).exp();
         sum += p;
-        add(&mut o, round(p, dtype), v(key));
+        add(&mut o, round(p * kept(key), dtype), v(key));
     }
     let lse = max + sum.ln();
     o.iter_mut().for_each(|o| *o = round(*o / sum, dtype));
@@ -83,10 +104,15 @@ fn row(
     out.o[query * dv..][..dv].copy_from_slice(&o);
     out.lse[query] = lse;
 
-    for (&key, s) in keys.iter().zip(&scores) {
+    for (&key, (s, derivative)) in keys.iter().zip(&scores) {
         let p = (s - lse).exp();
-        let ds = round(p * (dot(d_o, v(key)) - delta), dtype);
-        let p = round(p, dtype);
+        let slant = p * (kept(key) * dot(d_o, v(key)) - delta);
+        if case.bias.is_some_and(|b| b.gradient) {
+            let j = key / case.kv_heads - first_key;
+            out.d_bias[case.bias_row(seq, head, i) + j] += slant;
+        }
+        let ds = round(slant * derivative, dtype);
+        let p = round(p * kept(key), dtype);
         add(&mut out.dq[query * dqk..][..dqk], ds, k(key));
         add(&mut out.dk[key * dqk..][..dqk], ds, q);
         add(&mut out.dv[key * dv..][..dv], p, d_o);

@@ -1,0 +1,445 @@
+//! Scores beyond scale·q·k: soft-cap, ALiBi, dropout, sinks. Plain attention never comes here.
+//!
+//! The loops are plain Rust over a panel's 32 lanes, compiled once for every instruction set. Before the softmax (or the gradient) scores get their
+//! final values, so that it is the one of plain attention with scale 1; what dropout keeps is a bit per lane and key.
+
+use super::kernels::{EXP2, LANES, LOG2_E_REST};
+use super::simd::Simd;
+use super::tile::KEYS;
+use crate::backend::{Effects, View};
+use crate::dtype::DType;
+use crate::partition::Segment;
+use crate::score::{drop_below, words};
+
+/// A row that is no token: padding, or keys that no slice covers.
+const NONE: u32 = u32::MAX;
+
+/// Which token every row of a step is: position and sequence. Rebuilt for every step without allocating once grown.
+#[derive(Default)]
+pub struct Places {
+    /// Of query rows.
+    queries: Vec<(u32, u32)>,
+    /// Of key rows.
+    keys: Vec<u32>,
+}
+
+impl Places {
+    /// For a step with so many rows.
+    pub fn build(&mut self, effects: &Effects, query_rows: usize, key_rows: usize) {
+        fn rows(s: &Segment) -> impl Iterator<Item = (usize, u32)> {
+            (0..s.len).map(|i| ((s.offset + i) as usize, s.start + i * s.step))
+        }
+        self.queries.clear();
+        self.queries.resize(query_rows, (NONE, 0));
+        for s in effects.queries {
+            rows(s).for_each(|(row, position)| self.queries[row] = (position, s.seq));
+        }
+        self.keys.clear();
+        self.keys.resize(key_rows, NONE);
+        for s in effects.keys {
+            rows(s).for_each(|(row, position)| self.keys[row] = position);
+        }
+    }
+
+    /// Is this query row a token?
+    pub fn is_token(&self, row: usize) -> bool {
+        self.queries[row].0 != NONE
+    }
+
+    /// Positions of key rows.
+    pub fn keys(&self, rows: std::ops::Range<usize>) -> &[u32] {
+        &self.keys[rows]
+    }
+
+    /// Bytes held.
+    pub fn bytes(&self) -> usize {
+        8 * self.queries.capacity() + 4 * self.keys.capacity()
+    }
+}
+
+/// What the lanes of a panel are.
+pub struct Lanes {
+    /// Position of the query; of lanes without a token any.
+    position: [u32; LANES],
+    /// The key position on its diagonal.
+    diagonal: [i32; LANES],
+    /// The caller's number for its sequence.
+    sequence: [u32; LANES],
+    /// Number of its head over all of the model.
+    head: [u32; LANES],
+    /// ALiBi.
+    slope: [f32; LANES],
+    /// Rows of the bias and of its gradient, at the first true key; null where there are none.
+    bias: [*const u8; LANES],
+    d_bias: [*mut f32; LANES],
+    /// Storage type of the bias.
+    dtype: DType,
+}
+
+impl Lanes {
+    /// For lanes that are (row, local head), `None` beyond the tile; `q_first` is local head 0's number.
+    pub fn new(
+        effects: &Effects,
+        places: &Places,
+        q_first: u32,
+        lanes: impl Iterator<Item = Option<(usize, usize)>>,
+    ) -> Lanes {
+        let mut out = Lanes {
+            position: [0; LANES],
+            diagonal: [0; LANES],
+            sequence: [0; LANES],
+            head: [0; LANES],
+            slope: [0.0; LANES],
+            bias: [std::ptr::null(); LANES],
+            d_bias: [std::ptr::null_mut(); LANES],
+            dtype: effects.bias.map_or(DType::F32, |view| view.dtype),
+        };
+        for (lane, at) in lanes.take(LANES).enumerate() {
+            let Some((row, head)) = at.filter(|(row, _)| places.is_token(*row)) else { continue };
+            let (position, seq) = places.queries[row];
+            let at = |view: &View| {
+                let first = effects.padding[seq as usize] as usize * view.dtype.size();
+                view.at(row, if view.heads == 1 { 0 } else { head }).wrapping_add(first)
+            };
+            out.bias[lane] = effects.bias.as_ref().map_or(std::ptr::null(), |v| at(v).cast_const());
+            out.d_bias[lane] =
+                effects.d_bias.as_ref().map_or(std::ptr::null_mut(), |v| at(v).cast());
+            let head = q_first + head as u32;
+            out.position[lane] = position;
+            out.diagonal[lane] = position as i32 + effects.diagonals[seq as usize];
+            out.sequence[lane] = effects.ids.get(seq as usize).copied().unwrap_or(seq);
+            out.head[lane] = effects.score.head_offset + head;
+            out.slope[lane] = effects.score.slopes.get(head as usize).copied().unwrap_or(0.0);
+        }
+        out
+    }
+}
+
+impl Lanes {
+    /// The bias of a lane for a key at a position; 0 where there is none.
+    #[inline(always)]
+    fn bias_at(&self, lane: usize, key: u32) -> f32 {
+        let row = self.bias[lane];
+        if row.is_null() || key == NONE {
+            return 0.0;
+        }
+        // SAFETY: the row has an element for every key of its sequence; the backend's caller promises that views are valid.
+        unsafe {
+            match self.dtype {
+                DType::F32 => row.cast::<f32>().add(key as usize).read(),
+                DType::Bf16 => row.cast::<half::bf16>().add(key as usize).read().to_f32(),
+                DType::F16 => row.cast::<half::f16>().add(key as usize).read().to_f32(),
+            }
+        }
+    }
+
+    /// Adds to the gradient of the bias, if there is one.
+    #[inline(always)]
+    fn add_to_bias(&self, lane: usize, key: u32, value: f32) {
+        let row = self.d_bias[lane];
+        if !row.is_null() {
+            // SAFETY: as above; nobody else adds to the same element now (`Cpu::backward`).
+            unsafe { *row.add(key as usize) += value };
+        }
+    }
+}
+
+/// The numbers of a step, and its instruction set.
+#[derive(Clone, Copy)]
+pub struct Formula {
+    scale: f32,
+    cap: f32,
+    alibi: bool,
+    /// Dropout: words below this drop. 0: none.
+    below: u32,
+    /// 1 / (1 − p).
+    grow: f32,
+    bias: bool,
+    seed: u64,
+    simd: Simd,
+}
+
+impl Formula {
+    /// Of a step.
+    pub fn new(effects: &Effects, scale: f32, simd: Simd) -> Formula {
+        let score = effects.score;
+        Formula {
+            scale,
+            cap: score.softcap,
+            alibi: !score.slopes.is_empty(),
+            below: drop_below(score.dropout),
+            grow: 1.0 / (1.0 - score.dropout),
+            bias: score.bias.is_some(),
+            seed: effects.seed,
+            simd,
+        }
+    }
+
+    /// Are weights dropped?
+    pub fn drops(&self) -> bool {
+        self.below > 0
+    }
+
+    /// What kept weights are multiplied by.
+    pub fn grow(&self) -> f32 {
+        self.grow
+    }
+}
+
+/// Which lanes keep each key, bit per lane.
+pub type Kept = [u32; KEYS];
+
+/// Runs a function compiled for the instruction set of a formula.
+macro_rules! compiled {
+    ($name:ident, $body:ident, ($($arg:ident: $type:ty),*)) => {
+        #[doc = concat!("See `", stringify!($body), "`.")]
+        #[allow(clippy::too_many_arguments)] // one call site each
+        pub fn $name(f: &Formula, $($arg: $type),*) {
+            #[cfg(target_arch = "x86_64")]
+            {
+                #[target_feature(enable = "avx2,fma")]
+                fn avx2(f: &Formula, $($arg: $type),*) {
+                    $body(f, $($arg),*)
+                }
+                #[target_feature(enable = "avx2,fma,avx512f,avx512bw,avx512dq,avx512vl")]
+                fn avx512(f: &Formula, $($arg: $type),*) {
+                    $body(f, $($arg),*)
+                }
+                match f.simd {
+                    Simd::Scalar => {}
+                    // SAFETY: the backend was made with an instruction set that this CPU has.
+                    Simd::Avx2 => return unsafe { avx2(f, $($arg),*) },
+                    // SAFETY: as above.
+                    Simd::Avx512 | Simd::Avx512Bf16 => return unsafe { avx512(f, $($arg),*) },
+                }
+            }
+            $body(f, $($arg),*)
+        }
+    };
+}
+
+/// 2^f · 2^n as in the kernels: polynomial, exponent added; 0 below the least normal number.
+#[inline(always)]
+fn exp(x: f32) -> f32 {
+    let y = x * std::f32::consts::LOG2_E;
+    let n = y.round_ties_even().clamp(-127.0, 127.0);
+    let f = x.mul_add(std::f32::consts::LOG2_E, -n) + x * LOG2_E_REST;
+    let mut p = EXP2[0];
+    for c in &EXP2[1..] {
+        p = p.mul_add(f, *c);
+    }
+    let scale = f32::from_bits(((n as i32 + 127) as u32) << 23);
+    if x < super::kernels::EXP_MIN { 0.0 } else { p * scale }
+}
+
+/// (cap·tanh(x / cap), its derivative).
+#[inline(always)]
+fn capped(x: f32, cap: f32) -> (f32, f32) {
+    // tanh |y| = (1 − e) / (1 + e), e = exp(−2·|y|): no overflow. Small |y|: the difference 1 − e would lose digits, so a series.
+    let y = x / cap;
+    let a = y.abs();
+    let e = exp(-2.0 * a);
+    let far = (1.0 - e) / (1.0 + e);
+    let s = a * a;
+    let near =
+        a * (1.0 - s * (1.0 / 3.0 - s * (2.0 / 15.0 - s * (17.0 / 315.0 - s * (62.0 / 2835.0)))));
+    let t = if a < 0.25 { near } else { far };
+    (cap * t.copysign(x), 1.0 - t * t)
+}
+
+/// A score's final value; and by what its gradient is multiplied on the way to scale·q·k.
+#[inline(always)]
+fn value(f: &Formula, qk: f32, slope: f32, distance: i32) -> (f32, f32) {
+    let mut x = qk * f.scale;
+    let mut derivative = 1.0;
+    if f.cap > 0.0 {
+        (x, derivative) = capped(x, f.cap);
+    }
+    if f.alibi {
+        x -= slope * distance.abs() as f32;
+    }
+    (x, derivative)
+}
+
+/// Final values of scores `[keys][32 lanes]`.
+#[inline(always)]
+fn adjust_body(f: &Formula, lanes: &Lanes, keys: &[u32], scores: &mut [f32]) {
+    for (row, &key) in scores.chunks_exact_mut(LANES).zip(keys) {
+        for (lane, x) in row.iter_mut().enumerate() {
+            let distance = (key as i32).wrapping_sub(lanes.diagonal[lane]);
+            *x = value(f, *x, lanes.slope[lane], distance).0;
+        }
+    }
+    if f.bias {
+        // Lane by lane: a lane's row of the bias is contiguous.
+        for lane in 0..LANES {
+            for (row, &key) in scores.chunks_exact_mut(LANES).zip(keys) {
+                row[lane] += lanes.bias_at(lane, key);
+            }
+        }
+    }
+}
+compiled!(adjust, adjust_body, (lanes: &Lanes, keys: &[u32], scores: &mut [f32]));
+
+/// What dropout keeps of a block of keys.
+#[inline(always)]
+fn keep_body(f: &Formula, lanes: &Lanes, keys: &[u32], kept: &mut Kept) {
+    let mut block = NONE;
+    let mut random = [[0u32; LANES]; 4];
+    for (bits, &key) in kept.iter_mut().zip(keys) {
+        // Rows that are no token have weight 0 whatever is kept.
+        if key / 4 != block {
+            block = key / 4;
+            for lane in 0..LANES {
+                let four = words(
+                    f.seed,
+                    lanes.sequence[lane],
+                    lanes.head[lane],
+                    lanes.position[lane],
+                    block,
+                );
+                for (i, word) in four.into_iter().enumerate() {
+                    random[i][lane] = word;
+                }
+            }
+        }
+        *bits = 0;
+        for (lane, word) in random[key as usize % 4].iter().enumerate() {
+            *bits |= u32::from(*word >= f.below) << lane;
+        }
+    }
+}
+compiled!(keep, keep_body, (lanes: &Lanes, keys: &[u32], kept: &mut Kept));
+
+/// Zeroes dropped weights of P, units `[keys / pairs][32 lanes]`.
+pub fn drop_weights(units: &mut [u32], pairs: usize, kept: &[u32]) {
+    for (row, keys) in units.chunks_exact_mut(LANES).zip(kept.chunks(pairs)) {
+        for (lane, unit) in row.iter_mut().enumerate() {
+            let keep = |key: usize| keys.get(key).is_none_or(|bits| bits >> lane & 1 == 1);
+            *unit &= match (pairs, keep(0), keep(1)) {
+                (1, true, _) | (_, true, true) => u32::MAX,
+                (2, true, false) => 0xffff,
+                (2, false, true) => 0xffff_0000,
+                _ => 0,
+            };
+        }
+    }
+}
+
+/// A panel of the backward pass: rows of `stride`, one for each lane.
+pub struct Panel<'a> {
+    /// q·k; becomes the weights that multiply dO.
+    pub scores: &'a mut [f32],
+    /// dO·v; becomes dS, without the scale.
+    pub d_p: &'a mut [f32],
+    /// Between lanes.
+    pub stride: usize,
+    /// LSE of every lane.
+    pub lse: &'a [f32; LANES],
+    /// Σ O∘dO of every lane.
+    pub delta: &'a [f32; LANES],
+    /// First key that a lane sees, and one past the last.
+    pub bounds: (&'a [i32; LANES], &'a [i32; LANES]),
+}
+
+/// P' and dS of a panel of keys.
+#[inline(always)]
+fn gradient_body(f: &Formula, lanes: &Lanes, keys: &[u32], kept: &Kept, panel: &mut Panel) {
+    for lane in 0..LANES {
+        let (lse, delta) = (panel.lse[lane], panel.delta[lane]);
+        let (lo, hi) = (panel.bounds.0[lane], panel.bounds.1[lane]);
+        let (slope, diagonal) = (lanes.slope[lane], lanes.diagonal[lane]);
+        let at = lane * panel.stride..lane * panel.stride + keys.len();
+        let rows = panel.scores[at.clone()].iter_mut().zip(&mut panel.d_p[at]);
+        for (i, (((s, d), &key), bits)) in rows.zip(keys).zip(kept).enumerate() {
+            let (mut x, derivative) = value(f, *s, slope, (key as i32).wrapping_sub(diagonal));
+            let seen = (lo..hi).contains(&(i as i32));
+            if f.bias && seen {
+                x += lanes.bias_at(lane, key);
+            }
+            let p = exp(x - lse);
+            let weight = if !f.drops() || bits >> lane & 1 == 1 { f.grow } else { 0.0 };
+            let slant = p * (*d * weight - delta);
+            if f.bias && seen {
+                lanes.add_to_bias(lane, key, slant);
+            }
+            *s = if seen { p * weight } else { 0.0 };
+            *d = if seen { slant * derivative } else { 0.0 };
+        }
+    }
+}
+compiled!(gradient, gradient_body, (lanes: &Lanes, keys: &[u32], kept: &Kept, panel: &mut Panel));
+
+/// Pairs P and dS as the products want them: neighbouring lanes, and neighbouring keys of dS. bf16, rounded to nearest.
+pub fn pair(
+    panel: &Panel,
+    keys: usize,
+    p_lanes: &mut [u32],
+    ds_lanes: &mut [u32],
+    ds_keys: &mut [u32],
+) {
+    let both = |a: f32, b: f32| {
+        u32::from(half::bf16::from_f32(a).to_bits())
+            | u32::from(half::bf16::from_f32(b).to_bits()) << 16
+    };
+    let stride = panel.stride;
+    for lane in (0..LANES).step_by(2) {
+        for key in 0..keys {
+            let (at, next) = (lane * stride + key, (lane + 1) * stride + key);
+            p_lanes[lane / 2 * stride + key] = both(panel.scores[at], panel.scores[next]);
+            ds_lanes[lane / 2 * stride + key] = both(panel.d_p[at], panel.d_p[next]);
+        }
+    }
+    for lane in 0..LANES {
+        for key in (0..keys).step_by(2) {
+            let at = lane * stride + key;
+            ds_keys[lane * stride + key / 2] = both(panel.d_p[at], panel.d_p[at + 1]);
+        }
+    }
+}
+
+/// The softmax of a row and its sink: (factor for the un-normalised output, LSE).
+pub fn with_sink(max: f32, sum: f32, sink: f32) -> (f32, f32) {
+    let top = max.max(sink);
+    let own = if max == f32::NEG_INFINITY { 0.0 } else { (max - top).exp() };
+    let total = sum * own + (sink - top).exp();
+    (own / total, top + total.ln())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn exp_is_good_to_two_ulp() {
+        super::super::kernels::tests::sweep(|x: [f32; 16]| x.map(exp));
+    }
+
+    #[test]
+    fn soft_cap_and_its_derivative() {
+        for cap in [0.5f32, 30.0] {
+            for i in -4000..=4000 {
+                let x = i as f32 * 0.01 * cap;
+                let (y, d) = capped(x, cap);
+                let t = (f64::from(x) / f64::from(cap)).tanh();
+                assert!(
+                    (f64::from(y) - f64::from(cap) * t).abs()
+                        <= 4e-7 * f64::from(cap) * t.abs().max(1e-30),
+                    "{x} {y}"
+                );
+                assert!((f64::from(d) - (1.0 - t * t)).abs() <= 5e-7, "{x} {d}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_sink_joins_the_softmax() {
+        let (factor, lse) = with_sink(f32::NEG_INFINITY, 0.0, 1.5);
+        assert_eq!((factor, lse), (0.0, 1.5));
+        let (factor, lse) = with_sink(2.0, 3.0, -1.0);
+        let total = 3.0f64 * 2f64.exp() + (-1f64).exp();
+        assert!((f64::from(factor) * total / 2f64.exp() - 1.0).abs() < 1e-6);
+        assert!((f64::from(lse) - total.ln()).abs() < 1e-6);
+        assert_eq!(with_sink(2.0, 3.0, f32::NEG_INFINITY).1, 2.0 + 3f32.ln());
+    }
+}
