@@ -893,6 +893,15 @@ inline std::vector<CommType> comm_types_per_layer(const std::string &names, std:
     return types;
 }
 
+/// Where samples of these lengths run, and the number of micro-batches; see cp_schedule_samples.
+inline std::pair<std::vector<cp_placement>, std::uint32_t> schedule_samples(cp_schedule_config config, const std::vector<std::uint32_t> &lengths) {
+    config.struct_size = sizeof config;
+    std::vector<cp_placement> placements(lengths.size());
+    std::uint32_t micro_batches = 0;
+    check(cp_schedule_samples(&config, lengths.data(), lengths.size(), placements.data(), &micro_batches));
+    return {placements, micro_batches};
+}
+
 } // namespace cp
 
 #endif // CONTEXT_PARALLEL_HPP

@@ -266,6 +266,11 @@ void errors() {
     THROWS(invalid_argument, "\"xp\" is no axis", cp::mesh_members(mesh, "xp", 5));
     EXPECT((cp::comm_types_per_layer("a2a allgather", 4)[3] == cp::CommType::all_gather));
     THROWS(invalid_argument, "got 2 names for 3 layers", cp::comm_types_per_layer("a2a p2p", 3));
+    cp_schedule_config ranks{};
+    ranks.ranks = 3, ranks.tokens_per_rank = 8;
+    const auto schedule = cp::schedule_samples(ranks, {20, 3, 2});
+    EXPECT(schedule.second == 1 && schedule.first[0].first_rank == 0 && schedule.first[0].rank_count == 3);
+    THROWS(invalid_argument, "lengths[1]: got 0", cp::schedule_samples(ranks, {20, 0}));
     cp::AttentionConfig odd = small();
     odd.head_dim_qk = 12;
     THROWS(invalid_argument, "head_dim_qk: got 12", cp::Attention attention(odd));
