@@ -4,7 +4,7 @@ mod engine;
 
 use crate::backend::View;
 use crate::backend::cpu::Cpu;
-use crate::backend::cuda::{Cuda, check_view};
+use crate::backend::cuda::{Cuda, Scores, check_view};
 use crate::driver::{self, CUstream};
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
@@ -242,12 +242,8 @@ impl Attention {
         cuda: Cuda,
         allocator: Option<Allocator>,
     ) -> Result<Attention> {
-        cuda.supports(config.dtype, config.dim_qk, config.dim_v)?;
-        if !config.score.is_plain() {
-            return Err(Error::unsupported(
-                "softcap, alibi_slopes, dropout, sinks, max_logit: not on CUDA yet; on the CPU they are",
-            ));
-        }
+        let Config { dtype, dim_qk, dim_v, .. } = config;
+        cuda.supports(dtype, dim_qk, dim_v, Scores::of(&config.score))?;
         let solo = Group::solo_on(cuda.device());
         Attention::with(config, Engine::on_device(cuda, allocator)?, solo)
     }
@@ -404,6 +400,7 @@ impl Attention {
             4 * full.ranks as usize,
             full.inner as usize,
             [rows as usize * full.inner as usize, total as usize],
+            &self.config.score,
         );
         let packed = if at.group.same_pieces() { self.most_packed(&full) } else { 0 };
         let (gathering, bound) = (gathering + tables + packed, bound + tables + packed);

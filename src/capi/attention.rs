@@ -100,9 +100,11 @@ pub unsafe extern "C" fn cp_query_support(
         let config = asked.config;
         match asked.place {
             Place::Cpu => thread_count(asked.threads).map(|_| ())?,
-            Place::Cuda(ordinal) => Cuda::new(Device::get(ordinal)?)?
-                .supports(config.dtype, config.dim_qk as _, config.dim_v as _)
-                .map(|_| ())?,
+            Place::Cuda(ordinal) => {
+                let Config { dtype, dim_qk, dim_v, .. } = config;
+                let cuda = Cuda::new(Device::get(ordinal)?)?;
+                cuda.supports(dtype, dim_qk, dim_v, Scores::of(&config.score)).map(|_| ())?
+            }
         }
         if ranks == 0 {
             return Err(Error::argument("ranks: got 0, need at least 1"));
