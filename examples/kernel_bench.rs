@@ -94,6 +94,7 @@ fn measure(
     let map = HeadMap { q_first: 0, group: (heads / kv_heads) as u32, kv_first: 0 };
     let scale = 1.0 / (dim as f32).sqrt();
     let forward = Forward {
+        effects: None,
         q,
         k,
         v,
@@ -102,9 +103,23 @@ fn measure(
         scale,
         state: None,
         first: true,
-        last: Some(Output { out, lse }),
+        last: Some(Output { out, lse, top: None }),
     };
-    let backward = Backward { q, k, v, d_out, lse, delta, slices, heads: map, scale, dq, dk, dv };
+    let backward = Backward {
+        effects: None,
+        q,
+        k,
+        v,
+        d_out,
+        lse,
+        delta,
+        slices,
+        heads: map,
+        scale,
+        dq,
+        dk,
+        dv,
+    };
     let mut progress = || Ok(());
     let (mut times_forward, mut times_backward) = ([0f64; 5], [0f64; 5]);
     for run in 0..5 {

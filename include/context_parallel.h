@@ -207,6 +207,16 @@
 // CUDA: through page-locked host memory and a transport of the CPU's, the last resort. Slow: hosts wait for their devices; nothing is capturable.
 #define CP_TRANSPORT_STAGED 4
 
+// It is not asked for.
+#define CP_REACH_NONE 0
+
+// This rank's part: the caller puts the ranks' together, as it does with its other gradients. What is forward's is of the rows and heads that this
+// rank computes (with a2a the others' are -inf), what is backward's of its own rows and all heads.
+#define CP_REACH_RANK 1
+
+// The whole group's: the same number on every rank, for one more exchange of some bytes.
+#define CP_REACH_GROUP 2
+
 // Forward.
 #define CP_PASS_FORWARD 0
 
@@ -431,6 +441,9 @@ typedef void *(*cp_device_alloc_fn)(void *ctx, size_t bytes, void *stream);
 // Takes memory back that a cp_device_alloc_fn gave, before the call that got it returns: work enqueued on `stream` so far still uses it.
 typedef void (*cp_device_free_fn)(void *ctx, void *ptr, size_t bytes, void *stream);
 
+// How far a number per head reaches.
+typedef uint32_t cp_reach;
+
 // A layer: what stays the same over its calls.
 typedef struct cp_attention_config {
     // sizeof(cp_attention_config).
@@ -477,6 +490,22 @@ typedef struct cp_attention_config {
     cp_device_free_fn device_free;
     // First argument of both.
     void *device_alloc_ctx;
+    // Soft-cap: scores x = softmax_scale·q·k become softcap·tanh(x/softcap); 0 = none.
+    float softcap;
+    // Probability of dropping a weight, 0 … below 1. What is dropped depends on seed, sequence, head and positions only, not on the ranks.
+    float dropout;
+    // ALiBi: slopes of the query heads, `[heads]`, host memory that is read during the call only; NULL = none. A score loses
+    // slope·|key position − diagonal|, after the soft-cap; the diagonal is the mask's.
+    const float *alibi_slopes;
+    // Number of query head 0 among the heads of the whole model, for dropout: ranks of tensor parallelism hold different ones.
+    uint32_t head_offset;
+    // CP_REACH_*, not CP_REACH_NONE: every query head has a sink, given with every call; the gradient that backward writes is this rank's part, or
+    // the sum over the group. Off-by-one softmax is a sink of 0.
+    cp_reach sinks;
+    // CP_REACH_*, not CP_REACH_NONE: forward writes the largest visible score of every query head, over this rank's part or over the group.
+    cp_reach max_logit;
+    // Must be 0.
+    uint32_t reserved;
 } cp_attention_config;
 
 // Communication type: the four names that Megatron uses.
@@ -570,7 +599,7 @@ typedef struct cp_context {
     uint64_t problem;
     // Group and communication that forward used.
     uint64_t attached;
-    // Reserved for the dropout seed; 0.
+    // Forward's dropout seed.
     uint64_t dropout_seed;
     // 0.
     uint64_t reserved;
@@ -605,6 +634,15 @@ typedef struct cp_forward_args {
     size_t workspace_bytes;
     // For backward; may be NULL. [out]
     struct cp_context *context;
+    // With sinks: `[heads]` fp32, ndim 1. [in]
+    struct cp_tensor sinks;
+    // With max_logit: `[heads]` fp32, ndim 1; -inf where nothing is seen. [out]
+    struct cp_tensor max_logit;
+    // With dropout: the seed, equal on all ranks.
+    uint64_t dropout_seed;
+    // With dropout: a number for every sequence, `[count]`, equal on all ranks: equal numbers drop alike, wherever and with whatever else they
+    // are computed. NULL = index in the call.
+    const uint32_t *sequence_ids;
 } cp_forward_args;
 
 // Arguments of cp_attention_backward: what forward had, the gradient of the output, and where the gradients go.
@@ -643,6 +681,12 @@ typedef struct cp_backward_args {
     void *workspace;
     // Bytes at `workspace`.
     size_t workspace_bytes;
+    // As in forward. [in]
+    struct cp_tensor sinks;
+    // With sinks: their gradient, `[heads]` fp32, ndim 1. [out]
+    struct cp_tensor d_sinks;
+    // As in forward; the seed is in the context.
+    const uint32_t *sequence_ids;
 } cp_backward_args;
 
 // Which half of a training step a plan is for.

@@ -173,7 +173,7 @@ struct Forward {
                 cp_async_commit();
             }
             if (pending) {
-                softmax.meet(scores, out, scale_log2, SCORE && p.top.ptr != 0 ? 0.0f : softmax.SLACK);
+                softmax.meet(scores, out, scale_log2, SCORE && p.flags & CP_LARGEST ? 0.0f : softmax.SLACK);
                 multiply_values(scores, v_tile, scale_log2, kept);
             }
             if (more) {

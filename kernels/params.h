@@ -59,6 +59,7 @@ struct cp_sequence {
 #define CP_FIRST 1u          // forward: start from the empty state instead of reading it
 #define CP_LAST 2u           // forward: normalise and write out and lse instead of leaving the state
 #define CP_DETERMINISTIC 4u  // backward: dQ is added in the order of the tiles
+#define CP_LARGEST 8u        // forward, *_score: the state's maximum is the true one in all steps, so that the last can write top
 
 // One attend step. Forward uses q, k, v, acc_*, out, lse; backward q, k, v, d_out, lse, delta, dq, dk, dv.
 // Work number w of the grid: forward tile w / heads, head w % heads; backward tile w / kv_heads, key head w % kv_heads, for all query heads
@@ -86,7 +87,7 @@ struct cp_attention_params {
     uint64_t q_tokens, k_positions, sequences;  // cp_token[] and uint32_t[], one per row; cp_sequence[]
     uint64_t alibi;                             // float per global query head; null: none
     cp_view sinks;                              // fp32, row 0, by global query head; null ptr: none
-    cp_view top;                                // forward with CP_LAST: fp32, the largest visible score of a row; null ptr: not asked for
+    cp_view top;                                // forward with CP_LAST and CP_LARGEST: fp32, the largest visible score of a row; null ptr: not asked for
     // Places of features that are not computed yet; all zero.
     cp_view bias, d_bias;
     uint64_t k_scale, v_scale;

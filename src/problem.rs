@@ -200,6 +200,11 @@ impl Problem {
         self.heads / self.kv_heads
     }
 
+    /// Columns of an additive bias: keys of a padded sequence, of the longest if they are packed.
+    pub fn bias_columns(&self) -> u32 {
+        self.seqs.iter().map(|s| s.k.padded).max().unwrap_or(0)
+    }
+
     /// 64 bits that two ranks compare; includes the library's version. FNV-1a.
     pub fn fingerprint(&self) -> u64 {
         let mut h = Fnv::default();
@@ -248,6 +253,9 @@ impl Problem {
             return bad(format!("softmax_scale: got {}, must be finite", self.scale));
         }
         self.score.validate(self.heads)?;
+        if self.packed && self.score.bias.is_some_and(|b| b.batch) {
+            return bad("bias: packed sequences have no batch dimension".into());
+        }
         for side in [Side::Query, Side::Key] {
             self.validate_lengths(side)?;
         }
@@ -255,6 +263,9 @@ impl Problem {
             validate_list(self, q, Side::Query)?;
             validate_list(self, k, Side::Key)?;
             validate_steps(self, q, k)?;
+            if !self.packed && self.score.bias.is_some_and(|b| !b.batch && b.queries) {
+                validate_entries_alike(q)?;
+            }
         }
         Ok(())
     }
@@ -340,6 +351,21 @@ fn validate_list(p: &Problem, lists: &[Vec<crate::partition::Stretch>], side: Si
         if let Some(position) = positions.iter().position(|&h| h == u32::MAX) {
             return Err(Error::argument(format!(
                 "{name} partition list: position {position} of sequence {seq} is on no rank"
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Batch entries share the rows of a bias only if a rank holds the same positions of each.
+fn validate_entries_alike(lists: &[Vec<crate::partition::Stretch>]) -> Result<()> {
+    for (rank, list) in lists.iter().enumerate() {
+        let of =
+            |seq: u32| list.iter().filter(move |s| s.seq == seq).map(|s| (s.start, s.step, s.len));
+        if let Some(s) = list.iter().find(|s| !of(s.seq).eq(of(list[0].seq))) {
+            return Err(Error::argument(format!(
+                "bias: shared by batch entries, but the partition list of rank {rank} deals entry {} otherwise than entry {}",
+                s.seq, list[0].seq
             )));
         }
     }

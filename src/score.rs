@@ -101,6 +101,11 @@ impl Score {
                 "alibi_slopes: got {got}, need one for each of {heads} query heads"
             )));
         }
+        if self.bias.is_some_and(|b| b.gradient && !b.queries) {
+            return Err(Error::argument(
+                "bias: a gradient needs one bias per query; that of one for all is not offered",
+            ));
+        }
         if let Some(slope) = self.slopes.iter().find(|s| !s.is_finite()) {
             return Err(Error::argument(format!("alibi_slopes: got {slope}, must be finite")));
         }

@@ -121,7 +121,8 @@ impl Engine {
 impl OnDevice {
     fn shape(&self, config: &Config) -> &'static Shape {
         let Config { dtype, dim_qk, dim_v, .. } = *config;
-        let shape = self.cuda.supports(dtype, dim_qk, dim_v, Scores::of(&config.score));
+        let shape = Scores::of(&config.score)
+            .and_then(|scores| self.cuda.supports(dtype, dim_qk, dim_v, scores));
         shape.expect("asked when the layer was made")
     }
 

@@ -243,7 +243,7 @@ impl Attention {
         allocator: Option<Allocator>,
     ) -> Result<Attention> {
         let Config { dtype, dim_qk, dim_v, .. } = config;
-        cuda.supports(dtype, dim_qk, dim_v, Scores::of(&config.score))?;
+        cuda.supports(dtype, dim_qk, dim_v, Scores::of(&config.score)?)?;
         let solo = Group::solo_on(cuda.device());
         Attention::with(config, Engine::on_device(cuda, allocator)?, solo)
     }
@@ -587,9 +587,15 @@ impl Attention {
                 Tensor::Q | Tensor::K | Tensor::DQ | Tensor::DK => p.dim_qk,
                 _ => p.dim_v,
             });
-            let want = match tensor.per_head() {
-                true => [1, 1, heads, 1],
-                false => [batch, local / batch, heads, dim],
+            let want = match (tensor, p.score.bias) {
+                (Tensor::Bias | Tensor::DBias, Some(b)) => [
+                    if b.batch { batch } else { 1 },
+                    if b.queries { local / batch } else { 1 },
+                    if b.heads { heads } else { 1 },
+                    i64::from(p.bias_columns()),
+                ],
+                (tensor, _) if tensor.per_head() => [1, 1, heads, 1],
+                _ => [batch, local / batch, heads, dim],
             };
             if *shape != want {
                 let name = name(*tensor);
@@ -666,5 +672,7 @@ pub fn name(tensor: Tensor) -> &'static str {
         Tensor::SinkTerms => "sink terms",
         Tensor::Top => "row maxima",
         Tensor::MaxLogit => "max_logit",
+        Tensor::Bias => "bias",
+        Tensor::DBias => "d_bias",
     }
 }

@@ -166,12 +166,13 @@ impl Cpu {
         let task = Shared(forward::Task { step, kernels, tiling: &tiling, beyond });
         let (first, last) = (step.heads.kv_of(0), step.heads.kv_of(heads - 1));
         let kv_heads = last + 1 - first;
-        let result = self.parallel(tiling.tiles * kv_heads, progress, &|i, scratch, tick| {
-            // Last tiles first: under a causal mask they are the long ones.
-            let (tile, kv) = (tiling.tiles - 1 - i / kv_heads, first + i % kv_heads);
-            // SAFETY: the caller's promise; every (tile, key head) is one task.
-            unsafe { task.get().run(tile, kv, scratch, tick) }
-        });
+        let result =
+            self.parallel(tiling.tiles * kv_heads, false, progress, &|i, scratch, tick| {
+                // Last tiles first: under a causal mask they are the long ones.
+                let (tile, kv) = (tiling.tiles - 1 - i / kv_heads, first + i % kv_heads);
+                // SAFETY: the caller's promise; every (tile, key head) is one task.
+                unsafe { task.get().run(tile, kv, scratch, tick) }
+            });
         (self.tiling, self.places) = (tiling, places);
         result
     }
@@ -202,7 +203,10 @@ impl Cpu {
         });
         let task = Shared(backward::Task { step, kernels, tiling: &tiling, turns: &turns, beyond });
         let blocks = step.k.rows.div_ceil(tile::KEYS);
-        let result = self.parallel(blocks * kv_heads, progress, &|i, scratch, tick| {
+        // A gradient of the bias that heads share has an order of adding only if there is one thread.
+        let d_bias = step.effects.as_ref().and_then(|e| e.d_bias);
+        let alone = d_bias.is_some_and(|view| view.heads == 1) && kv_heads > 1;
+        let result = self.parallel(blocks * kv_heads, alone, progress, &|i, scratch, tick| {
             // Blocks ascend, so that whoever waits for its turn waits for a task that someone has begun.
             let (block, kv) = (i / kv_heads, first + i % kv_heads);
             // SAFETY: the caller's promise; every (block, key head) is one task.
@@ -249,8 +253,8 @@ impl Cpu {
     }
 
     /// Hands out tasks 0, 1, … to the threads. A task gets its thread's scratch and a function to call often, which says
-    /// whether to go on; on this thread it calls `progress`.
-    fn parallel(&self, tasks: usize, progress: Progress, task: &TaskFn) -> Result<()> {
+    /// whether to go on; on this thread it calls `progress`. `alone`: all on this thread, in order.
+    fn parallel(&self, tasks: usize, alone: bool, progress: Progress, task: &TaskFn) -> Result<()> {
         let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
         let work = |thread: usize, tick: &mut dyn FnMut() -> bool| {
             // Whoever panics stops the others too: they may be waiting for their turn after it.
@@ -279,7 +283,7 @@ impl Cpu {
             call();
             go_on()
         };
-        if self.scratch.len() == 1 || tasks <= 1 {
+        if self.scratch.len() == 1 || tasks <= 1 || alone {
             work(0, &mut tick);
         } else {
             let worker = |thread: usize| work(thread, &mut || go_on());

@@ -132,6 +132,12 @@ pub struct Effects<'a> {
     pub ids: &'a [u32],
     /// One row, a sink for every global query head, fp32.
     pub sinks: Option<View>,
+    /// Additive bias: the query rows; a head for each query head, or one for all; an element for each key of the padded sequence.
+    pub bias: Option<View>,
+    /// Backward: its gradient, fp32, added to.
+    pub d_bias: Option<View>,
+    /// Per sequence: padding keys before the first true one, which the bias has columns for.
+    pub padding: &'a [u32],
 }
 
 /// One forward attend step: all rows of `q` against what `slices` let them see in `k`, `v`.

@@ -6,9 +6,9 @@ use super::group::cp_group;
 use super::guard::{
     Opaque, create, destroy, enter, extensible, guard, object, output, report, zero,
 };
-use crate::attention::{Args, Attention, Context};
+use crate::attention::{Args, Attention, Config, Context};
 use crate::backend::cpu::{Cpu, Simd};
-use crate::backend::cuda::Cuda;
+use crate::backend::cuda::{Cuda, Scores};
 use crate::driver::{CUstream, Device};
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
@@ -103,7 +103,7 @@ pub unsafe extern "C" fn cp_query_support(
             Place::Cuda(ordinal) => {
                 let Config { dtype, dim_qk, dim_v, .. } = config;
                 let cuda = Cuda::new(Device::get(ordinal)?)?;
-                cuda.supports(dtype, dim_qk, dim_v, Scores::of(&config.score)).map(|_| ())?
+                cuda.supports(dtype, dim_qk, dim_v, Scores::of(&config.score)?).map(|_| ())?
             }
         }
         if ranks == 0 {

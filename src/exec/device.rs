@@ -3,7 +3,7 @@
 //! The compute lane is the caller's stream, the comm lane the group's. It is forked from the caller's stream at the start and joined to it at
 //! the end, so that to the caller a call is work on one stream, and a capture of that stream captures all of it. Plan events become CUDA events.
 
-use super::{Memory, Slots, Stats, bind, diagonals, fill_messages};
+use super::{Memory, PerSequence, Slots, Stats, bind, fill_messages};
 use crate::backend::cuda::{
     AttendWork, Cuda, RowsWork, Sequences, Shape, SliceLimits, Staging, TableBuilder, TokenWork,
     backward_bound, forward_bound, runs_bound, tokens_bound,
@@ -152,10 +152,10 @@ impl Tokens<'_> {
     ) -> Option<TokenWork> {
         let origins = self.plan.origins.as_ref()?;
         let work = *self.work.get_or_insert_with(|| {
-            let mut of = Vec::new();
-            diagonals(self.plan, &mut of);
+            let mut of = PerSequence::default();
+            of.fill(self.plan);
             let slopes = &self.plan.problem.score.slopes;
-            let (work, sequences) = builder.tokens(&origins.queries, q_rows, &of, slopes);
+            let (work, sequences) = builder.tokens(&origins.queries, q_rows, &of.diagonals, slopes);
             self.sequences = sequences;
             work
         });
@@ -183,9 +183,9 @@ pub struct Scratch {
     staging: Staging,
     events: Vec<Event>,
     views: Vec<View>,
-    diagonals: Vec<i32>,
-    /// The table of sequences with a call's numbers.
-    sequences: Vec<u8>,
+    sequences: PerSequence,
+    /// The table of sequences with the numbers of a call.
+    numbers: Vec<u8>,
     sends: Vec<transport::Message>,
     recvs: Vec<transport::Message>,
 }
@@ -194,8 +194,8 @@ impl Scratch {
     /// Nothing is allocated yet.
     pub fn new(staging: Staging) -> Scratch {
         let (events, views, sends, recvs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        let (diagonals, sequences) = (Vec::new(), Vec::new());
-        Scratch { staging, events, views, diagonals, sequences, sends, recvs }
+        let (sequences, numbers) = (PerSequence::default(), Vec::new());
+        Scratch { staging, events, views, sequences, numbers, sends, recvs }
     }
 
     /// Allocates for calls with tables of at most so many bytes and so many events, so that they allocate nothing.
@@ -223,16 +223,16 @@ pub unsafe fn enqueue(
     scratch: &mut Scratch,
 ) -> Result<Stats> {
     let mut views = std::mem::take(&mut scratch.views);
-    let mut origins = std::mem::take(&mut scratch.diagonals);
-    diagonals(plan, &mut origins);
+    let mut sequences = std::mem::take(&mut scratch.sequences);
+    sequences.fill(plan);
     let result = bind(plan, memory, &mut views).and_then(|()| {
-        let slots = Slots { plan, dropout: memory.dropout, diagonals: &origins, views: &views };
+        let slots = Slots { plan, dropout: memory.dropout, sequences: &sequences, views: &views };
         let run = Run { slots, tables, memory, cuda, stream };
         // SAFETY: the caller's promise.
         unsafe { run.steps(link.as_mut(), scratch) }
     });
     scratch.views = views;
-    scratch.diagonals = origins;
+    scratch.sequences = sequences;
     if let (Err(e), Some(link)) = (&result, &mut link) {
         link.transport.give_up(e.clone());
     }
@@ -267,8 +267,8 @@ impl Run<'_> {
                 link.transport.capturable()?;
             }
             let Tables { blob, sequences, .. } = self.tables;
-            sequences.write(self.memory.dropout.ids, &mut scratch.sequences);
-            let patch = (sequences.at as usize, &scratch.sequences[..]);
+            sequences.write(self.memory.dropout.ids, &mut scratch.numbers);
+            let patch = (sequences.at as usize, &scratch.numbers[..]);
             scratch.staging.upload(blob, patch, self.tables(), self.stream, captured)?;
             let Some(link) = link.as_mut() else { return self.lanes(None, comm, scratch) };
             scratch.events[fork].record(self.stream)?;

@@ -3,7 +3,7 @@
 //! Compute steps run one after another on the calling thread (and the backend's workers). Exchanges form one queue: each is started
 //! as soon as the one before it is complete, and progresses whenever the backend calls back and whenever a step waits for an event.
 
-use super::{Memory, Slots, Stats, bind, diagonals, fill_messages};
+use super::{Memory, PerSequence, Slots, Stats, bind, fill_messages};
 use crate::backend::cpu::Cpu;
 use crate::backend::{CopyRows, Reduce, View};
 use crate::dtype::DType;
@@ -27,7 +27,7 @@ pub struct Link<'a> {
 #[derive(Default)]
 pub struct Scratch {
     views: Vec<View>,
-    diagonals: Vec<i32>,
+    sequences: PerSequence,
     signaled: Vec<bool>,
     queue: VecDeque<usize>,
     sends: Vec<transport::Message>,
@@ -50,9 +50,9 @@ pub unsafe fn run(
     scratch.signaled.clear();
     scratch.signaled.resize(plan.events as usize, false);
     scratch.queue.clear();
-    let mut origins = std::mem::take(&mut scratch.diagonals);
-    diagonals(plan, &mut origins);
-    let slots = Slots { plan, dropout: memory.dropout, diagonals: &origins, views: &views };
+    let mut sequences = std::mem::take(&mut scratch.sequences);
+    sequences.fill(plan);
+    let slots = Slots { plan, dropout: memory.dropout, sequences: &sequences, views: &views };
     let mut comm = Comm { slots: &slots, link, scratch, in_flight: None, stats: Stats::default() };
     // SAFETY: the caller's promise.
     let result = unsafe { steps(plan, &slots, cpu, &mut comm) };
@@ -62,7 +62,7 @@ pub unsafe fn run(
     }
     drop(comm);
     scratch.views = views;
-    scratch.diagonals = origins;
+    scratch.sequences = sequences;
     result.map(|()| stats)
 }
 

@@ -78,13 +78,26 @@ fn bind(plan: &Plan, memory: &Memory, views: &mut Vec<View>) -> Result<()> {
     Ok(())
 }
 
-/// Per sequence the key position on the diagonal of query position 0; nothing if no score depends on it.
-fn diagonals(plan: &Plan, out: &mut Vec<i32>) {
-    out.clear();
-    let p = &plan.problem;
-    if plan.origins.is_some() {
-        let shift = |s: &Sequence| i64::from(s.k.len) - i64::from(s.q.len);
-        out.extend(p.seqs.iter().map(|s| if p.mask.bottom_right { shift(s) as i32 } else { 0 }));
+/// What scores depend on besides tokens. Filled anew for every run; nothing if no score depends on it.
+#[derive(Default)]
+struct PerSequence {
+    /// The key position on the diagonal of query position 0.
+    diagonals: Vec<i32>,
+    /// Padding keys before the first true one.
+    padding: Vec<u32>,
+}
+
+impl PerSequence {
+    fn fill(&mut self, plan: &Plan) {
+        let p = &plan.problem;
+        self.diagonals.clear();
+        self.padding.clear();
+        if plan.origins.is_some() {
+            let shift = |s: &Sequence| i64::from(s.k.len) - i64::from(s.q.len);
+            let diagonal = |s| if p.mask.bottom_right { shift(s) as i32 } else { 0 };
+            self.diagonals.extend(p.seqs.iter().map(diagonal));
+            self.padding.extend(p.seqs.iter().map(|s| s.k.before));
+        }
     }
 }
 
@@ -92,8 +105,7 @@ fn diagonals(plan: &Plan, out: &mut Vec<i32>) {
 struct Slots<'a> {
     plan: &'a Plan,
     dropout: Dropout<'a>,
-    /// Per sequence, for ALiBi.
-    diagonals: &'a [i32],
+    sequences: &'a PerSequence,
     /// In the order of `plan.slots`, which is sorted.
     views: &'a [View],
 }
@@ -117,10 +129,13 @@ impl Slots<'_> {
             score: &self.plan.problem.score,
             queries: &origins.queries,
             keys: &origins.keys[stage as usize],
-            diagonals: self.diagonals,
+            diagonals: &self.sequences.diagonals,
             seed: self.dropout.seed,
             ids: self.dropout.ids,
             sinks: self.find(Slot::caller(Tensor::Sinks)),
+            bias: self.plan.bias().map(|slot| self.view(slot)),
+            d_bias: self.plan.d_bias().map(|slot| self.view(slot)),
+            padding: &self.sequences.padding,
         })
     }
 

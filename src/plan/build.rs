@@ -11,6 +11,7 @@ use crate::holding::holding;
 use crate::partition::Side;
 use crate::problem::{Problem, Wire};
 use std::collections::BTreeMap;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Plans one pass of the surveyed rank: trade heads, go through the stages, trade back.
@@ -24,7 +25,7 @@ pub(super) fn plan(
     let mut b = Builder::new(survey, rank, options);
     match pass {
         Pass::Forward => {
-            b.trade_in(&[Tensor::Q, Tensor::K, Tensor::V]);
+            b.trade_in(&[Tensor::Q, Tensor::K, Tensor::V, Tensor::Bias]);
             b.forward_stages();
             b.trade_out(&[Tensor::Out, Tensor::Lse]);
             b.max_logit();
@@ -32,15 +33,17 @@ pub(super) fn plan(
         Pass::Backward => {
             b.delta();
             b.sink_gradient();
-            let (kept, new) =
-                ([Tensor::Q, Tensor::K, Tensor::V, Tensor::Lse], [Tensor::DOut, Tensor::Delta]);
+            let (kept, new) = (
+                [Tensor::Q, Tensor::K, Tensor::V, Tensor::Lse],
+                [Tensor::DOut, Tensor::Delta, Tensor::Bias],
+            );
             // A team of one saves nothing: rows that a launch asked to pack are packed again.
             match options.saved && problem.inner > 1 {
                 true => b.trade_in(&new),
                 false => b.trade_in(&[kept.as_slice(), &new].concat()),
             }
             b.backward_stages();
-            b.trade_out(&[Tensor::DQ, Tensor::DK, Tensor::DV]);
+            b.trade_out(&[Tensor::DQ, Tensor::DK, Tensor::DV, Tensor::DBias]);
         }
     }
     Plan {
@@ -101,6 +104,17 @@ impl<'a> Builder<'a> {
         self.peer_in(self.survey.team)
     }
 
+    /// A member's heads of a tensor. A bias that all heads share is everyone's.
+    pub fn heads_of(&self, member: u32, tensor: Tensor) -> Range<u32> {
+        let share = self.share(member);
+        match tensor {
+            Tensor::Bias | Tensor::DBias if !self.problem.score.bias.is_some_and(|b| b.heads) => {
+                0..u32::from(!share.q.is_empty())
+            }
+            _ => share.side(tensor.key_side()),
+        }
+    }
+
     /// The rank in this rank's place of another team.
     pub fn peer_in(&self, team: u32) -> u32 {
         team * self.problem.inner + self.survey.member
@@ -108,7 +122,13 @@ impl<'a> Builder<'a> {
 
     /// Are the rows of this side gathered into team buffers, or used where the caller has them?
     pub fn gathered(&self, tensor: Tensor) -> bool {
-        self.problem.inner > 1 || (self.options.pack && tensor.key_side())
+        let bias = self.problem.score.bias;
+        match tensor {
+            // One row for all queries is there already.
+            Tensor::Bias => self.problem.inner > 1 && bias.is_some_and(|b| b.queries),
+            Tensor::DBias => self.problem.inner > 1 && bias.is_some_and(|b| b.gradient),
+            _ => self.problem.inner > 1 || (self.options.pack && tensor.key_side()),
+        }
     }
 
     /// Where the stages find an input: the caller's tensor, or the team's.
@@ -126,6 +146,7 @@ impl<'a> Builder<'a> {
         let rows = match kind {
             Kind::Ranks => self.problem.ranks,
             Kind::Caller if tensor.per_head() => 1,
+            Kind::Caller if tensor == Tensor::DBias => self.local_rows[0] / self.bias_copies(),
             Kind::Caller | Kind::Sum => self.local_rows[key],
             Kind::Team | Kind::Acc => {
                 if key == 1 {
@@ -151,30 +172,43 @@ impl<'a> Builder<'a> {
             return slot;
         }
         let p = self.problem;
-        let share = match kind {
-            Kind::Caller | Kind::Sum | Kind::Ranks => {
-                HeadShare { q: 0..p.heads, kv: 0..p.kv_heads }
+        let biases = matches!(tensor, Tensor::Bias | Tensor::DBias);
+        let heads = match kind {
+            Kind::Caller | Kind::Sum | Kind::Ranks if biases => {
+                if p.score.bias.is_some_and(|b| b.heads) { p.heads } else { 1 }
             }
-            Kind::Split | Kind::Merge => self.share(index),
-            _ => self.share(self.survey.member),
+            Kind::Caller | Kind::Sum | Kind::Ranks if tensor.key_side() => p.kv_heads,
+            Kind::Caller | Kind::Sum | Kind::Ranks => p.heads,
+            Kind::Split | Kind::Merge => self.heads_of(index, tensor).len() as u32,
+            _ => self.heads_of(self.survey.member, tensor).len() as u32,
         };
         let dim = match tensor {
             Tensor::Q | Tensor::K | Tensor::DQ | Tensor::DK => p.dim_qk,
             Tensor::V | Tensor::Out | Tensor::DOut | Tensor::DV => p.dim_v,
+            Tensor::Bias | Tensor::DBias => p.bias_columns(),
             _ => 1,
         };
-        let wired = matches!(tensor, Tensor::DK | Tensor::DV) && kind != Kind::Caller;
+        let wired =
+            matches!(tensor, Tensor::DK | Tensor::DV | Tensor::DBias) && kind != Kind::Caller;
         let dtype = match kind {
             Kind::Part | Kind::Acc | Kind::Sum => DType::F32,
-            _ if dim == 1 => DType::F32,
+            _ if dim == 1 && !biases => DType::F32,
             _ if wired && p.wire == Wire::F32 => DType::F32,
             _ => p.dtype,
         };
         let kept = matches!(tensor, Tensor::Q | Tensor::K | Tensor::V | Tensor::Lse);
         let saved = self.options.saved && p.inner > 1 && kind == Kind::Team && kept;
-        let heads = share.side(tensor.key_side()).len() as u32;
         self.slots.insert(slot, SlotInfo { slot, rows, heads, dim, dtype, saved });
         slot
+    }
+
+    /// How many batch entries of a bias gradient are summed into one.
+    pub fn bias_copies(&self) -> u32 {
+        let p = self.problem;
+        match p.score.bias {
+            Some(bias) if !bias.batch && !p.packed => p.seqs.len() as u32,
+            _ => 1,
+        }
     }
 
     pub fn info(&self, slot: Slot) -> SlotInfo {

@@ -58,6 +58,7 @@ fn accesses(plan: &Plan, step: &Step) -> Vec<Access> {
             let keys: Vec<Rows> = slices.iter().map(|s| Rows::range(s.k, s.k_len)).collect();
             let mut out =
                 vec![read(*q, all(*q)), read(*k, keys.clone()), read(beside(*k, Tensor::V), keys)];
+            out.extend(plan.bias().map(|slot| read(slot, all(slot))));
             if let Some((o, lse)) = last {
                 out.extend([write(*o, all(*o)), write(*lse, all(*lse))]);
                 let there = |slot: &Slot| plan.slots.iter().any(|s| s.slot == *slot);
@@ -76,6 +77,8 @@ fn accesses(plan: &Plan, step: &Step) -> Vec<Access> {
             let mut out: Vec<Access> =
                 [*q, *d_out, *lse, *delta].into_iter().map(|slot| read(slot, all(slot))).collect();
             out.push(write(acc(Tensor::DQ), all(acc(Tensor::DQ))));
+            out.extend(plan.bias().map(|slot| read(slot, all(slot))));
+            out.extend(plan.d_bias().map(|slot| write(slot, all(slot))));
             out.extend([*k, beside(*k, Tensor::V)].map(|slot| read(slot, keys.clone())));
             out.extend([*dk, beside(*dk, Tensor::DV)].map(|slot| write(slot, keys.clone())));
             out

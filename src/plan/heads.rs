@@ -30,7 +30,7 @@ impl Builder<'_> {
             let team = self.slot(Kind::Team, tensor, 0);
             let dense = packed(self.member_runs(self.survey.member, tensor), false);
             for member in 0..self.problem.inner {
-                let heads = self.share(member).side(tensor.key_side());
+                let heads = self.heads_of(member, tensor);
                 let count = heads.len() as u32;
                 if member == self.survey.member {
                     let runs = self.member_runs(member, tensor).to_vec();
@@ -84,16 +84,16 @@ impl Builder<'_> {
     /// Puts the members' heads of a tensor side by side.
     fn merge(&mut self, arrived: Option<Event>, tensor: Tensor) {
         let caller = self.slot(Kind::Caller, tensor, 0);
-        let local = self.info(caller).rows;
-        let shared = self.heads_are_shared(tensor);
+        let shared = self.heads_are_shared(tensor) || self.sums_batch(tensor);
         let dst = if shared { self.slot(Kind::Sum, tensor, 0) } else { caller };
         let spread = packed(self.member_runs(self.survey.member, tensor), true);
+        let local = self.info(dst).rows;
         match shared {
             true => self.clear(&[], dst, local),
             false => self.fill_padding(tensor, caller),
         }
         for member in 0..self.problem.inner {
-            let heads = self.share(member).side(tensor.key_side());
+            let heads = self.heads_of(member, tensor);
             let (count, to) = (heads.len() as u32, (dst, heads.start));
             if member == self.survey.member {
                 let runs = self.member_runs(member, tensor).iter().map(reverse).collect();
@@ -104,10 +104,28 @@ impl Builder<'_> {
                 self.copy_heads(&[arrived], (merge, 0), to, count, spread.clone(), shared);
             }
         }
-        if shared {
+        if tensor == Tensor::DBias && shared {
+            self.finish_bias(dst);
+        } else if shared {
             let all = Run { src: 0, src_step: 1, dst: 0, dst_step: 1, rows: local };
             self.copy(&[], dst, caller, vec![all], false);
         }
+    }
+
+    /// The gradient of a bias that batch entries share is the sum over them.
+    fn sums_batch(&self, tensor: Tensor) -> bool {
+        tensor == Tensor::DBias && self.bias_copies() > 1
+    }
+
+    /// From fp32 sums of this rank's rows and all heads to the caller's gradient of the bias.
+    pub fn finish_bias(&mut self, sums: Slot) {
+        let caller = self.slot(Kind::Caller, Tensor::DBias, 0);
+        let rows = self.info(caller).rows;
+        let run = |src| Run { src, src_step: 1, dst: 0, dst_step: 1, rows };
+        for entry in 1..self.bias_copies() {
+            self.copy(&[], sums, sums, vec![run(entry * rows)], true);
+        }
+        self.copy(&[], sums, caller, vec![run(0)], false);
     }
 
     /// Where the stages left a result: the team buffer, or the fp32 accumulator where that is what travels.
@@ -116,10 +134,15 @@ impl Builder<'_> {
         self.slot(if only_packed { Kind::Acc } else { Kind::Team }, tensor, 0)
     }
 
-    /// Does a key head belong to several members' shares?
+    /// Does a head belong to several members' shares?
     fn heads_are_shared(&self, tensor: Tensor) -> bool {
-        let total: u32 = (0..self.problem.inner).map(|m| self.share(m).kv.len() as u32).sum();
-        tensor.key_side() && total > self.problem.kv_heads
+        let p = self.problem;
+        let all = match tensor {
+            Tensor::DBias => u32::from(!p.score.bias.is_some_and(|b| b.heads)),
+            _ => p.kv_heads,
+        };
+        let total: u32 = (0..p.inner).map(|m| self.heads_of(m, tensor).len() as u32).sum();
+        (tensor.key_side() || (tensor == Tensor::DBias && all > 0)) && total > all
     }
 
     /// A whole Split or Merge buffer, to or from the member it is for. It holds this rank's tokens, so it is cut as they lie in team buffers.

@@ -93,6 +93,10 @@ pub enum Tensor {
     Top,
     /// Of every query head: one row, fp32.
     MaxLogit,
+    /// Additive bias: one row per query, an element per key of the whole sequence.
+    Bias,
+    /// Its gradient.
+    DBias,
 }
 
 impl Tensor {
@@ -434,6 +438,18 @@ impl Plan {
             Ok(index) => &self.slots[index],
             Err(_) => panic!("plan has no slot {slot:?}"),
         }
+    }
+
+    /// Where attend steps find the bias.
+    pub fn bias(&self) -> Option<Slot> {
+        let slots = [Slot::of(Kind::Team, Tensor::Bias), Slot::caller(Tensor::Bias)];
+        slots.into_iter().find(|slot| self.slots.binary_search_by_key(slot, |s| s.slot).is_ok())
+    }
+
+    /// Where backward adds its gradient.
+    pub fn d_bias(&self) -> Option<Slot> {
+        let slot = Slot::of(Kind::Acc, Tensor::DBias);
+        self.slots.binary_search_by_key(&slot, |s| s.slot).ok().map(|_| slot)
     }
 
     /// Query head → key head for this rank's share.

@@ -111,6 +111,9 @@ impl Builder<'_> {
         if self.problem.score.sinks.is_some() {
             self.slot(Kind::Caller, Tensor::Sinks, 0);
         }
+        if self.problem.score.bias.is_some() {
+            self.input(Tensor::Bias);
+        }
         // A stage without work is skipped, so the last attend is the last one with work.
         let last = (1..=n).rev().find(|s| !survey.stage(*s).work.is_empty()).unwrap_or(0);
         if last > 0 {
@@ -167,6 +170,14 @@ impl Builder<'_> {
             let acc = self.slot(Kind::Acc, tensor, 0);
             let rows = self.info(acc).rows;
             self.clear(&[], acc, rows);
+        }
+        if let Some(bias) = self.problem.score.bias {
+            self.input(Tensor::Bias);
+            if bias.gradient {
+                let acc = self.slot(Kind::Acc, Tensor::DBias, 0);
+                let rows = self.info(acc).rows;
+                self.clear(&[], acc, rows);
+            }
         }
         let own_work = &self.survey.own;
         let (first_half, mut second_half) =
@@ -353,6 +364,16 @@ impl Builder<'_> {
             } else if !self.gathered(tensor) {
                 let caller = self.slot(Kind::Caller, tensor, 0);
                 self.copy(&[], acc, caller, vec![straight(rows)], false);
+            }
+        }
+        if self.problem.score.bias.is_some_and(|b| b.gradient) {
+            let acc = Slot::of(Kind::Acc, Tensor::DBias);
+            if self.problem.inner > 1 {
+                let rows = self.info(acc).rows;
+                let team = self.slot(Kind::Team, Tensor::DBias, 0);
+                self.copy(&[], acc, team, vec![straight(rows)], false);
+            } else {
+                self.finish_bias(acc);
             }
         }
     }

@@ -268,6 +268,7 @@ fn memory_is_proportional_to_the_rows() {
     };
     let global = Inputs {
         sinks: Vec::new(),
+        bias: Vec::new(),
         q: tensor(1, HEADS),
         k: tensor(2, KV_HEADS),
         v: tensor(3, KV_HEADS),

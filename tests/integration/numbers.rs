@@ -139,6 +139,7 @@ impl Run {
                 .check(tensor, got.get(tensor))
                 .map_err(|e| format!("{e}\n    in {self}"))?;
         }
+        reference.check_bias(&got.d_bias).map_err(|e| format!("{e}\n    in {self}"))?;
         reference
             .check_numbers(&got.d_sinks, &got.max_logit)
             .map_err(|e| format!("{e}\n    in {self}"))?;

@@ -42,6 +42,8 @@ pub struct Results<T> {
     pub d_sinks: Vec<T>,
     /// `[head]`, −inf of heads that see nothing; empty where it is not asked for.
     pub max_logit: Vec<T>,
+    /// `[batch, head, query, key]`, 1 where one is for all; empty where there is no gradient of the bias.
+    pub d_bias: Vec<T>,
 }
 
 impl<T: Copy> Results<T> {
@@ -55,6 +57,10 @@ impl<T: Copy> Results<T> {
             dk: vec![zero; nk * case.kv_heads * case.dim_qk],
             dv: vec![zero; nk * case.kv_heads * case.dim_v],
             d_sinks: vec![zero; case.sinks.map_or(0, |_| case.heads)],
+            d_bias: match case.bias {
+                Some(bias) if bias.gradient => vec![zero; case.bias_dims().iter().product()],
+                _ => Vec::new(),
+            },
             max_logit: vec![minus_infinity; case.max_logit.map_or(0, |_| case.heads)],
         }
     }

@@ -10,7 +10,7 @@ use context_parallel::plan::account::workspace_bytes;
 use context_parallel::plan::check::check;
 use context_parallel::plan::{self, Options, Pass, Plan};
 use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
-use context_parallel::score::{Reach, Score};
+use context_parallel::score::{BiasShape, Reach, Score};
 use std::sync::Arc;
 
 /// Xorshift (Marsaglia, 2003), 64 bits.
@@ -160,9 +160,17 @@ fn any_score(r: &mut Random) -> Score {
             softcap: if r.one_in(2) { 3.0 } else { 0.0 },
             sinks: r.of(&reach),
             max_logit: r.of(&reach),
+            bias: any_bias(r),
             ..Score::default()
         },
     }
+}
+
+fn any_bias(r: &mut Random) -> Option<BiasShape> {
+    let queries = !r.one_in(4);
+    let shape =
+        BiasShape { batch: false, heads: r.one_in(2), queries, gradient: queries && r.one_in(2) };
+    (!r.one_in(3)).then_some(shape)
 }
 
 fn any_mask(r: &mut Random, length: u32) -> Mask {

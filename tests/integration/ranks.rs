@@ -151,7 +151,7 @@ impl Local {
 }
 
 /// The tensors of a training step.
-pub const TENSORS: [Tensor; 12] = [
+pub const TENSORS: [Tensor; 14] = [
     Tensor::Q,
     Tensor::K,
     Tensor::V,
@@ -164,6 +164,8 @@ pub const TENSORS: [Tensor; 12] = [
     Tensor::Sinks,
     Tensor::DSinks,
     Tensor::MaxLogit,
+    Tensor::Bias,
+    Tensor::DBias,
 ];
 /// Those that the library writes.
 pub const OUTPUTS: [Tensor; 5] = [Tensor::Out, Tensor::Lse, Tensor::DQ, Tensor::DK, Tensor::DV];
@@ -193,6 +195,9 @@ impl Shard {
             let (heads, dim) = width(p, tensor);
             let rows = holding(p, rank, side(tensor)).rows as usize;
             let dtype = if dim == 1 { DType::F32 } else { p.dtype };
+            if matches!(tensor, Tensor::Bias | Tensor::DBias) {
+                return (tensor, bias(p, rank, global, tensor));
+            }
             if tensor.per_head() {
                 let mut local = Local::new(dtype, [1, 1, heads, 1], Layout::Dense);
                 if tensor == Tensor::Sinks {
@@ -231,6 +236,58 @@ impl Shard {
     pub fn bits(&self, which: &[Tensor]) -> Vec<Vec<u64>> {
         which.iter().map(|t| self.get(*t).bytes.clone()).collect()
     }
+}
+
+/// [batch, heads, queries, keys] of the global bias, and of a rank's.
+fn bias_dims(p: &Problem, rank: u32) -> [[usize; 4]; 2] {
+    let Some(b) = p.score.bias else { return [[0; 4], [1; 4]] };
+    let batch = if p.packed { 1 } else { p.seqs.len() };
+    let padded: Vec<usize> = p.seqs.iter().map(|s| s.q.padded as usize).collect();
+    let whole = if p.packed { padded.iter().sum() } else { padded[0] };
+    let local = holding(p, rank, Side::Query).rows as usize / batch;
+    let or_1 = |there, n| if there { n } else { 1 };
+    [whole, local].map(|queries| {
+        let heads = or_1(b.heads, p.heads as usize);
+        [or_1(b.batch, batch), heads, or_1(b.queries, queries), p.bias_columns() as usize]
+    })
+}
+
+/// Calls `f(entry, head, local row, element of the global bias)` for every row of a rank's bias.
+fn bias_rows(p: &Problem, rank: u32, mut f: impl FnMut(usize, usize, usize, usize)) {
+    let [[_, heads, queries, keys], [batch, _, local, _]] = bias_dims(p, rank);
+    let tokens = tokens(p, rank, Side::Query);
+    let rows = tokens.len() / if p.packed { 1 } else { p.seqs.len() };
+    for entry in 0..batch {
+        for head in 0..heads {
+            for row in 0..local {
+                let position = match (queries, p.packed) {
+                    (1, _) => 0,
+                    (_, true) => tokens[row] as usize,
+                    _ => tokens[entry * rows + row] as usize - entry * p.seqs[0].q.padded as usize,
+                };
+                f(entry, head, row, ((entry * heads + head) * queries + position) * keys);
+            }
+        }
+    }
+}
+
+/// A rank's bias, or the place for its gradient: `[batch, heads, queries, keys]` in memory, what is for all once.
+fn bias(p: &Problem, rank: u32, global: &Inputs, tensor: Tensor) -> Local {
+    let [_, [batch, heads, queries, keys]] = bias_dims(p, rank);
+    let mut local = Local::new(p.dtype, [batch, queries, heads, keys], Layout::HeadsFirst);
+    if p.score.bias.is_none() || tensor == Tensor::DBias {
+        return local;
+    }
+    bias_rows(p, rank, |entry, head, row, at| {
+        local.put(entry * queries + row, head, &global.bias[at..at + keys]);
+    });
+    let rows = holding(p, rank, Side::Query).rows as usize;
+    let entries = if p.packed { 1 } else { p.seqs.len() };
+    local.view.rows = rows;
+    local.view.rows_per_batch = (rows / entries).max(1);
+    local.view.stride_batch *= usize::from(batch > 1);
+    local.view.stride_row *= usize::from(p.score.bias.is_some_and(|b| b.queries));
+    local
 }
 
 /// What all ranks wrote, as global tensors.
@@ -274,7 +331,18 @@ pub fn collect(p: &Problem, shards: &[Shard]) -> Results<f32> {
     };
     let d_sinks = numbers(Tensor::DSinks, p.score.sinks, |a, b| a + b);
     let max_logit = numbers(Tensor::MaxLogit, p.score.max_logit, f32::max);
-    Results { o, lse, dq, dk, dv, d_sinks, max_logit }
+    let mut d_bias = Vec::new();
+    if p.score.bias.is_some_and(|b| b.gradient) {
+        d_bias = vec![f32::NAN; bias_dims(p, 0)[0].iter().product()];
+        for (rank, shard) in shards.iter().enumerate() {
+            let [_, [_, _, queries, keys]] = bias_dims(p, rank as u32);
+            let local = shard.get(Tensor::DBias);
+            bias_rows(p, rank as u32, |entry, head, row, at| {
+                local.get(entry * queries + row, head, &mut d_bias[at..at + keys]);
+            });
+        }
+    }
+    Results { o, lse, dq, dk, dv, d_sinks, max_logit, d_bias }
 }
 
 /// Memory that must not be written beyond its end. Starts as NaNs.

@@ -13,7 +13,7 @@ On GPUs the group and the layer get device="cuda:0", and calls are enqueued on a
 """
 
 from ._lib import Error, Status, build_info
-from .attention import Attention, Context, query_support
+from .attention import Attention, Context, alibi_slopes, query_support
 from .group import Group, unique_id
 from .partition import Sequences, gather_rows, padded_length, partition_tokens, scatter
 
@@ -25,6 +25,7 @@ __all__ = [
     "Group",
     "Sequences",
     "Status",
+    "alibi_slopes",
     "build_info",
     "gather_rows",
     "padded_length",

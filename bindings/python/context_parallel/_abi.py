@@ -45,6 +45,7 @@ CP_ATTENTION_WIRE_F32 = 16
 CP_ATTENTION_SAVE = 32
 CP_ATTENTION_KV_CACHE = 64
 CP_ATTENTION_DETERMINISTIC = 128
+CP_REACH_NONE, CP_REACH_RANK, CP_REACH_GROUP = 0, 1, 2
 CP_COMM_RELAY = 1
 CP_COMM_MOVE_QUERIES = 2
 CP_GROUP_AGREE = 1
@@ -164,6 +165,13 @@ class cp_attention_config(Sized):
         ("device_alloc", cp_device_alloc_fn),
         ("device_free", cp_device_free_fn),
         ("device_alloc_ctx", c_void_p),
+        ("softcap", c_float),
+        ("dropout", c_float),
+        ("alibi_slopes", c_void_p),
+        ("head_offset", c_uint32),
+        ("sinks", c_uint32),
+        ("max_logit", c_uint32),
+        ("reserved", c_uint32),
     ]
 
 
@@ -234,6 +242,10 @@ class cp_forward_args(Sized):
         ("workspace", c_void_p),
         ("workspace_bytes", c_size_t),
         ("context", POINTER(cp_context)),
+        ("sinks", cp_tensor),
+        ("max_logit", cp_tensor),
+        ("dropout_seed", c_uint64),
+        ("sequence_ids", c_void_p),
     ]
 
 
@@ -256,4 +268,7 @@ class cp_backward_args(Sized):
         ("saved_bytes", c_size_t),
         ("workspace", c_void_p),
         ("workspace_bytes", c_size_t),
+        ("sinks", cp_tensor),
+        ("d_sinks", cp_tensor),
+        ("sequence_ids", c_void_p),
     ]

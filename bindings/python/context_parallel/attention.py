@@ -18,6 +18,7 @@ _COMMS = {
     "a2a": _abi.CP_COMM_A2A,
     "a2a+p2p": _abi.CP_COMM_A2A_P2P,
 }
+_REACHES = {"rank": _abi.CP_REACH_RANK, "group": _abi.CP_REACH_GROUP}
 # Where the axes [batch, seq, heads, dim] (thd: [tokens, heads, dim]) of a tensor are in the caller's array.
 _FORMATS = {"bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3), "bhsd": (0, 2, 1, 3), "thd": (0, 1, 2)}
 
@@ -25,13 +26,14 @@ _FORMATS = {"bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3), "bhsd": (0, 2, 1, 3), "t
 class Context:
     """Forward's note to backward: what it computed from, and what it left. Keeps the tensors alive; do not change them in between."""
 
-    def __init__(self, pod, sequences, ranks, tensors, saved):
+    def __init__(self, pod, sequences, ranks, tensors, saved, sinks=None, max_logit=None, numbers=None):
         self.pod, self.sequences, self.ranks = pod, sequences, ranks
         self.tensors, self.saved = tensors, saved
+        self.sinks, self.max_logit, self.numbers = sinks, max_logit, numbers
 
     def with_tensors(self, tensors):
         """The same note over the same (q, k, v, out, lse) kept elsewhere."""
-        return Context(self.pod, self.sequences, self.ranks, tuple(tensors), self.saved)
+        return Context(self.pod, self.sequences, self.ranks, tuple(tensors), self.saved, self.sinks, self.max_logit, self.numbers)
 
 
 class Attention:
@@ -42,7 +44,13 @@ class Attention:
     mask's diagonal ends in the last query and last key. window: (keys seen before, keys seen after the diagonal), None: no limit. format: the axes of
     the arrays, "bshd", "sbhd", "bhsd" or "thd" (packed); the LSE is [batch, heads, seq], packed [heads, tokens]. partition: "zigzag",
     "contiguous", "striped" or "list". softmax_scale: None is 1/sqrt(head_dim). save: with a2a, forward keeps the head-split tensors for backward.
-    wire_fp32: partial gradients travel as fp32. max_tokens_per_rank: most rows a rank ever holds, 0: no limit. threads: 0 is CP_THREADS, or 1.
+    wire_fp32: partial gradients travel as fp32.
+
+    softcap: scores x become softcap·tanh(x/softcap). alibi: a slope for every query head, or True for those of the paper (alibi_slopes). dropout: the
+    probability of dropping a weight; forward takes the seed. head_offset: number of query head 0 in the whole model, for dropout, where tensor
+    parallelism deals heads out. sinks: every query head has a sink that joins its softmax, given to forward; "group": backward returns its whole
+    gradient on every rank; "rank": this rank's part, to be summed over ranks with other gradients. max_logit: "group" or "rank": forward also
+    leaves the largest visible score of every query head in context.max_logit. max_tokens_per_rank: most rows a rank ever holds, 0: no limit. threads: 0 is CP_THREADS, or 1.
 
     device: where arrays are and work is done: "cpu", "cuda:0", ("cuda", 0), a torch.device; "cuda" is torch's current one. On CUDA dtype is bfloat16 or
     float16, and there are: deterministic: equal bits run after run, at some cost in speed; sm_margin: multiprocessors left to others; max_segments: most
@@ -54,13 +62,16 @@ class Attention:
 
     def __init__(self, *, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=False, bottom_right=False, window=(None, None),
                  format="bshd", partition="zigzag", softmax_scale=None, save=False, wire_fp32=False, max_tokens_per_rank=0, threads=0,
-                 device=None, deterministic=False, sm_margin=0, max_segments=0, allocator=None):  # fmt: skip
+                 device=None, deterministic=False, sm_margin=0, max_segments=0, allocator=None, softcap=None, alibi=None, dropout=0.0,
+                 head_offset=0, sinks=None, max_logit=None):  # fmt: skip
         pointer = c_void_p()
         config = _config(
             heads=heads, head_dim=head_dim, dtype=dtype, kv_heads=kv_heads, head_dim_v=head_dim_v, causal=causal, bottom_right=bottom_right,
             window=window, format=format, partition=partition, softmax_scale=softmax_scale, save=save, wire_fp32=wire_fp32,
             max_tokens_per_rank=max_tokens_per_rank, threads=threads, device=device, deterministic=deterministic, sm_margin=sm_margin,
-            max_segments=max_segments)  # fmt: skip
+            max_segments=max_segments, softcap=softcap, alibi=alibi, dropout=dropout, head_offset=head_offset, sinks=sinks,
+            max_logit=max_logit)  # fmt: skip
+        self._heads, self._sinks, self._max_logit = heads, sinks is not None, max_logit is not None
         self._place = (config.device_type, config.device_id)
         self._allocator = None
         if self._cuda:
@@ -99,12 +110,16 @@ class Attention:
             self._run(wrong, lib.cp_set_group, pointer, byref(config))
         self._ranks = group.size
 
-    def forward(self, q, k, v, sequences, *, out=None, lse=None, saved=None, workspace=None, stream=None):
+    def forward(self, q, k, v, sequences, *, out=None, lse=None, saved=None, workspace=None, stream=None, sinks=None, max_logit=None,
+                dropout_seed=0, sequence_ids=None):  # fmt: skip
         """Exact attention of this rank's queries over all keys that the mask lets them see: (out, lse, context). Collective.
 
         q: [batch, local seq, heads, head_dim] in the layer's format; k, v likewise with kv_heads; of any strides with a contiguous last axis, used in
         place: NumPy arrays, torch tensors, or anything with __dlpack__ or __cuda_array_interface__. lse: fp32, natural log. Rows that see no key, and
         padding: out 0, lse -inf. workspace: an array of workspace_size() bytes (uint8), aligned to 64; None: from the allocator, or the layer's own.
+
+        sinks: fp32 [heads], where the layer has them. dropout_seed: with dropout, equal on all ranks; sequence_ids: a number for every sequence: equal
+        numbers drop alike, whatever else is in the call; None: their indices. max_logit: fp32 [heads] to write to, where it is asked for.
 
         On the CPU it blocks. On CUDA it enqueues on `stream` (an address, or a stream of torch or CuPy; None: the one that torch or CuPy works on now, else
         the default stream) and returns: arrays must stay as they are until the stream is through. torch sees to that itself; with torch,
@@ -115,7 +130,8 @@ class Attention:
         stream = self._stream(stream, q, wrong)
         pod = _abi.cp_context()
         args = _abi.cp_forward_args(sequences=self._sequences(sequences, self._ranks, wrong), context=ctypes.pointer(pod))
-        given = (q, k, v, out, lse, saved, workspace)
+        numbers = _dropout(args, dropout_seed, sequence_ids, sequences, wrong)
+        given = (q, k, v, out, lse, saved, workspace, sinks, max_logit)
         with _device.torch_stream(stream, self._place[1], given if self._cuda else ()):
             if out is None and is_array(q) and is_array(v):
                 out = new(q, (*q.shape[:-1], *v.shape[-1:]))
@@ -126,24 +142,30 @@ class Attention:
                 setattr(args, name, describe(name, array, self._axes, wrong, stream))
             args.out = describe("out", out, self._axes, wrong, stream, written=True)
             args.lse = describe("lse", lse, range(4), wrong, stream, written=True)
+            if max_logit is None and self._max_logit and is_array(q):
+                max_logit = new(q, (self._heads,), "float32")
+            for name, array in (("sinks", sinks), ("max_logit", max_logit)):
+                if array is not None:
+                    setattr(args, name, describe(name, array, range(1), wrong, stream, written=name == "max_logit"))
             args.workspace, args.workspace_bytes = buffer("workspace", workspace, wrong, stream)
             self._run(next(iter(wrong), None), lib.cp_attention_forward, byref(args), stream)
-        return out, lse, Context(pod, sequences, self._ranks, (q, k, v, out, lse), saved)
+        return out, lse, Context(pod, sequences, self._ranks, (q, k, v, out, lse), saved, sinks, max_logit, numbers)
 
-    def backward(self, context, d_out, *, dq=None, dk=None, dv=None, workspace=None, stream=None):
-        """Gradients (dq, dk, dv) from that of out. On the group that the forward used, whatever is attached now. Collective over it, as forward is."""
+    def backward(self, context, d_out, *, dq=None, dk=None, dv=None, workspace=None, stream=None, d_sinks=None):
+        """Gradients (dq, dk, dv), with sinks (dq, dk, dv, d_sinks), from that of out. On the group that the forward used, whatever is attached now. Collective over it, as forward is."""
         wrong = []
         args = _abi.cp_backward_args()
-        q = k = v = out = lse = saved = None
+        q = k = v = out = lse = saved = sinks = None
         if isinstance(context, Context):
             q, k, v, out, lse = context.tensors
-            saved = context.saved
+            saved, sinks = context.saved, context.sinks
+            args.sequence_ids = None if context.numbers is None else context.numbers.ctypes.data
             args.sequences = self._sequences(context.sequences, context.ranks, wrong)
             args.context = ctypes.pointer(context.pod)
         else:
             wrong.append(argument_error(f"context: got {type(context).__name__}, need what forward returned"))
         stream = self._stream(stream, q, wrong)
-        given = (q, k, v, out, lse, saved, d_out, dq, dk, dv, workspace)
+        given = (q, k, v, out, lse, saved, d_out, dq, dk, dv, workspace, sinks, d_sinks)
         with _device.torch_stream(stream, self._place[1], given if self._cuda else ()):
             dq, dk, dv = (new(like, like.shape) if given is None and is_array(like) else given for given, like in ((dq, q), (dk, k), (dv, v)))
             if saved is not None:
@@ -153,9 +175,14 @@ class Attention:
             args.lse = describe("lse", lse, range(4), wrong, stream)
             for name, array in (("dq", dq), ("dk", dk), ("dv", dv)):
                 setattr(args, name, describe(name, array, self._axes, wrong, stream, written=True))
+            if d_sinks is None and self._sinks and is_array(q):
+                d_sinks = new(q, (self._heads,), "float32")
+            for name, array in (("sinks", sinks), ("d_sinks", d_sinks)):
+                if array is not None:
+                    setattr(args, name, describe(name, array, range(1), wrong, stream, written=name == "d_sinks"))
             args.workspace, args.workspace_bytes = buffer("workspace", workspace, wrong, stream)
             self._run(next(iter(wrong), None), lib.cp_attention_backward, byref(args), stream)
-        return dq, dk, dv
+        return (dq, dk, dv, d_sinks) if self._sinks else (dq, dk, dv)
 
     def workspace_size(self, tokens_per_rank):
         """Bytes that suffice for every call in which no rank holds more rows of Q or of K than that, batch times local length, on the current group."""
@@ -266,7 +293,8 @@ def query_support(ranks, comm="p2p", *, stages=None, inner_size=None, level_size
 
 def _config(*, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=False, bottom_right=False, window=(None, None),
             format="bshd", partition="zigzag", softmax_scale=None, save=False, wire_fp32=False, max_tokens_per_rank=0, threads=0,
-            device=None, deterministic=False, sm_margin=0, max_segments=0):  # fmt: skip
+            device=None, deterministic=False, sm_margin=0, max_segments=0, softcap=None, alibi=None, dropout=0.0, head_offset=0,
+            sinks=None, max_logit=None):  # fmt: skip
     """A layer's configuration: the arguments of Attention."""
     kind, index = _device.device(device)
     choice("format", format, _FORMATS)
@@ -284,7 +312,7 @@ def _config(*, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=Fa
         (deterministic, _abi.CP_ATTENTION_DETERMINISTIC),
     ):
         flags |= flag if wanted else 0
-    return _abi.cp_attention_config(
+    made = _abi.cp_attention_config(
         flags=flags,
         heads=number("heads", heads),
         kv_heads=0 if kv_heads is None else number("kv_heads", kv_heads),
@@ -302,7 +330,51 @@ def _config(*, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=Fa
         device_id=index,
         sm_margin=number("sm_margin", sm_margin),
         max_segments=number("max_segments", max_segments),
+        softcap=0.0 if softcap is None else softcap,
+        dropout=dropout,
+        head_offset=number("head_offset", head_offset),
+        sinks=_reach("sinks", sinks),
+        max_logit=_reach("max_logit", max_logit),
     )
+    if alibi is not None and alibi is not False:
+        slopes = np.ascontiguousarray(alibi_slopes(heads) if alibi is True else alibi, dtype=np.float32)
+        if slopes.shape != (heads,):
+            raise argument_error(f"alibi: got slopes of shape {slopes.shape}, need ({heads},): one for each query head")
+        made.alibi_slopes = slopes.ctypes.data
+        made.slopes = slopes  # alive as long as the struct
+    return made
+
+
+def _reach(name, value):
+    return _abi.CP_REACH_NONE if value is None else choice(name, value, _REACHES)
+
+
+def alibi_slopes(heads):
+    """The slopes of the ALiBi paper (arXiv 2108.12409): 2^(-8/n), 2^(-16/n), … for n heads; if n is no power of two, those of the power below, then every
+    second one of the power above."""
+    below = 1 << (heads.bit_length() - 1)
+    slopes = [2.0 ** (-8.0 * (i + 1) / below) for i in range(below)]
+    slopes += [2.0 ** (-4.0 * (i + 1) / below) for i in range(0, 2 * (heads - below), 2)]
+    return np.array(slopes, dtype=np.float32)
+
+
+def _dropout(args, seed, ids, sequences, wrong):
+    """Seed and numbers of the sequences; returns the latter as an array that the arguments point to."""
+    try:
+        if not hasattr(seed, "__index__") or not 0 <= seed.__index__() < 1 << 64:
+            raise argument_error(f"dropout_seed: got {seed!r}, must be an integer from 0 to 2^64 - 1")
+        args.dropout_seed = seed.__index__()
+        if ids is None:
+            return None
+        numbers = np.ascontiguousarray([number("sequence_ids", x) for x in ids], dtype=np.uint32)
+        if len(numbers) != sequences._struct.count:
+            raise argument_error(f"sequence_ids: got {len(numbers)} for {sequences._struct.count} sequences")
+        args.sequence_ids = numbers.ctypes.data
+        return numbers
+    except Exception as error:
+        wrong.append(error if isinstance(error, Error) else argument_error(f"sequence_ids: {error}"))
+        args.dropout_seed, args.sequence_ids = 1, 1  # Refused: not aligned.
+        return None
 
 
 def _comm(ranks, comm, stages, inner_size, level_sizes, relay, memory_cap):

@@ -6,7 +6,8 @@
 use super::kernels::{EXP2, LANES, LOG2_E_REST};
 use super::simd::Simd;
 use super::tile::KEYS;
-use crate::backend::Effects;
+use crate::backend::{Effects, View};
+use crate::dtype::DType;
 use crate::partition::Segment;
 use crate::score::{drop_below, words};
 
@@ -68,6 +69,11 @@ pub struct Lanes {
     head: [u32; LANES],
     /// ALiBi.
     slope: [f32; LANES],
+    /// Rows of the bias and of its gradient, at the first true key; null where there are none.
+    bias: [*const u8; LANES],
+    d_bias: [*mut f32; LANES],
+    /// Storage type of the bias.
+    dtype: DType,
 }
 
 impl Lanes {
@@ -84,10 +90,20 @@ impl Lanes {
             sequence: [0; LANES],
             head: [0; LANES],
             slope: [0.0; LANES],
+            bias: [std::ptr::null(); LANES],
+            d_bias: [std::ptr::null_mut(); LANES],
+            dtype: effects.bias.map_or(DType::F32, |view| view.dtype),
         };
         for (lane, at) in lanes.take(LANES).enumerate() {
             let Some((row, head)) = at.filter(|(row, _)| places.is_token(*row)) else { continue };
             let (position, seq) = places.queries[row];
+            let at = |view: &View| {
+                let first = effects.padding[seq as usize] as usize * view.dtype.size();
+                view.at(row, if view.heads == 1 { 0 } else { head }).wrapping_add(first)
+            };
+            out.bias[lane] = effects.bias.as_ref().map_or(std::ptr::null(), |v| at(v).cast_const());
+            out.d_bias[lane] =
+                effects.d_bias.as_ref().map_or(std::ptr::null_mut(), |v| at(v).cast());
             let head = q_first + head as u32;
             out.position[lane] = position;
             out.diagonal[lane] = position as i32 + effects.diagonals[seq as usize];
@@ -96,6 +112,35 @@ impl Lanes {
             out.slope[lane] = effects.score.slopes.get(head as usize).copied().unwrap_or(0.0);
         }
         out
+    }
+}
+
+impl Lanes {
+    /// The bias of a lane for a key at a position; 0 where there is none.
+    #[inline(always)]
+    fn bias_at(&self, lane: usize, key: u32) -> f32 {
+        let row = self.bias[lane];
+        if row.is_null() || key == NONE {
+            return 0.0;
+        }
+        // SAFETY: the row has an element for every key of its sequence; the backend's caller promises that views are valid.
+        unsafe {
+            match self.dtype {
+                DType::F32 => row.cast::<f32>().add(key as usize).read(),
+                DType::Bf16 => row.cast::<half::bf16>().add(key as usize).read().to_f32(),
+                DType::F16 => row.cast::<half::f16>().add(key as usize).read().to_f32(),
+            }
+        }
+    }
+
+    /// Adds to the gradient of the bias, if there is one.
+    #[inline(always)]
+    fn add_to_bias(&self, lane: usize, key: u32, value: f32) {
+        let row = self.d_bias[lane];
+        if !row.is_null() {
+            // SAFETY: as above; nobody else adds to the same element now (`Cpu::backward`).
+            unsafe { *row.add(key as usize) += value };
+        }
     }
 }
 
@@ -109,6 +154,7 @@ pub struct Formula {
     below: u32,
     /// 1 / (1 − p).
     grow: f32,
+    bias: bool,
     seed: u64,
     simd: Simd,
 }
@@ -123,6 +169,7 @@ impl Formula {
             alibi: !score.slopes.is_empty(),
             below: drop_below(score.dropout),
             grow: 1.0 / (1.0 - score.dropout),
+            bias: score.bias.is_some(),
             seed: effects.seed,
             simd,
         }
@@ -223,6 +270,14 @@ fn adjust_body(f: &Formula, lanes: &Lanes, keys: &[u32], scores: &mut [f32]) {
             *x = value(f, *x, lanes.slope[lane], distance).0;
         }
     }
+    if f.bias {
+        // Lane by lane: a lane's row of the bias is contiguous.
+        for lane in 0..LANES {
+            for (row, &key) in scores.chunks_exact_mut(LANES).zip(keys) {
+                row[lane] += lanes.bias_at(lane, key);
+            }
+        }
+    }
 }
 compiled!(adjust, adjust_body, (lanes: &Lanes, keys: &[u32], scores: &mut [f32]));
 
@@ -297,12 +352,19 @@ fn gradient_body(f: &Formula, lanes: &Lanes, keys: &[u32], kept: &Kept, panel: &
         let at = lane * panel.stride..lane * panel.stride + keys.len();
         let rows = panel.scores[at.clone()].iter_mut().zip(&mut panel.d_p[at]);
         for (i, (((s, d), &key), bits)) in rows.zip(keys).zip(kept).enumerate() {
-            let (x, derivative) = value(f, *s, slope, (key as i32).wrapping_sub(diagonal));
+            let (mut x, derivative) = value(f, *s, slope, (key as i32).wrapping_sub(diagonal));
+            let seen = (lo..hi).contains(&(i as i32));
+            if f.bias && seen {
+                x += lanes.bias_at(lane, key);
+            }
             let p = exp(x - lse);
             let weight = if !f.drops() || bits >> lane & 1 == 1 { f.grow } else { 0.0 };
-            let seen = (lo..hi).contains(&(i as i32));
+            let slant = p * (*d * weight - delta);
+            if f.bias && seen {
+                lanes.add_to_bias(lane, key, slant);
+            }
             *s = if seen { p * weight } else { 0.0 };
-            *d = if seen { p * (*d * weight - delta) * derivative } else { 0.0 };
+            *d = if seen { slant * derivative } else { 0.0 };
         }
     }
 }

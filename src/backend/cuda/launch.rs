@@ -272,7 +272,7 @@ impl Cuda {
 
     /// The shape of a step.
     fn shape(&self, q: &View, v: &View, effects: Option<&Effects>) -> Result<&'static Shape> {
-        let scores = effects.map_or(Scores::Plain, |e| Scores::of(e.score));
+        let scores = effects.map_or(Ok(Scores::Plain), |e| Scores::of(e.score))?;
         Shape::of(q.dtype, [q.dim, v.dim], scores, self.kernels.big)
     }
 
@@ -310,6 +310,7 @@ impl Cuda {
         }
         if let Some(effects) = &step.effects {
             score(&mut p, effects, work, tables)?;
+            p.flags |= if effects.score.max_logit.is_some() { params::LARGEST } else { 0 };
         }
         if step.first {
             p.flags |= params::FIRST;

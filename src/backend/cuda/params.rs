@@ -19,6 +19,8 @@ pub const FIRST: u32 = 1;
 pub const LAST: u32 = 2;
 /// Backward: dQ is added in the order of the tiles.
 pub const DETERMINISTIC: u32 = 4;
+/// Forward: the state's maximum is the true one.
+pub const LARGEST: u32 = 8;
 
 /// `cp_view`.
 #[repr(C)]
@@ -344,6 +346,7 @@ mod tests {
         assert_eq!(define("CP_FIRST"), FIRST);
         assert_eq!(define("CP_LAST"), LAST);
         assert_eq!(define("CP_DETERMINISTIC"), DETERMINISTIC);
+        assert_eq!(define("CP_LARGEST"), LARGEST);
         assert_eq!(define("CP_NO_TOKEN"), NO_TOKEN);
     }
 }

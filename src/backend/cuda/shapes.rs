@@ -45,15 +45,16 @@ pub enum Scores {
 }
 
 impl Scores {
-    /// Of a formula.
-    pub fn of(score: &Score) -> Scores {
-        if score.changes() {
-            Scores::Changed
-        } else if score.needs_origins() {
-            Scores::Noted
-        } else {
-            Scores::Plain
+    /// Of a formula; the error names what there are no kernels for.
+    pub fn of(score: &Score) -> Result<Scores> {
+        if score.bias.is_some() {
+            return Err(Error::unsupported("bias: not on CUDA yet; on the CPU it is"));
         }
+        Ok(match (score.changes(), score.needs_origins()) {
+            (true, _) => Scores::Changed,
+            (false, true) => Scores::Noted,
+            (false, false) => Scores::Plain,
+        })
     }
 }
 

@@ -243,11 +243,50 @@ impl<'a> Flow<'a> {
         Ok(())
     }
 
+    /// The gradient of the bias: of every row that batch entries do not share, and head that heads do not.
+    fn bias(&self, rank: usize, sums: &Sums) -> Result<(), String> {
+        let plan = &self.plans[rank];
+        let p = &*plan.problem;
+        let Some(bias) = p.score.bias.filter(|b| b.gradient && plan.pass == Pass::Backward) else {
+            return Ok(());
+        };
+        let held = holding(p, rank as u32, Side::Query);
+        let copies = if bias.batch || p.packed { 1 } else { p.seqs.len() as u32 };
+        let (rows, heads) = (held.rows / copies, if bias.heads { p.heads } else { 1 });
+        let mut want = vec![0u64; (rows * heads) as usize];
+        for s in &held.segments {
+            let first = first_token(p, s.seq as usize, Side::Query) + s.start;
+            for (i, head) in (0..s.len).flat_map(|i| (0..p.heads).map(move |h| (i, h))) {
+                let sum = sums.query[((first + i * s.step) * p.heads + head) as usize];
+                let at = (s.offset + i) % rows * heads + if bias.heads { head } else { 0 };
+                let want = &mut want[at as usize];
+                *want = want.wrapping_add(sum.wrapping_mul(factor(Tensor::DBias)));
+            }
+        }
+        let Some(buffer) = self.memory[rank].find(Slot::caller(Tensor::DBias)) else {
+            return if want.is_empty() {
+                Ok(())
+            } else {
+                Err(format!("rank {rank}: nobody wrote DBias"))
+            };
+        };
+        for (at, want) in want.into_iter().enumerate() {
+            let (row, head) = (at as u32 / heads, at as u32 % heads);
+            if buffer.read(row, head).map_err(|e| format!("rank {rank}: {e}"))? != want {
+                return Err(format!(
+                    "rank {rank}: DBias row {row} head {head} is not the sum of the allowed pairs, each once"
+                ));
+            }
+        }
+        Ok(())
+    }
+
     /// Every result of a rank: all rows, padding too.
     fn results(&self, rank: usize, sums: &Sums) -> Result<(), String> {
         let plan = &self.plans[rank];
         let p = &*plan.problem;
         self.numbers(rank, sums)?;
+        self.bias(rank, sums)?;
         let outputs: &[Tensor] = match plan.pass {
             Pass::Forward => &[Tensor::Out, Tensor::Lse],
             Pass::Backward => &[Tensor::DQ, Tensor::DK, Tensor::DV],

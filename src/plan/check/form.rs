@@ -156,6 +156,9 @@ fn same_rows(plan: &Plan, op: &Op, slices: &[Slice]) -> Result<(), String> {
         _ => return Ok(()),
     };
     let rows = find(plan, *q)?.rows;
+    let one_for_all = plan.problem.score.bias.is_some_and(|b| !b.queries);
+    let bias = plan.bias().filter(|_| !one_for_all).into_iter().chain(plan.d_bias());
+    let beside = beside.into_iter().chain(bias.filter(|_| !slices.is_empty()));
     for slot in beside {
         if find(plan, slot)?.rows != rows {
             return Err(format!("{slot:?} has other rows than {q:?}"));

@@ -128,6 +128,7 @@ pub(super) fn initial(plan: &Plan) -> Memory {
         }
     };
     let numbers = Slot::caller(Tensor::Sinks);
+    let bias = Slot::caller(Tensor::Bias);
     let team = Team::new(p, plan.rank / p.inner, plan.options.pack);
     let mut out = Vec::new();
     for info in &plan.slots {
@@ -149,7 +150,7 @@ pub(super) fn initial(plan: &Plan) -> Memory {
                 }
             }
         };
-        if info.slot.kind == Kind::Caller && inputs.contains(&tensor) {
+        if info.slot.kind == Kind::Caller && (inputs.contains(&tensor) || info.slot == bias) {
             fill(&holding(p, plan.rank, side).segments, 0);
             for (at, value) in buffer.data.iter_mut().enumerate().filter(|(_, v)| **v == POISON) {
                 *value = identity(tensor, at as u32 % info.heads, PAD);
@@ -287,6 +288,10 @@ pub(super) fn compute(plan: &Plan, memory: &mut Memory, step: &Step) -> Result<(
                 memory.triples(plan, s, &queries, *k, |memory, t| {
                     let weight = |tensor| t.weight.wrapping_mul(factor(tensor));
                     memory.0[dq].add(t.q_row, t.head, weight(Tensor::DQ))?;
+                    if let Some(slot) = plan.d_bias() {
+                        let head = if plan.info(slot).heads == 1 { 0 } else { t.head };
+                        memory.of_mut(slot).add(t.q_row, head, weight(Tensor::DBias))?;
+                    }
                     memory.0[dk].add(t.k_row, t.kv_head, weight(Tensor::DK))?;
                     memory.0[dv].add(t.k_row, t.kv_head, weight(Tensor::DV))
                 })?;
@@ -328,6 +333,20 @@ fn origins(
     let q_rows = slices.iter().flat_map(|s| s.q..s.q + s.q_len).map(|row| (q, row, &q_told));
     let k_rows = slices.iter().flat_map(|s| s.k..s.k + s.k_len);
     let k_rows = k_rows.map(|row| ((k, Tensor::K), row, &k_told));
+    // A bias for every query: that of the right query, and head.
+    if let (Some(slot), Some(true)) = (plan.bias(), plan.problem.score.bias.map(|b| b.queries)) {
+        let info = plan.info(slot);
+        let per_head = plan.problem.score.bias.is_some_and(|b| b.heads);
+        let first = if per_head { plan.share.q.start } else { 0 };
+        for row in slices.iter().flat_map(|s| s.q..s.q + s.q_len) {
+            for head in 0..info.heads {
+                let want = identity(Tensor::Bias, first + head, q_told[row as usize]);
+                if memory.of(slot).read(row, head)? != want {
+                    return Err(format!("{slot:?} row {row} head {head} is another query's bias"));
+                }
+            }
+        }
+    }
     for ((slot, _), row, told) in q_rows.chain(k_rows) {
         let token = memory.of(slot).read(row, 0)? as u32;
         if told[row as usize] != token {

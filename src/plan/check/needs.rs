@@ -32,6 +32,7 @@ pub(super) fn check(plans: &[Plan]) -> Result<(), String> {
                 Kind::Team => {
                     ranks.clone().filter(|r| *r != plan.rank).map(|r| tokens(r, side)).sum()
                 }
+                // Heads that share a bias need all of it.
                 Kind::Merge => u64::from(p.inner - 1) * tokens(plan.rank, side),
                 Kind::Ranks => u64::from(p.ranks) - 1,
                 _ => 0,

@@ -5,7 +5,7 @@ use context_parallel::error::Result;
 use context_parallel::mask::Mask;
 use context_parallel::partition::{Partition, Side, Stretch};
 use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
-use context_parallel::score::{Reach, Score};
+use context_parallel::score::{BiasShape, Reach, Score};
 use std::sync::OnceLock;
 
 /// How `[token, head, dim]` lies in a caller's tensor.
@@ -50,6 +50,8 @@ pub struct Case {
     pub dropout: f32,
     pub sinks: Option<Reach>,
     pub max_logit: Option<Reach>,
+    /// With a gradient where there is one bias per query.
+    pub bias: Option<BiasShape>,
 }
 
 /// Key of the corpus' dropout.
@@ -131,9 +133,24 @@ fn line(line: &str) -> Case {
             _ => (0..number(10)).map(|h| 0.5f32.powi(1 + h as i32 % 6)).collect(),
         },
         dropout: fraction(23),
+        bias: bias(f[22]),
         sinks: reach(24),
         max_logit: reach(25),
     }
+}
+
+/// The bias column: the dimensions [batch, heads, queries, keys], 1 where one is for all.
+fn bias(word: &str) -> Option<BiasShape> {
+    let [batch, heads, queries] = match word {
+        "-" => return None,
+        "1hss" => [false, true, true],
+        "11ss" => [false, false, true],
+        "b1ss" => [true, false, true],
+        "bhss" => [true, true, true],
+        "111s" => [false, false, false],
+        other => panic!("bias {other}"),
+    };
+    Some(BiasShape { batch, heads, queries, gradient: queries })
 }
 
 /// Philox4x32-10, from the paper (Salmon et al., SC 2011): ten rounds, the key bumped between them.
@@ -202,6 +219,31 @@ impl Case {
         f64::from(philox(SEED, counter)[j % 4]) >= (f64::from(self.dropout) * 2f64.powi(32)).floor()
     }
 
+    /// [batch, heads, queries, keys] of the global bias.
+    pub fn bias_dims(&self) -> [usize; 4] {
+        let Some(b) = self.bias else { return [0; 4] };
+        let padded = |side: Side| self.seqs.iter().map(move |s| s.extent(side).padded as usize);
+        let queries = match self.format {
+            Format::Thd => self.tokens(Side::Query),
+            _ => padded(Side::Query).max().unwrap_or(0),
+        };
+        let keys = padded(Side::Key).max().unwrap_or(0);
+        let or_1 = |there, n| if there { n } else { 1 };
+        [or_1(b.batch, self.seqs.len()), or_1(b.heads, self.heads), or_1(b.queries, queries), keys]
+    }
+
+    /// Index in the global bias of a query's row for head `head`, at its sequence's first true key.
+    pub fn bias_row(&self, seq: usize, head: usize, i: usize) -> usize {
+        let [batch, heads, queries, keys] = self.bias_dims();
+        let (b, h) = (if batch > 1 { seq } else { 0 }, if heads > 1 { head } else { 0 });
+        let row = match self.format {
+            _ if queries <= 1 => 0,
+            Format::Thd => self.first(seq, Side::Query) + i,
+            _ => self.seqs[seq].q.before as usize + i,
+        };
+        ((b * heads + h) * queries + row) * keys + self.seqs[seq].k.before as usize
+    }
+
     /// Tokens of a side, padding included.
     pub fn tokens(&self, side: Side) -> usize {
         self.seqs.iter().map(|s| s.extent(side).padded as usize).sum()
@@ -264,6 +306,7 @@ impl Case {
                 softcap: self.softcap,
                 slopes: self.slopes.clone().into(),
                 dropout: self.dropout,
+                bias: self.bias,
                 sinks: self.sinks,
                 max_logit: self.max_logit,
                 ..Score::default()

@@ -64,7 +64,8 @@ fn row(case: &Case, x: &Inputs, seq: usize, head: usize, i: usize, out: &mut Exa
             let t = (score / cap).tanh();
             (score, derivative) = (cap * t, 1.0 - t * t);
         }
-        scores.push(score - slope * case.distance(seq, i, j) as f64);
+        let bias = case.bias.map_or(0.0, |_| f64::from(x.bias[case.bias_row(seq, head, i) + j]));
+        scores.push(score - slope * case.distance(seq, i, j) as f64 + bias);
         derivatives.push(derivative);
     }
     let max = scores.iter().copied().fold(sink.unwrap_or(f64::NEG_INFINITY), f64::max);
@@ -100,6 +101,12 @@ fn row(case: &Case, x: &Inputs, seq: usize, head: usize, i: usize, out: &mut Exa
     }
     for (n, &key) in keys.iter().enumerate() {
         let (p, kept, factor) = (p[n], kept[n], scale * derivatives[n]);
+        if let Some(bias) =
+            case.bias.filter(|b| b.gradient).map(|_| case.bias_row(seq, head, i) + positions[n])
+        {
+            out.right.d_bias[bias] += p * (kept * dot(d_o, v(key)) - delta);
+            out.terms.d_bias[bias] += p * (kept * dot_terms(d_o, v(key)) + delta_terms);
+        }
         let ds = factor * p * (kept * dot(d_o, v(key)) - delta);
         let ds_terms = factor.abs() * p * (kept * dot_terms(d_o, v(key)) + delta_terms);
         add(&mut out.right.dq[query * dqk..][..dqk], ds, k(key));

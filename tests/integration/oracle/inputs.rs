@@ -17,6 +17,8 @@ pub struct Inputs {
     pub d_o: Vec<f32>,
     /// `[head]`, fp32; used where there are sinks.
     pub sinks: Vec<f32>,
+    /// `[batch, head, query, key]`, 1 where one is for all. What no query and key use is NaN.
+    pub bias: Vec<f32>,
 }
 
 /// SplitMix64's output for counter `n` (counting from 0).
@@ -60,8 +62,22 @@ pub fn inputs(case: &Case, dtype: DType) -> Inputs {
         k: tensor(2, Side::Key, case.kv_heads * case.dim_qk),
         v: tensor(3, Side::Key, case.kv_heads * case.dim_v),
         d_o: tensor(4, Side::Query, case.heads * case.dim_v),
+        bias: bias(case, dtype),
         sinks: (0..case.heads as u64).map(|head| element(5, head)).collect(),
     }
+}
+
+fn bias(case: &Case, dtype: DType) -> Vec<f32> {
+    let mut values = vec![f32::NAN; case.bias_dims().iter().product()];
+    for (seq, s) in case.seqs.iter().enumerate().filter(|_| case.bias.is_some()) {
+        for (head, i) in (0..case.heads).flat_map(|h| (0..s.q.len as usize).map(move |i| (h, i))) {
+            let first = case.bias_row(seq, head, i);
+            for (j, value) in values[first..first + s.k.len as usize].iter_mut().enumerate() {
+                *value = round(element(6, (first + j) as u64), dtype);
+            }
+        }
+    }
+    values
 }
 
 /// The rows `tokens` (see `partition::tokens`) of a global tensor with `width` elements per token.

@@ -165,6 +165,41 @@ impl Reference {
         Ok(worst)
     }
 
+    /// Checks the gradient of the bias, in buckets of 64 of its rows; what no query and key use is exactly 0.
+    pub fn check_bias(&self, got: &[f32]) -> Result<f64, String> {
+        let (right, terms, plain) =
+            (&self.exact.right.d_bias, &self.exact.terms.d_bias, &self.plain.d_bias);
+        let at = format!("case {}, {}, d_bias", self.case.name, self.dtype.name());
+        if got.len() != right.len() {
+            return Err(format!("{at}: {} elements, not {}", got.len(), right.len()));
+        }
+        let width = 64 * self.case.bias_dims()[3].max(1);
+        let mut worst = 0.0f64;
+        for first in (0..got.len()).step_by(width) {
+            let [mut error, mut plain_error, mut size, mut term_size] = [0.0f64; 4];
+            for i in first..(first + width).min(got.len()) {
+                if terms[i] == 0.0 && got[i] != 0.0 {
+                    return Err(format!("{at}, element {i}: got {}, not 0", got[i]));
+                }
+                error += (f64::from(got[i]) - right[i]).powi(2);
+                plain_error += (f64::from(plain[i]) - right[i]).powi(2);
+                size += right[i].powi(2);
+                term_size += terms[i].powi(2);
+            }
+            let bound = 3.0 * plain_error.sqrt()
+                + 4.0 * epsilon(self.dtype) * size.sqrt()
+                + 1e-7 * term_size.sqrt();
+            let error = error.sqrt();
+            if error.is_nan() || error > bound {
+                return Err(format!(
+                    "{at}, rows from element {first}: error {error:.3e}, allowed {bound:.3e}"
+                ));
+            }
+            worst = worst.max(if bound > 0.0 { error / bound } else { 0.0 });
+        }
+        Ok(worst)
+    }
+
     fn is_padding(&self, side: Side, row: usize) -> bool {
         !self.case.true_tokens(side).contains(&row)
     }

@@ -39,6 +39,7 @@ pub fn plain(case: &Case, x: &Inputs, dtype: DType, how: &Variation) -> Results<
     {
         gradient.iter_mut().for_each(|g| *g = round(scale * *g, dtype));
     }
+    out.d_bias.iter_mut().for_each(|g| *g = round(*g, dtype));
     out
 }
 
@@ -77,7 +78,8 @@ fn row(
             let t = (score / case.softcap).tanh();
             (score, derivative) = (case.softcap * t, 1.0 - t * t);
         }
-        (score - slope * case.distance(seq, i, j) as f32, derivative)
+        let bias = case.bias.map_or(0.0, |_| x.bias[case.bias_row(seq, head, i) + j]);
+        (score - slope * case.distance(seq, i, j) as f32 + bias, derivative)
     };
     let kept = |key: usize| match case.dropout > 0.0 {
         true if case.keeps(seq, head, i, key / case.kv_heads - first_key) => {
@@ -104,7 +106,12 @@ fn row(
 
     for (&key, (s, derivative)) in keys.iter().zip(&scores) {
         let p = (s - lse).exp();
-        let ds = round(p * (kept(key) * dot(d_o, v(key)) - delta) * derivative, dtype);
+        let slant = p * (kept(key) * dot(d_o, v(key)) - delta);
+        if case.bias.is_some_and(|b| b.gradient) {
+            let j = key / case.kv_heads - first_key;
+            out.d_bias[case.bias_row(seq, head, i) + j] += slant;
+        }
+        let ds = round(slant * derivative, dtype);
         let p = round(p * kept(key), dtype);
         add(&mut out.dq[query * dqk..][..dqk], ds, k(key));
         add(&mut out.dk[key * dqk..][..dqk], ds, q);

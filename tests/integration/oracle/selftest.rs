@@ -36,7 +36,7 @@ fn corpus_is_well_formed() {
             (0..len(c.seqs[s].q)).any(|i| !(0..len(c.seqs[s].k)).any(|j| c.sees(s, i, j)))
         });
         let score = c.softcap > 0.0 || !c.slopes.is_empty() || c.dropout > 0.0;
-        let asked = c.sinks.is_some() || c.max_logit.is_some();
+        let asked = c.sinks.is_some() || c.max_logit.is_some() || c.bias.is_some();
         assert_eq!(c.is("score"), score || asked, "{}: tag score", c.name);
         assert_eq!(c.is("blind"), blind, "{}: tag blind", c.name);
     }
