@@ -343,6 +343,7 @@ struct Backward {
 #pragma unroll
         for (int m = 0; m < SM; m++) kept[m] = 0xffffffffu;
         if (p.drop_below != 0) {
+            const uint64_t seed = dropout_seed(p);
             const uint32_t number = model_head(p, at.head);
 #pragma unroll
             for (int m = 0; m < SM; m++) {
@@ -353,7 +354,7 @@ struct Backward {
                     const uint32_t key = work().tile.row + first + n * 8;
                     const uint32_t position = load_position(p, min(key, last)), next = load_position(p, min(key + 1, last));
 #pragma unroll
-                    for (int h = 0; h < 2; h++) kept[m] |= kept_pair(p, number, queries[h], position, next) << (4 * n + 2 * h);
+                    for (int h = 0; h < 2; h++) kept[m] |= kept_pair(p, seed, number, queries[h], position, next) << (4 * n + 2 * h);
                 }
             }
         }

@@ -288,6 +288,7 @@ struct Forward {
             }
         }
         if (p.drop_below != 0) {
+            const uint64_t seed = dropout_seed(p);
             const uint32_t number = model_head(p, head());
 #pragma unroll
             for (int m = 0; m < M; m++) {
@@ -300,7 +301,7 @@ struct Forward {
                 for (int m = 0; m < M; m++) {
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
-                        kept[m] |= kept_pair(p, number, tokens[m][h], position, next) << (4 * n + 2 * h);
+                        kept[m] |= kept_pair(p, seed, number, tokens[m][h], position, next) << (4 * n + 2 * h);
                     }
                 }
             }

@@ -60,6 +60,7 @@ struct cp_sequence {
 #define CP_LAST 2u           // forward: normalise and write out and lse instead of leaving the state
 #define CP_DETERMINISTIC 4u  // backward: dQ is added in the order of the tiles
 #define CP_LARGEST 8u        // forward, *_score: the state's maximum is the true one in all steps, so that the last can write top
+#define CP_SEED_AT 16u       // *_score: dropout_seed is the address of the seed, so that every replay of a graph may draw another mask
 
 // One attend step. Forward uses q, k, v, acc_*, out, lse; backward q, k, v, d_out, lse, delta, dq, dk, dv.
 // Work number w of the grid: forward tile w / heads, head w % heads; backward tile w / kv_heads, key head w % kv_heads, for all query heads

@@ -65,10 +65,16 @@ DEVICE Words random_words(uint64_t seed, uint32_t sequence, uint32_t head, uint3
     return c;
 }
 
+DEVICE uint64_t dropout_seed(const cp_attention_params& p) {
+    if (!(p.flags & CP_SEED_AT)) return p.dropout_seed;
+    const uint2 seed = load_constant((const uint2*)p.dropout_seed);
+    return (uint64_t)seed.y << 32 | seed.x;
+}
+
 // Bits 0 and 1: does dropout keep a query's weights of two keys? Neighbours mostly share their words.
-DEVICE uint32_t kept_pair(const cp_attention_params& p, uint32_t head, const Token& query, uint32_t key, uint32_t next) {
-    Words words = random_words(p.dropout_seed, query.number, head, query.position, key / 4);
+DEVICE uint32_t kept_pair(const cp_attention_params& p, uint64_t seed, uint32_t head, const Token& query, uint32_t key, uint32_t next) {
+    Words words = random_words(seed, query.number, head, query.position, key / 4);
     const uint32_t first = words.of(key) >= p.drop_below;
-    if (next / 4 != key / 4) words = random_words(p.dropout_seed, query.number, head, query.position, next / 4);
+    if (next / 4 != key / 4) words = random_words(seed, query.number, head, query.position, next / 4);
     return first | (uint32_t)(words.of(next) >= p.drop_below) << 1;
 }

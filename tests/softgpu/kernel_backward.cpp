@@ -408,7 +408,7 @@ static std::vector<Case> cases() {
         with("", [](Features&) {});
         with("_softcap", [](Features& f) { f.softcap = 2, f.sinks = true; });
         with("_alibi", [](Features& f) { f.alibi = true, f.q_start = 40, f.k_start = 3, f.boundary = 60, f.diagonal = -17; });
-        with("_dropout", [](Features& f) { f.dropout = 0.3f, f.k_start = 2; });
+        with("_dropout", [](Features& f) { f.dropout = 0.3f, f.k_start = 2, f.seed_at = true; });
         with("_everything", [](Features& f) { f.softcap = 3, f.alibi = f.sinks = true, f.dropout = 0.2f, f.k_start = 7, f.q_step = 2, f.k_step = 3, f.boundary = 80, f.head_offset = 8; });
     }
     {

@@ -260,7 +260,7 @@ static std::vector<Case> cases() {
         with("_alibi_striped", [](Features& f) { f.alibi = true, f.q_step = 3, f.k_step = 5, f.diagonal = -17; });
         with("_sinks", [](Features& f) { f.sinks = true; });
         with("_top", [](Features& f) { f.top = true; });
-        with("_dropout", [](Features& f) { f.dropout = 0.3f, f.k_start = 2; });
+        with("_dropout", [](Features& f) { f.dropout = 0.3f, f.k_start = 2, f.seed_at = true; });
         with("_dropout_striped", [](Features& f) { f.dropout = 0.6f, f.q_start = 9, f.q_step = 2, f.k_start = 1, f.k_step = 3, f.boundary = 100, f.head_offset = 8; });
         with("_everything", [](Features& f) { f.softcap = 3, f.alibi = f.sinks = f.top = true, f.dropout = 0.2f, f.k_start = 7, f.boundary = 80; });
     }

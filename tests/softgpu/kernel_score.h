@@ -33,6 +33,7 @@ struct Features {
     int32_t diagonal = 0;  // of the first sequence; of the second one more
     uint32_t head_offset = 0;
     uint64_t seed = 0x0123456789abcdefull;
+    bool seed_at = false;  // by its address
 };
 
 struct Scores {
@@ -44,6 +45,7 @@ struct Scores {
     Table<cp_token> token_table{"tokens", {}};
     Table<cp_sequence> sequence_table{"sequences", {}};
     Table<float> slope_table{"slopes", {}}, sink_table{"sinks", {}};
+    Table<uint64_t> seed_table{"seed", {}};
 
     Scores(const Features& f_, uint32_t q_rows, uint32_t heads, uint32_t q_first_, const std::vector<bool>& used) : f(f_), q_first(q_first_) {
         for (uint32_t r = 0; r < q_rows; r++)
@@ -56,6 +58,7 @@ struct Scores {
         if (heads == 1) sinks[q_first] = 0.7f;
         token_table = Table<cp_token>("tokens", tokens), sequence_table = Table<cp_sequence>("sequences", sequences);
         slope_table = Table<float>("slopes", slopes), sink_table = Table<float>("sinks", sinks);
+        seed_table = Table<uint64_t>("seed", {f.seed});
     }
     uint32_t key(uint32_t row) const { return f.k_start + row * f.k_step; }
     std::vector<uint32_t> keys(uint32_t rows) const {
@@ -69,6 +72,7 @@ struct Scores {
         p.alibi = f.alibi ? slope_table.address() : 0;
         p.softcap = f.softcap, p.softcap_inverse = f.softcap > 0 ? 1 / f.softcap : 0;
         p.drop_below = below(), p.grow = grow(), p.dropout_seed = f.seed, p.head_offset = f.head_offset;
+        if (f.seed_at) p.flags |= CP_SEED_AT, p.dropout_seed = seed_table.address();
         if (f.sinks) p.sinks.ptr = sink_table.address(), p.sinks.stride_head = 1, p.sinks.rows = 1;
     }
     float grow() const { return 1 / (1 - f.dropout); }

@@ -21,6 +21,8 @@ pub const LAST: u32 = 2;
 pub const DETERMINISTIC: u32 = 4;
 /// Forward: the state's maximum is the true one.
 pub const LARGEST: u32 = 8;
+/// The dropout's seed is given by its address.
+pub const SEED_AT: u32 = 16;
 
 /// `cp_view`.
 #[repr(C)]
@@ -347,6 +349,7 @@ mod tests {
         assert_eq!(define("CP_LAST"), LAST);
         assert_eq!(define("CP_DETERMINISTIC"), DETERMINISTIC);
         assert_eq!(define("CP_LARGEST"), LARGEST);
+        assert_eq!(define("CP_SEED_AT"), SEED_AT);
         assert_eq!(define("CP_NO_TOKEN"), NO_TOKEN);
     }
 }
