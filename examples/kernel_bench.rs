@@ -106,7 +106,6 @@ fn measure(
         last: Some(Output { out, lse, top: None }),
     };
     let backward = Backward {
-        effects: None,
         q,
         k,
         v,
@@ -116,6 +115,7 @@ fn measure(
         slices,
         heads: map,
         scale,
+        effects: None,
         dq,
         dk,
         dv,

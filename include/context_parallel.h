@@ -6,7 +6,8 @@
  *   A sequence of S tokens is dealt out to the P ranks of a group (cp_partition_*). Every rank calls cp_attention_forward with its own
  *   rows of Q, K, V and gets its own rows of O and LSE, equal to what one rank with the whole sequence would compute; then
  *   cp_attention_backward with dO gives its own rows of dQ, dK, dV. How keys and values travel is the communication type (CP_COMM_*);
- *   it changes speed and memory, never the result's meaning.
+ *   it changes speed and memory, never the result's meaning. Other layers that need whole sequences (Mamba) trade heads for them and back:
+ *   cp_sequence_to_heads, cp_heads_to_sequence.
  *
  * LIFECYCLE
  *   cp_get_unique_id -> cp_group_init (collective) -> cp_attention_create -> cp_set_group -> forward / backward x N -> destroy.
@@ -235,6 +236,31 @@
 // K, V and their gradients.
 #define CP_SIDE_K 1
 
+// No FP8.
+#define CP_FP8_OFF 0
+
+// Scales per tensor or per block: rows in multiples of 16.
+#define CP_FP8_ROWS_16 1
+
+// MXFP8: rows in multiples of 32.
+#define CP_FP8_ROWS_32 2
+
+// cp_padding_config.flags: sequence parallelism, that is every tensor-parallel rank holds its part of the rank's sequence between the layers' products.
+#define CP_PADDING_SEQUENCE_PARALLEL 1
+
+// cp_padding_config.flags: Megatron's formula as it is: FP8 counts only where neither context nor sequence parallelism does. Without it every need
+// is met at once. Also a flag of cp_padding_image_bounds.
+#define CP_PADDING_MEGATRON 2
+
+// cp_padding_config.flags: tensor-parallel communication overlaps the matrix products; with sequence parallelism the length is then `decoder_length`.
+#define CP_PADDING_TP_OVERLAP 4
+
+// They are a sequence of their own, of true tokens.
+#define CP_TAIL_APPEND_DUMMY 0
+
+// They are padding of the last sequence.
+#define CP_TAIL_EXTEND_LAST 1
+
 // An attention layer. Use it from any thread, one call at a time.
 typedef struct cp_attention cp_attention;
 
@@ -431,6 +457,141 @@ typedef struct cp_sequences {
 // Which side of attention: queries or keys.
 typedef uint32_t cp_side;
 
+// Ranks in a grid with the axes tp, cp, ep, dp, pp (tensor, context, expert, data, pipeline parallel), as Megatron numbers them.
+//
+// A mesh has cp > 1 or ep > 1, not both: experts have a mesh of their own over the same ranks, with cp = 1, see cp_mesh_expert.
+typedef struct cp_mesh {
+    // sizeof(cp_mesh), set by the caller.
+    uint32_t struct_size;
+    // 0.
+    uint32_t flags;
+    // Tensor-parallel ranks; 0: 1.
+    uint32_t tp;
+    // Context-parallel ranks; 0: 1.
+    uint32_t cp;
+    // Expert-parallel ranks; 0: 1.
+    uint32_t ep;
+    // Data-parallel ranks; 0: what `world_size` leaves, or 1 where that is 0.
+    uint32_t dp;
+    // Pipeline-parallel ranks; 0: 1.
+    uint32_t pp;
+    // Number of ranks; 0: the product of the sizes.
+    uint32_t world_size;
+    // Number of the first rank.
+    uint32_t first_rank;
+    // 0.
+    uint32_t reserved;
+    // Axes joined by -, the first with stride 1; NULL: "tp-cp-ep-dp-pp". Axes of size 1 may be left out. (Megatron's other order is
+    // "tp-cp-ep-pp-dp".)
+    const char *order;
+} cp_mesh;
+
+// Communication type: the four names that Megatron uses.
+typedef uint32_t cp_comm_type;
+
+// FP8 recipe of the matrix products, as far as it asks for a number of rows.
+typedef uint32_t cp_fp8;
+
+// How a layer is split, as far as it decides about padding.
+typedef struct cp_padding_config {
+    // sizeof(cp_padding_config), set by the caller.
+    uint32_t struct_size;
+    // CP_PADDING_* flags.
+    uint32_t flags;
+    // Tensor-parallel ranks; 0: 1.
+    uint32_t tp;
+    // Context-parallel ranks; 0: 1. Their partition is zigzag.
+    uint32_t cp;
+    // FP8 recipe.
+    cp_fp8 fp8;
+    // 0.
+    uint32_t reserved;
+    // With CP_PADDING_TP_OVERLAP and CP_PADDING_SEQUENCE_PARALLEL: the length to pad to.
+    uint64_t decoder_length;
+} cp_padding_config;
+
+// What becomes of the rows between the end of a pack and its target.
+typedef uint32_t cp_tail;
+
+// How a pack of sequences is filled up. Exactly one of `multiple` and `rows` is given.
+typedef struct cp_tail_config {
+    // sizeof(cp_tail_config), set by the caller.
+    uint32_t struct_size;
+    // 0.
+    uint32_t flags;
+    // Context-parallel ranks.
+    uint32_t ranks;
+    // CP_PARTITION_ZIGZAG or CP_PARTITION_CONTIGUOUS.
+    uint32_t partition;
+    // What the tail is.
+    cp_tail tail;
+    // Sequences in the result, the dummy included, missing ones empty: shapes that do not depend on the batch. 0: as many as there are.
+    uint32_t slots;
+    // Rows of every rank: a multiple of this.
+    uint64_t multiple;
+    // Rows of every rank: so many.
+    uint64_t rows;
+} cp_tail_config;
+
+// A tensor: memory of the caller's, with shape and element strides. The numbers are DLPack's. Frozen: it never grows.
+//
+// Dense format: `[batch, seq, heads, dim]`, ndim 4. Packed format: `[tokens, heads, dim]`, ndim 3. LSE: `[batch, heads, seq]`, ndim 3, or
+// packed `[heads, tokens]`, ndim 2. Strides are not negative, the last is 1 (LSE: any). Data is aligned to the element size; on CUDA data and
+// all strides but the last (not the LSE's) are multiples of 16 bytes, and elements are bf16 or fp16.
+typedef struct cp_tensor {
+    // First element.
+    void *data;
+    // CP_DEVICE_*, the layer's; 0 is CP_DEVICE_CPU.
+    int32_t device_type;
+    // CUDA's number of the device, the layer's; 0 on the CPU.
+    int32_t device_id;
+    // CP_CODE_FLOAT or CP_CODE_BFLOAT.
+    uint8_t dtype_code;
+    // 16 or 32.
+    uint8_t dtype_bits;
+    // 1.
+    uint16_t dtype_lanes;
+    // Number of dimensions in use.
+    uint32_t ndim;
+    // Elements along each dimension.
+    int64_t shape[4];
+    // Elements from one index to the next, along each dimension.
+    int64_t stride[4];
+    // Must be 0.
+    uint64_t reserved;
+} cp_tensor;
+
+// One exchange between a rank's rows of all heads and whole sequences of a rank's heads, of up to 16 tensors at once.
+//
+// Dense format: `[batch, seq, heads, dim]`, packed: `[tokens, heads, dim]`, as in attention. A tensor may be fp32, bf16 or fp16, each its own, with any
+// number of elements per head; on CUDA too, and there is no rule of 16 bytes. `local[i]` has this rank's rows, in the order of cp_partition_tokens,
+// and all heads; its heads divide `heads`. `whole[i]` has the rows of all padded sequences in their order, and the heads that cp_trade_share says.
+// Padding rows of what is read are not read; of what is written they are exactly 0. With whole tensors without gaps messages land in place.
+typedef struct cp_trade_args {
+    // sizeof(cp_trade_args).
+    uint32_t struct_size;
+    // Must be 0.
+    uint32_t flags;
+    // The sequences; the query side counts.
+    const struct cp_sequences *sequences;
+    // CP_PARTITION_*.
+    cp_partition partition;
+    // CP_FORMAT_*.
+    cp_format format;
+    // Heads that are dealt out to the ranks, a multiple of every tensor's; 0 = the most that a tensor has.
+    uint32_t heads;
+    // Number of tensors, 1 … 16.
+    uint32_t count;
+    // This rank's rows of every tensor, `[count]`.
+    const struct cp_tensor *local;
+    // Whole sequences of every tensor, `[count]`.
+    const struct cp_tensor *whole;
+    // At least cp_trade_workspace_size bytes, aligned to 64; NULL = memory that the group keeps.
+    void *workspace;
+    // Bytes at `workspace`.
+    size_t workspace_bytes;
+} cp_trade_args;
+
 // Type of a tensor's elements.
 typedef uint32_t cp_dtype;
 
@@ -508,9 +669,6 @@ typedef struct cp_attention_config {
     uint32_t reserved;
 } cp_attention_config;
 
-// Communication type: the four names that Megatron uses.
-typedef uint32_t cp_comm_type;
-
 // How a group communicates for a layer. All zero is p2p.
 typedef struct cp_comm_config {
     // sizeof(cp_comm_config).
@@ -564,34 +722,6 @@ typedef struct cp_report {
     // Size of the head exchange.
     uint32_t inner;
 } cp_report;
-
-// A tensor: memory of the caller's, with shape and element strides. The numbers are DLPack's. Frozen: it never grows.
-//
-// Dense format: `[batch, seq, heads, dim]`, ndim 4. Packed format: `[tokens, heads, dim]`, ndim 3. LSE: `[batch, heads, seq]`, ndim 3, or
-// packed `[heads, tokens]`, ndim 2. Strides are not negative, the last is 1 (LSE: any). Data is aligned to the element size; on CUDA data and
-// all strides but the last (not the LSE's) are multiples of 16 bytes, and elements are bf16 or fp16.
-typedef struct cp_tensor {
-    // First element.
-    void *data;
-    // CP_DEVICE_*, the layer's; 0 is CP_DEVICE_CPU.
-    int32_t device_type;
-    // CUDA's number of the device, the layer's; 0 on the CPU.
-    int32_t device_id;
-    // CP_CODE_FLOAT or CP_CODE_BFLOAT.
-    uint8_t dtype_code;
-    // 16 or 32.
-    uint8_t dtype_bits;
-    // 1.
-    uint16_t dtype_lanes;
-    // Number of dimensions in use.
-    uint32_t ndim;
-    // Elements along each dimension.
-    int64_t shape[4];
-    // Elements from one index to the next, along each dimension.
-    int64_t stride[4];
-    // Must be 0.
-    uint64_t reserved;
-} cp_tensor;
 
 // Forward's note to backward. Plain data; copy it as you like.
 typedef struct cp_context {
@@ -828,6 +958,224 @@ cp_status cp_partition_tokens(cp_partition partition,
                               uint32_t *indices,
                               size_t capacity,
                               size_t *count);
+
+// Fills in what a mesh leaves to defaults: sizes, `world_size`, but not `order`. Checks all of it. Local. Any thread, any time.
+//
+// Requires:
+// `mesh` points to `struct_size` bytes and its `order` is NULL or ends in 0; `filled`, which may be the same, points to `struct_size` bytes.
+cp_status cp_mesh_fill(const struct cp_mesh *mesh,
+                       struct cp_mesh *filled);
+
+// The mesh of the experts over the same ranks: cp = 1, `tp` and `ep` of its own, dp what they leave. Megatron makes such a second grid too.
+// Refuses sizes with which pipeline stages would be other ranks than in `mesh`. Local. Any thread, any time.
+//
+// Requires:
+// `mesh` as for cp_mesh_fill, and `expert` uses its `order` too; `expert` points to `struct_size` bytes.
+cp_status cp_mesh_expert(const struct cp_mesh *mesh, uint32_t tp, uint32_t ep, struct cp_mesh *expert);
+
+// The group of `rank` along one axis or several joined by - ("cp", "tp-dp-cp"): the ranks that differ from it in those coordinates only, in
+// ascending order. `index` is its own place among them. Writes at most `capacity` members and the full number to `count`; `members` and `index`
+// may be NULL. Local. Any thread, any time.
+//
+// Requires:
+// `mesh` as for cp_mesh_fill; `axes` ends in 0; `members` is NULL or has room for `capacity` numbers, `index` is NULL or has room for one, `count`
+// for one.
+cp_status cp_mesh_members(const struct cp_mesh *mesh,
+                          const char *axes,
+                          uint32_t rank,
+                          uint32_t *members,
+                          size_t capacity,
+                          size_t *count,
+                          uint32_t *index);
+
+// All groups along `axes`, one after another, by their first member: as many numbers as the mesh has ranks, of which every `group_size` are a group.
+// Local. Any thread, any time.
+//
+// Requires:
+// `mesh` as for cp_mesh_fill; `axes` ends in 0; `members` is NULL (for the size only) or has room for `capacity` numbers, `group_size` for one.
+cp_status cp_mesh_groups(const struct cp_mesh *mesh,
+                         const char *axes,
+                         uint32_t *members,
+                         size_t capacity,
+                         size_t *group_size);
+
+// The group of `rank` on one level of a hierarchy over its group along `axes` (Megatron's hierarchical context parallelism, where `axes` is "cp"):
+// `sizes[0]` neighbours on level 0, on every further level ranks as far apart as the levels below are large. The sizes' product is the group's size;
+// any number of levels. For a2a+p2p, level 0 trades heads and level 1 keys and values. Outputs as cp_mesh_members. Local. Any thread, any time.
+//
+// Requires:
+// As cp_mesh_members; `sizes` points to `level_count` numbers.
+cp_status cp_mesh_level_members(const struct cp_mesh *mesh,
+                                const char *axes,
+                                const uint32_t *sizes,
+                                size_t level_count,
+                                uint32_t level,
+                                uint32_t rank,
+                                uint32_t *members,
+                                size_t capacity,
+                                size_t *count,
+                                uint32_t *index);
+
+// The group of `group_size` consecutive members of the group along `axes` that `rank` is in: hybrid (dynamic) context parallelism, where `axes` is
+// "dp-cp". Any size up to the group's, not only powers of two. Where the size does not divide, ranks left over are in no such group:
+// CP_ERR_INVALID_ARGUMENT for them (Megatron files a shorter group under the full size). Outputs as cp_mesh_members. Local. Any thread, any time.
+//
+// Requires:
+// As cp_mesh_members.
+cp_status cp_mesh_consecutive_members(const struct cp_mesh *mesh,
+                                      const char *axes,
+                                      uint32_t group_size,
+                                      uint32_t rank,
+                                      uint32_t *members,
+                                      size_t capacity,
+                                      size_t *count,
+                                      uint32_t *index);
+
+// The communication type of each of `layers` layers. `names`, separated by commas or white space, is one name for all, one per layer, or a shorter
+// list whose length divides `layers` and which is repeated: p2p, all_gather (or allgather), a2a, a2a+p2p. Local. Any thread, any time.
+//
+// Requires:
+// `names` ends in 0; `types` has room for `layers` numbers.
+cp_status cp_comm_types_per_layer(const char *names,
+                                  size_t layers,
+                                  cp_comm_type *types);
+
+// What the length of a sequence must be a multiple of: lcm(2·cp·tp, cp·fp8) with sequence parallelism and cp > 1, lcm(2·cp, cp·fp8) without, lcm(tp, fp8)
+// or fp8 where cp = 1; fp8 is 1, 16 or 32, and stands with cp because every rank's rows are a matrix product of their own. With CP_PADDING_MEGATRON:
+// 2·cp·tp, 2·cp, tp, fp8. This library's attention needs no padding. Local. Any thread, any time.
+//
+// Requires:
+// `config` points to `struct_size` bytes; `factor` has room for a number.
+cp_status cp_padding_factor(const struct cp_padding_config *config,
+                            uint64_t *factor);
+
+// Tokens to add to a sequence of `length`: to the next multiple of cp_padding_factor, or to `decoder_length` where tensor-parallel overlap and sequence
+// parallelism want one fixed length. That must not be shorter, and without CP_PADDING_MEGATRON a multiple of the factor. Local. Any thread, any time.
+//
+// Requires:
+// As cp_padding_factor.
+cp_status cp_padding_amount(const struct cp_padding_config *config,
+                            uint64_t length,
+                            uint64_t *padding);
+
+// Cumulative lengths with every sequence padded to a multiple of `factor`: `entries` numbers from as many, 0 first. Packs for context parallelism
+// elsewhere want a multiple of 2·cp; this library does not. Local. Any thread, any time.
+//
+// Requires:
+// `cu_seqlens` points to `entries` numbers; `cu_seqlens_padded` has room for as many.
+cp_status cp_padding_sequences(const int32_t *cu_seqlens,
+                               size_t entries,
+                               uint32_t factor,
+                               int32_t *cu_seqlens_padded);
+
+// Fills up a pack of sequences to the rows that every rank shall have (Megatron's packing tail). `cu_seqlens_padded` may be NULL: as `cu_seqlens`.
+// Writes as many entries to both results, at most `capacity` of them, and the full number to `made`: at most `entries` + 1, or `slots` + 1.
+// `longest` is the longest padded sequence, with `slots` all rows; it may be NULL. For zigzag the tail must divide into 2·ranks chunks. Local.
+// Any thread, any time.
+//
+// Requires:
+// `config` points to `struct_size` bytes; the inputs to `entries` numbers; the results have room for `capacity` each, `made` and `longest` for one.
+cp_status cp_padding_tail(const struct cp_tail_config *config,
+                          const int32_t *cu_seqlens,
+                          const int32_t *cu_seqlens_padded,
+                          size_t entries,
+                          int32_t *result,
+                          int32_t *result_padded,
+                          size_t capacity,
+                          size_t *made,
+                          uint64_t *longest);
+
+// Entries of a batch of `count` that `rank` of `ranks` gets when it is split by entries into equal parts: from `start` on `length`, and `padding` more
+// that only fill up (Megatron's split_to_context_parallel_ranks: ⌈count/ranks⌉ each). A gather puts the parts one after another, the padding of all
+// ranks last. Local. Any thread, any time.
+//
+// Requires:
+// `start`, `length` and `padding` have room for a number each.
+cp_status cp_padding_split(uint64_t count,
+                           uint32_t ranks,
+                           uint32_t rank,
+                           uint64_t *start,
+                           uint64_t *length,
+                           uint64_t *padding);
+
+// Cumulative lengths of a batch of `batch` entries of `length` tokens, the last `padding` of each being padding: `batch` + 1 numbers each for
+// `cu_seqlens` and, where `format` becomes CP_FORMAT_PACKED, `cu_seqlens_padded`. That is with `ranks` > 1 context-parallel ranks and padding, or where
+// `packed` is not 0 (Megatron's get_packed_seq_params); else it is CP_FORMAT_DENSE. Local. Any thread, any time.
+//
+// Requires:
+// `cu_seqlens` and `cu_seqlens_padded` have room for `batch` + 1 numbers, `format` for one.
+cp_status cp_padding_batch(uint32_t batch,
+                           uint64_t length,
+                           uint64_t padding,
+                           uint32_t ranks,
+                           uint32_t packed,
+                           int32_t *cu_seqlens,
+                           int32_t *cu_seqlens_padded,
+                           cp_format *format);
+
+// Where a list of `images` images with `rows` tokens each is cut among ranks so that every image is whole: rank r gets images `bounds[r]` up to
+// `bounds[r + 1]`. `media` counts the images that belong together (frames of a video, 1 for a picture; NULL: all are pictures), and `tubelet` frames of one
+// medium stay together (0: 1). The fullest rank has as few tokens as it can have, and no rank is empty where there are enough pieces.
+// With CP_PADDING_MEGATRON in `flags`, for `tubelet` 1: images/ranks each and the rest on the last rank, whatever their size; with fewer images than ranks
+// one each, where indices beyond the images are dummies. Local. Any thread, any time.
+//
+// Requires:
+// `rows` points to `images` numbers, `media` is NULL or points to `media_count`; `bounds` has room for `ranks` + 1.
+cp_status cp_padding_image_bounds(const uint64_t *rows,
+                                  size_t images,
+                                  const uint64_t *media,
+                                  size_t media_count,
+                                  uint32_t tubelet,
+                                  uint32_t ranks,
+                                  uint32_t flags,
+                                  uint64_t *bounds);
+
+// This rank's rows of all heads become whole sequences of this rank's heads: `local` is read, `whole` written. For layers that need whole sequences
+// and treat heads, or channels, apart, such as Mamba's convolution and scan.
+//
+// One grouped exchange for all tensors. Collective over the group, in the same order on all ranks; blocking on the CPU, where `stream` must be NULL. On
+// CUDA the call is work on `stream`, and what cp_attention_forward says holds here too, also about errors, agreement and graphs (a captured call brings
+// its workspace). If one rank's arguments are wrong, that rank gets its error and all others CP_ERR_MISMATCH naming it; nothing has moved.
+//
+// The transpose is cp_heads_to_sequence: either is the other's gradient, also where several ranks have a head.
+//
+// Requires:
+// `group` is a handle; `args` points to `struct_size` bytes; its tensors' memory is as their shapes and strides say, and outputs overlap nothing.
+cp_status cp_sequence_to_heads(const struct cp_group *group,
+                               const struct cp_trade_args *args,
+                               void *stream);
+
+// The way back: `whole` is read, `local` written. Of a head that several ranks have (cp_trade_share), the rows of all are summed, in rank order and in
+// fp32. In all else as cp_sequence_to_heads.
+//
+// Requires:
+// As cp_sequence_to_heads.
+cp_status cp_heads_to_sequence(const struct cp_group *group,
+                               const struct cp_trade_args *args,
+                               void *stream);
+
+// Heads of a tensor with `tensor_heads` heads that `rank` of `ranks` has of whole sequences: `first`, …, first + count - 1.
+//
+// Of `heads` heads (a multiple of `tensor_heads`), rank r has ⌊r·heads/ranks⌋ … ⌊(r+1)·heads/ranks⌋ - 1: shares differ by at most one, and may be empty.
+// Of a tensor with fewer heads, such as the groups of Mamba's B and C, it has those that serve these: head h is served by h·tensor_heads/heads, rounded
+// down. Such a head may be on several ranks. Local. Any thread, any time.
+//
+// Requires:
+// `first` and `count` have room for a number each.
+cp_status cp_trade_share(uint32_t heads,
+                         uint32_t tensor_heads,
+                         uint32_t ranks,
+                         uint32_t rank,
+                         uint32_t *first,
+                         uint32_t *count);
+
+// Workspace that suffices for these tensors in either direction. Their memory is not looked at, and may be NULL. Local. During a capture: not allowed.
+//
+// Requires:
+// As cp_sequence_to_heads, but for the tensors' memory; `bytes` has room for a number.
+cp_status cp_trade_workspace_size(const struct cp_group *group,
+                                  const struct cp_trade_args *args,
+                                  size_t *bytes);
 
 // Makes a layer, without a group: it computes alone until cp_set_group. Local. On CUDA it may block while kernels are loaded. During a capture:
 // not allowed.

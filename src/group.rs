@@ -9,10 +9,12 @@ use crate::error::{Error, Result, Status};
 use crate::exec::device::{DeviceLink, Tables, Target};
 use crate::exec::{Link, Stats};
 use crate::plan::account::{layout, saved_bytes, workspace_bytes};
+use crate::plan::trade::Trade;
 use crate::plan::{Options, Pass, Plan};
 use crate::problem::{Fnv, Problem};
 use crate::transport::device::DeviceTransport;
 use crate::transport::{Shared, Transport};
+use std::any::Any;
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -49,10 +51,14 @@ struct Parent {
     /// Calls made so far by every set of members.
     calls: Mutex<HashMap<u64, u64>>,
     plans: Mutex<PlanCache>,
+    spare: Mutex<Spare>,
     sent: AtomicU64,
     received: AtomicU64,
     exposed_ns: AtomicU64,
 }
+
+/// What calls without a layer compute with and use again; they know its type.
+pub type Spare = Option<Box<dyn Any + Send>>;
 
 /// What a group on CUDA has beside its host transport.
 struct DeviceSide {
@@ -95,14 +101,7 @@ pub struct Prepared {
 }
 
 impl Prepared {
-    fn new(
-        problem: &Arc<Problem>,
-        rank: u32,
-        pass: Pass,
-        options: Options,
-        target: Target,
-    ) -> Prepared {
-        let plan = Plan::new(problem, rank, pass, options);
+    fn new(plan: Plan, target: Target) -> Prepared {
         let at = layout(&plan);
         let offsets = plan.slots.iter().map(|s| at.get(&s.slot).copied().unwrap_or(0)).collect();
         let (slots, saved) = (workspace_bytes(&plan), saved_bytes(&plan));
@@ -145,6 +144,10 @@ pub enum Call {
     Backward = 4,
     /// `cp_group_warm_up`.
     WarmUp = 5,
+    /// `cp_sequence_to_heads`.
+    ToHeads = 6,
+    /// `cp_heads_to_sequence`.
+    ToSequence = 7,
 }
 
 impl Call {
@@ -155,6 +158,8 @@ impl Call {
             3 => "cp_attention_forward",
             4 => "cp_attention_backward",
             5 => "cp_group_warm_up",
+            6 => "cp_sequence_to_heads",
+            7 => "cp_heads_to_sequence",
             _ => "an unknown call",
         }
     }
@@ -222,6 +227,7 @@ impl Group {
             lost: Mutex::default(),
             calls: Mutex::default(),
             plans: Mutex::default(),
+            spare: Mutex::default(),
             sent: AtomicU64::new(0),
             received: AtomicU64::new(0),
             exposed_ns: AtomicU64::new(0),
@@ -324,6 +330,11 @@ impl Group {
         }
     }
 
+    /// Memory and kernels of calls without a layer, which all subsets share. Held for the length of a call.
+    pub fn spare(&self) -> MutexGuard<'_, Spare> {
+        lock(&self.parent.spare)
+    }
+
     fn lane(&self) -> Option<MutexGuard<'_, CommLane>> {
         self.parent.device.as_ref().and_then(|d| d.lane.as_ref()).map(lock)
     }
@@ -386,7 +397,7 @@ impl Group {
         if self.size() == 1 {
             return local;
         }
-        let passes = matches!(header.call, Call::Forward | Call::Backward);
+        let passes = !matches!(header.call, Call::Barrier | Call::SetGroup | Call::WarmUp);
         if passes && self.parent.device.as_ref().is_some_and(|d| !d.agrees) {
             return local;
         }
@@ -465,12 +476,36 @@ impl Group {
         options: Options,
         target: Target,
     ) -> Arc<Prepared> {
+        let key = (problem.fingerprint(), self.rank, pass, options, target);
+        let same = |plan: &Plan| *plan.problem == **problem;
+        self.prepared(key, same, || Plan::new(problem, self.rank, pass, options))
+    }
+
+    /// The same for a trade.
+    pub fn prepare_trade(
+        &self,
+        trade: &Arc<Trade>,
+        pass: Pass,
+        options: Options,
+        target: Target,
+    ) -> Arc<Prepared> {
+        let key = (trade.fingerprint(), self.rank, pass, options, target);
+        let same = |plan: &Plan| plan.trade.as_deref() == Some(&**trade);
+        self.prepared(key, same, || Plan::of_trade(trade, self.rank, pass, options))
+    }
+
+    fn prepared(
+        &self,
+        key: PlanKey,
+        same: impl Fn(&Plan) -> bool,
+        plan: impl FnOnce() -> Plan,
+    ) -> Arc<Prepared> {
+        let target = key.4;
         let mut cache = lock(&self.parent.plans);
         cache.clock += 1;
         let now = cache.clock;
-        let key = (problem.fingerprint(), self.rank, pass, options, target);
         if let Some((used, prepared)) = cache.plans.get_mut(&key)
-            && *prepared.plan.problem == **problem
+            && same(&prepared.plan)
         {
             *used = now;
             return prepared.clone();
@@ -484,7 +519,7 @@ impl Group {
             let oldest = cache.plans.iter().min_by_key(|(_, (used, _))| *used).map(|(key, _)| *key);
             oldest.and_then(|key| cache.plans.remove(&key));
         }
-        let prepared = Arc::new(Prepared::new(problem, self.rank, pass, options, target));
+        let prepared = Arc::new(Prepared::new(plan(), target));
         cache.plans.insert(key, (now, prepared.clone()));
         prepared
     }

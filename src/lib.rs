@@ -25,12 +25,14 @@
 //! | room | what it is for |
 //! |---|---|
 //! | [`partition`], [`mask`], [`score`], [`problem`], [`holding`], [`dtype`], [`error`] | the vocabulary; pure |
+//! | [`mesh`], [`layers`], [`padding`] | what surrounds a layer in Megatron: the rank grid, communication types per layer, padding rules; pure |
 //! | [`plan`] | decides; start with the table that `context-parallel plan` prints, then `plan/stages.rs` |
 //! | [`exec`] | runs one rank's plan |
 //! | [`backend`] | what compute steps mean, and the CPU kernels |
 //! | [`transport`] | moves bytes: `local` (threads), `shm` (processes), `user` (a C table; MPI comes through it); `device`: on CUDA streams |
 //! | [`driver`] | the CUDA driver, opened at run time |
 //! | [`group`], [`attention`] | ranks that agree before they compute; layers |
+//! | [`trade`] | sequence ↔ heads for other layers than attention |
 //! | [`capi`] | translates C to all of the above and decides nothing |
 //!
 //! # Invariants, most of them absences
@@ -50,9 +52,13 @@ pub mod error;
 pub mod exec;
 pub mod group;
 pub mod holding;
+pub mod layers;
 pub mod mask;
+pub mod mesh;
+pub mod padding;
 pub mod partition;
 pub mod plan;
 pub mod problem;
 pub mod score;
+pub mod trade;
 pub mod transport;

@@ -264,7 +264,7 @@ impl Problem {
             validate_list(self, k, Side::Key)?;
             validate_steps(self, q, k)?;
             if !self.packed && self.score.bias.is_some_and(|b| !b.batch && b.queries) {
-                validate_entries_alike(q)?;
+                validate_entries_alike(q, self.seqs.len() as u32)?;
             }
         }
         Ok(())
@@ -358,14 +358,13 @@ fn validate_list(p: &Problem, lists: &[Vec<crate::partition::Stretch>], side: Si
 }
 
 /// Batch entries share the rows of a bias only if a rank holds the same positions of each.
-fn validate_entries_alike(lists: &[Vec<crate::partition::Stretch>]) -> Result<()> {
+fn validate_entries_alike(lists: &[Vec<crate::partition::Stretch>], entries: u32) -> Result<()> {
     for (rank, list) in lists.iter().enumerate() {
         let of =
             |seq: u32| list.iter().filter(move |s| s.seq == seq).map(|s| (s.start, s.step, s.len));
-        if let Some(s) = list.iter().find(|s| !of(s.seq).eq(of(list[0].seq))) {
+        if let Some(entry) = (1..entries).find(|e| !of(*e).eq(of(0))) {
             return Err(Error::argument(format!(
-                "bias: shared by batch entries, but the partition list of rank {rank} deals entry {} otherwise than entry {}",
-                s.seq, list[0].seq
+                "bias: shared by batch entries, but the partition list of rank {rank} deals entry {entry} otherwise than entry 0"
             )));
         }
     }

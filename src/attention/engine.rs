@@ -35,14 +35,14 @@ unsafe impl Send for Allocator {}
 
 /// What carries out a layer's calls.
 #[allow(clippy::large_enum_variant)] // one per layer
-pub(super) enum Engine {
+pub(crate) enum Engine {
     /// The calling thread and the CPU backend's workers.
     Host { cpu: Cpu, scratch: Scratch, workspace: HostBuffer },
     /// Streams of a device.
     Device(OnDevice),
 }
 
-pub(super) struct OnDevice {
+pub(crate) struct OnDevice {
     cuda: Cuda,
     scratch: device::Scratch,
     allocator: Option<Allocator>,
@@ -203,7 +203,7 @@ impl Drop for OnDevice {
 }
 
 /// A workspace for the length of a call.
-pub(super) struct Lease {
+pub(crate) struct Lease {
     ptr: *mut u8,
     give_back: Option<(Arc<Device>, Allocator, usize, CUstream)>,
     /// It is the layer's own device buffer.
@@ -233,7 +233,7 @@ impl Drop for Lease {
 }
 
 /// An aligned allocation that only grows.
-pub(super) struct HostBuffer {
+pub(crate) struct HostBuffer {
     ptr: *mut u8,
     bytes: usize,
 }

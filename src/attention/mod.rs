@@ -1,6 +1,6 @@
 //! An attention layer: a configuration, the groups it has been attached to, and the two passes.
 
-mod engine;
+pub(crate) mod engine;
 
 use crate::backend::View;
 use crate::backend::cpu::Cpu;
@@ -674,5 +674,7 @@ pub fn name(tensor: Tensor) -> &'static str {
         Tensor::MaxLogit => "max_logit",
         Tensor::Bias => "bias",
         Tensor::DBias => "d_bias",
+        Tensor::Local => "local",
+        Tensor::Whole => "whole",
     }
 }

@@ -16,7 +16,7 @@ use crate::score::{Reach, Score};
 ///
 /// # Safety
 /// `ptr` is null or points to `count` readable elements.
-unsafe fn slice<'a, T>(name: &str, ptr: *const T, count: usize) -> Result<Option<&'a [T]>> {
+pub unsafe fn slice<'a, T>(name: &str, ptr: *const T, count: usize) -> Result<Option<&'a [T]>> {
     if ptr.is_null() {
         return Ok(None);
     }
@@ -92,6 +92,17 @@ impl Place {
     }
 }
 
+/// Is a format the packed one?
+pub fn packed(name: &str, code: cp_format) -> Result<bool> {
+    match code {
+        CP_FORMAT_DENSE => Ok(false),
+        CP_FORMAT_PACKED => Ok(true),
+        other => Err(Error::argument(format!(
+            "{name}: got {other}, allowed CP_FORMAT_DENSE (0), CP_FORMAT_PACKED (1)"
+        ))),
+    }
+}
+
 /// A partition by number. The caller's list comes with the sequences.
 pub fn partition(name: &str, code: cp_partition) -> Result<Partition> {
     match code {
@@ -141,15 +152,7 @@ pub unsafe fn attention_config(ptr: *const cp_attention_config) -> Result<Layer>
             "config.flags: CP_ATTENTION_KV_CACHE: decoding with a KV cache is not offered; this library computes whole sequences (training, prefill)",
         ));
     }
-    let packed = match c.format {
-        CP_FORMAT_DENSE => false,
-        CP_FORMAT_PACKED => true,
-        other => {
-            return Err(Error::argument(format!(
-                "config.format: got {other}, allowed CP_FORMAT_DENSE (0), CP_FORMAT_PACKED (1)"
-            )));
-        }
-    };
+    let packed = packed("config.format", c.format)?;
     for (name, flag, value) in [
         ("window_left", CP_ATTENTION_WINDOW_LEFT, c.window_left),
         ("window_right", CP_ATTENTION_WINDOW_RIGHT, c.window_right),

@@ -1,15 +1,21 @@
 //! The C ABI. Every exported function is: guard → decode → call → encode; nothing is decided here.
 //!
-//! In lifecycle order: `about` (version, errors), `group`, `partition`, `attention`. The structs are in `abi`, all argument checks in `decode`
-//! and (for groups) `init`, panics and handles in `guard`. cbindgen makes `include/context_parallel.h` from these files; a test compares.
+//! In lifecycle order: `about` (version, errors), `group`, `partition`, `mesh`, `padding`, `trade`, `attention`. The structs are in `abi` and its
+//! neighbours, all argument checks in `decode` and (for groups) `init`, panics and handles in `guard`. cbindgen makes `include/context_parallel.h` from these
+//! files; a test compares.
 
 #![allow(non_camel_case_types)]
 
 pub mod abi;
+pub mod abi_mesh;
+pub mod abi_trade;
 pub mod about;
 pub mod attention;
 mod decode;
 pub mod group;
 mod guard;
 mod init;
+pub mod mesh;
+pub mod padding;
 pub mod partition;
+pub mod trade;

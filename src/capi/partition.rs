@@ -92,15 +92,7 @@ unsafe fn problem(
     ranks: u32,
 ) -> Result<Problem> {
     let partition = decode::partition("partition", partition)?;
-    let packed = match format {
-        CP_FORMAT_DENSE => false,
-        CP_FORMAT_PACKED => true,
-        other => {
-            return Err(Error::argument(format!(
-                "format: got {other}, allowed CP_FORMAT_DENSE (0), CP_FORMAT_PACKED (1)"
-            )));
-        }
-    };
+    let packed = decode::packed("format", format)?;
     if ranks == 0 || ranks > 1 << 20 {
         return Err(Error::argument(format!("ranks: got {ranks}, allowed 1 … {}", 1 << 20)));
     }

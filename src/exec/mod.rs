@@ -17,7 +17,7 @@ pub use host::{Link, Scratch, run};
 pub struct Memory<'a> {
     /// What dropout draws from.
     pub dropout: Dropout<'a>,
-    /// The caller's tensors.
+    /// The caller's tensors; of several of a kind, in the order of their slots' index.
     pub caller: &'a [(Tensor, View)],
     /// Offsets of all other slots, from [`crate::plan::account::layout`], in the order of `plan.slots`.
     pub offsets: &'a [usize],
@@ -53,7 +53,8 @@ fn bind(plan: &Plan, memory: &Memory, views: &mut Vec<View>) -> Result<()> {
     for (info, offset) in plan.slots.iter().zip(memory.offsets) {
         views.push(match info.slot.kind {
             Kind::Caller => {
-                match memory.caller.iter().find(|(tensor, _)| *tensor == info.slot.tensor) {
+                let mut like = memory.caller.iter().filter(|(t, _)| *t == info.slot.tensor);
+                match like.nth(info.slot.index as usize) {
                     Some((_, view)) => *view,
                     None => {
                         return Err(Error::internal(format!(

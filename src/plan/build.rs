@@ -45,9 +45,11 @@ pub(super) fn plan(
             b.backward_stages();
             b.trade_out(&[Tensor::DQ, Tensor::DK, Tensor::DV, Tensor::DBias]);
         }
+        Pass::ToHeads | Pass::ToSequence => unreachable!("`Plan::of_trade` plans these"),
     }
     Plan {
         problem: problem.clone(),
+        trade: None,
         rank,
         pass,
         options,
@@ -186,6 +188,7 @@ impl<'a> Builder<'a> {
             Tensor::Q | Tensor::K | Tensor::DQ | Tensor::DK => p.dim_qk,
             Tensor::V | Tensor::Out | Tensor::DOut | Tensor::DV => p.dim_v,
             Tensor::Bias | Tensor::DBias => p.bias_columns(),
+            Tensor::Local | Tensor::Whole => unreachable!("attention has no such tensor"),
             _ => 1,
         };
         let wired =

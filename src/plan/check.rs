@@ -16,6 +16,7 @@ mod form;
 mod hazards;
 mod memory;
 mod needs;
+mod trade;
 
 use super::{Kind, Op, Plan, Rows, Slot, Step, Tensor};
 
@@ -28,7 +29,10 @@ pub fn check(plans: &[Plan]) -> Result<(), String> {
         form::check(plan, touched)?;
         hazards::check(plan, touched)?;
     }
-    needs::check(plans)?;
+    match &plans[0].trade {
+        Some(trade) => trade::needs(trade, plans)?,
+        None => needs::check(plans)?,
+    }
     flow::check(plans)?;
     plans.iter().zip(&touched).try_for_each(|(plan, touched)| form::no_waste(plan, touched))
 }

@@ -177,8 +177,7 @@ impl Builder<'_> {
 
     /// Do a member's tokens lie in team buffers in so many pieces that a message of them is packed?
     fn scattered(&self, member: u32, tensor: Tensor) -> bool {
-        let runs = self.member_runs(member, tensor);
-        runs.len() > MOST_PIECES || runs.iter().any(|r| r.dst_step > 1 && r.rows > 1)
+        scattered(self.member_runs(member, tensor))
     }
 
     /// The other members whose rows are packed.
@@ -208,8 +207,13 @@ impl Builder<'_> {
     }
 }
 
+/// Do rows lie in so many pieces that a message of them is packed?
+pub(super) fn scattered(runs: &[Run]) -> bool {
+    runs.len() > MOST_PIECES || runs.iter().any(|r| r.dst_step > 1 && r.rows > 1)
+}
+
 /// Local rows ↔ the same rows without gaps, neighbours joined.
-fn packed(runs: &[Run], back: bool) -> Vec<Run> {
+pub(super) fn packed(runs: &[Run], back: bool) -> Vec<Run> {
     let mut out: Vec<Run> = Vec::new();
     let mut at = 0;
     for r in runs {
@@ -226,7 +230,7 @@ fn packed(runs: &[Run], back: bool) -> Vec<Run> {
 }
 
 /// Rows without gaps → team rows.
-fn unpack(runs: &[Run]) -> Vec<Run> {
+pub(super) fn unpack(runs: &[Run]) -> Vec<Run> {
     let mut at = 0;
     let mut next = |r: &Run| {
         at += r.rows;
@@ -235,6 +239,6 @@ fn unpack(runs: &[Run]) -> Vec<Run> {
     runs.iter().map(&mut next).collect()
 }
 
-fn reverse(r: &Run) -> Run {
+pub(super) fn reverse(r: &Run) -> Run {
     Run { src: r.dst, src_step: r.dst_step, dst: r.src, dst_step: r.src_step, rows: r.rows }
 }

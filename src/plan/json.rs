@@ -129,7 +129,7 @@ fn one(plan: &Plan) -> String {
     let range = |r: &std::ops::Range<u32>| format!("[{},{}]", r.start, r.end);
     object(&[
         ("rank", num(plan.rank)),
-        ("pass", text(if plan.pass == Pass::Forward { "forward" } else { "backward" })),
+        ("pass", text(pass_name(plan.pass))),
         ("pack", num(plan.options.pack)),
         ("saved", num(plan.options.saved)),
         ("stages", num(plan.stages)),
@@ -140,6 +140,15 @@ fn one(plan: &Plan) -> String {
         ("steps", list(plan.steps.iter().map(|s| step(plan, s)))),
         ("account", cost),
     ])
+}
+
+fn pass_name(pass: Pass) -> &'static str {
+    match pass {
+        Pass::Forward => "forward",
+        Pass::Backward => "backward",
+        Pass::ToHeads => "to_heads",
+        Pass::ToSequence => "to_sequence",
+    }
 }
 
 fn step(plan: &Plan, step: &Step) -> String {

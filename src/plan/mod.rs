@@ -7,6 +7,7 @@
 //!                     heads    head exchange: trade heads for sequence, and back
 //!                     stages   KV exchange: arrive, attend, return; forward and backward
 //!                     statistics   numbers per head: gradients of sinks, largest scores
+//!                     trade    head exchange alone, for other layers than attention
 //!                  ──▶ Plan ──▶ check (proves all ranks' plans together), account (bytes, FLOPs, memory), print
 //! ```
 //! A plan is a pure function of (problem, rank, [`Options`]). It holds no pointers: slots are bound to memory at launch.
@@ -24,6 +25,7 @@ mod statistics;
 mod survey;
 pub mod svg;
 mod team;
+pub mod trade;
 
 use crate::backend::{HeadMap, Run};
 use crate::dtype::DType;
@@ -43,12 +45,16 @@ pub enum Pass {
     Forward,
     /// Q, K, V, O, LSE, dO → dQ, dK, dV.
     Backward,
+    /// Of a trade: this rank's rows of all heads → whole sequences of this rank's heads.
+    ToHeads,
+    /// Of a trade: the way back.
+    ToSequence,
 }
 
 /// What a launch knows beside the problem. `pack` changes no message, so ranks may differ in it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct Options {
-    /// The caller's K and V are not dense in memory: gather their rows before sending.
+    /// The caller's K and V (in a trade: the whole tensors) are not dense in memory: gather their rows before sending.
     pub pack: bool,
     /// Forward leaves the head-split Q, K, V and LSE for backward, which then exchanges only what is new. Only matters when u > 1.
     pub saved: bool,
@@ -97,6 +103,10 @@ pub enum Tensor {
     Bias,
     /// Its gradient.
     DBias,
+    /// Of a trade: this rank's rows, all heads; the slot's index is the tensor's number.
+    Local,
+    /// Of a trade: whole sequences, this rank's heads. The index of a peer's buffer is the tensor's number times ranks plus the peer.
+    Whole,
 }
 
 impl Tensor {
@@ -173,6 +183,10 @@ impl Slot {
 impl fmt::Debug for Slot {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.kind {
+            Kind::Caller | Kind::Sum if matches!(self.tensor, Tensor::Local | Tensor::Whole) => {
+                let sum = if self.kind == Kind::Sum { "Sum" } else { "" };
+                write!(f, "{sum}{:?}{}", self.tensor, self.index)
+            }
             Kind::Caller => write!(f, "{:?}", self.tensor),
             Kind::Split | Kind::Merge | Kind::Pack => {
                 write!(f, "{:?}{:?}.{}", self.kind, self.tensor, self.index)
@@ -393,6 +407,8 @@ pub struct Origins {
 pub struct Plan {
     /// The problem, shared by all ranks.
     pub problem: Arc<Problem>,
+    /// What is traded, if that is all that this plan does.
+    pub trade: Option<Arc<trade::Trade>>,
     /// This rank, 0 … P−1.
     pub rank: u32,
     /// Which pass.

@@ -179,6 +179,8 @@ pub fn table(plans: &[Plan]) -> String {
     let (title, verb) = match first.pass {
         Pass::Forward => ("forward", "attends"),
         Pass::Backward => ("backward", "differentiates"),
+        Pass::ToHeads => ("sequence to heads", "attends"),
+        Pass::ToSequence => ("heads to sequence", "attends"),
     };
     let mut out = format!("{title}: A {verb} so many (query, key) pairs, ↓ key rows arrive");
     for (mark, text) in [('⇄', ", ⇄ rows traded for heads"), ('↩', ", ↩ gradient rows come home")]

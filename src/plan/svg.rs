@@ -102,6 +102,8 @@ fn caption(plans: &[Plan]) -> String {
     let mut out = match plans[0].pass {
         Pass::Forward => "forward".to_string(),
         Pass::Backward => "backward".to_string(),
+        Pass::ToHeads => "sequence to heads".to_string(),
+        Pass::ToSequence => "heads to sequence".to_string(),
     };
     let tokens: u64 = p.seqs.iter().map(|s| u64::from(s.q.padded)).sum();
     let _ = write!(out, " · {} rank{}", p.ranks, if p.ranks > 1 { "s" } else { "" });

@@ -19,10 +19,14 @@ pub struct HeadShare {
 impl HeadShare {
     /// The share of member `member` of a team of `problem.inner`.
     pub fn of(problem: &Problem, member: u32) -> HeadShare {
-        let cut =
-            |j: u32| (u64::from(j) * u64::from(problem.heads) / u64::from(problem.inner)) as u32;
+        HeadShare::cut(problem.heads, problem.kv_heads, problem.inner, member)
+    }
+
+    /// The share of member `member` of `members`, of so many query and key heads.
+    pub fn cut(heads: u32, kv_heads: u32, members: u32, member: u32) -> HeadShare {
+        let cut = |j: u32| (u64::from(j) * u64::from(heads) / u64::from(members)) as u32;
         let q = cut(member)..cut(member + 1);
-        let group = problem.group();
+        let group = heads / kv_heads;
         let kv = if q.is_empty() { 0..0 } else { q.start / group..q.end.div_ceil(group) };
         HeadShare { q, kv }
     }

@@ -55,6 +55,38 @@ AT(cp_statistics, sent_bytes, 8);
 AT(cp_statistics, received_bytes, 16);
 AT(cp_statistics, exposed_ns, 24);
 
+SIZE(cp_mesh, 48);
+AT(cp_mesh, struct_size, 0);
+AT(cp_mesh, flags, 4);
+AT(cp_mesh, tp, 8);
+AT(cp_mesh, cp, 12);
+AT(cp_mesh, ep, 16);
+AT(cp_mesh, dp, 20);
+AT(cp_mesh, pp, 24);
+AT(cp_mesh, world_size, 28);
+AT(cp_mesh, first_rank, 32);
+AT(cp_mesh, reserved, 36);
+AT(cp_mesh, order, 40);
+
+SIZE(cp_padding_config, 32);
+AT(cp_padding_config, struct_size, 0);
+AT(cp_padding_config, flags, 4);
+AT(cp_padding_config, tp, 8);
+AT(cp_padding_config, cp, 12);
+AT(cp_padding_config, fp8, 16);
+AT(cp_padding_config, reserved, 20);
+AT(cp_padding_config, decoder_length, 24);
+
+SIZE(cp_tail_config, 40);
+AT(cp_tail_config, struct_size, 0);
+AT(cp_tail_config, flags, 4);
+AT(cp_tail_config, ranks, 8);
+AT(cp_tail_config, partition, 12);
+AT(cp_tail_config, tail, 16);
+AT(cp_tail_config, slots, 20);
+AT(cp_tail_config, multiple, 24);
+AT(cp_tail_config, rows, 32);
+
 SIZE(cp_stretch, 16);
 AT(cp_stretch, seq, 0);
 AT(cp_stretch, start, 4);
@@ -80,6 +112,19 @@ AT(cp_sequences, list_q, 88);
 AT(cp_sequences, list_k, 96);
 AT(cp_sequences, list_q_counts, 104);
 AT(cp_sequences, list_k_counts, 112);
+
+SIZE(cp_trade_args, 64);
+AT(cp_trade_args, struct_size, 0);
+AT(cp_trade_args, flags, 4);
+AT(cp_trade_args, sequences, 8);
+AT(cp_trade_args, partition, 16);
+AT(cp_trade_args, format, 20);
+AT(cp_trade_args, heads, 24);
+AT(cp_trade_args, count, 28);
+AT(cp_trade_args, local, 32);
+AT(cp_trade_args, whole, 40);
+AT(cp_trade_args, workspace, 48);
+AT(cp_trade_args, workspace_bytes, 56);
 
 SIZE(cp_attention_config, 96);
 AT(cp_attention_config, struct_size, 0);

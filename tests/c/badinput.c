@@ -5,6 +5,7 @@
  * usage: badinput [--no-stale]      --no-stale leaves out the use of destroyed handles, which valgrind rightly minds */
 #define _GNU_SOURCE
 #include "badinput.h"
+#include "badmesh.h"
 
 static void about(void) {
     char text[16];
@@ -547,6 +548,9 @@ int main(int argc, char **argv) {
     user_transport();
     group_functions(g, layer);
     partitions();
+    meshes();
+    types_of_layers();
+    paddings();
     layers();
     communications();
     layer_functions(g, layer);

@@ -167,6 +167,38 @@ fn info_is_text_and_json() {
     );
 }
 
+/// The table of Megatron's documents: world 16, tp 2, cp 2, dp 2, pp 2, in both orders, and its hierarchies.
+#[test]
+fn info_shows_who_works_with_whom() {
+    let row = |out: &str, name: &str| -> String {
+        let of = |l: &&str| l.split_whitespace().next() == Some(name);
+        let line = out.lines().find(of).unwrap_or_else(|| panic!("no row {name}:\n{out}"));
+        line.split_whitespace().find(|w| w.starts_with('[')).unwrap_or("").to_string()
+    };
+    let out = succeeds("info --mesh tp=2,cp=2,dp=2,pp=2");
+    assert!(out.starts_with("16 ranks"), "{out}");
+    assert_eq!(row(&out, "cp"), "[0,2][1,3][4,6][5,7][8,10][9,11][12,14][13,15]");
+    assert_eq!(row(&out, "dp-cp"), "[0,2,4,6][1,3,5,7][8,10,12,14][9,11,13,15]");
+    assert_eq!(row(&out, "tp-dp-cp"), "[0,1,2,3,4,5,6,7][8,9,10,11,12,13,14,15]");
+    let out = succeeds("info --mesh tp=2,cp=2,pp=2,world=16 --order tp-cp-ep-pp-dp --experts ep=4");
+    assert_eq!(row(&out, "dp-cp"), "[0,2,8,10][1,3,9,11][4,6,12,14][5,7,13,15]");
+    assert_eq!(row(&out, "ep"), "[0,1,2,3][4,5,6,7][8,9,10,11][12,13,14,15]");
+    let out = succeeds("info --mesh tp=2,cp=8 --levels 2,4");
+    let levels: Vec<&str> = out.lines().filter(|l| l.starts_with("cp L")).collect();
+    assert!(levels[0].contains("[0,2][4,6][8,10][12,14][1,3]"), "{out}");
+    assert!(levels[1].contains("[0,4,8,12][2,6,10,14][1,5,9,13]"), "{out}");
+    let out = succeeds("info --mesh cp=64,world=4096");
+    assert!(
+        row(&out, "cp").starts_with("[0,1,2")
+            && out.contains("… 63]")
+            && out.contains(" … 59 more"),
+        "{out}"
+    );
+    let json = succeeds("info --mesh cp=4,dp=2 --levels 2,2 --json");
+    is_json("mesh", &json);
+    assert!(json.contains("\"cp L1\":[[0,2],[1,3],[4,6],[5,7]]"), "{json}");
+}
+
 #[test]
 fn plan_counts_rows_against_a_ring_and_proves() {
     for (options, share) in [
@@ -242,6 +274,15 @@ fn wrong_command_lines_are_named() {
         ("perf --iters 0", vec!["--iters", "1 to"]),
         ("perf --seq 9 --max-seq 10", vec!["--max-seq", "--seq"]),
         ("info more", vec!["more"]),
+        ("info --mesh tp=2,xp=2", vec!["--mesh", "xp", "world"]),
+        ("info --mesh tp=2,tp=2", vec!["--mesh", "tp=2", "once"]),
+        ("info --mesh tp=0", vec!["--mesh", "tp=0"]),
+        ("info --mesh cp=2,ep=2", vec!["--mesh", "ep: got 2 with cp 2"]),
+        ("info --mesh tp=3,world=8", vec!["--mesh", "does not divide"]),
+        ("info --mesh cp=2 --order tp-pp", vec!["does not name cp"]),
+        ("info --mesh cp=8 --levels 4,3", vec!["--levels", "product 12", "8 ranks"]),
+        ("info --mesh cp=8 --experts cp=2", vec!["--experts", "ep and tp"]),
+        ("info --order tp-cp", vec!["--mesh"]),
         ("rank demo2", vec!["not by hand"]),
     ] {
         let out = tool(arguments);

@@ -37,10 +37,15 @@ fn header_is_what_cbindgen_makes() {
     let mut builder = cbindgen::Builder::new().with_config(config);
     for file in [
         "capi/abi.rs",
+        "capi/abi_mesh.rs",
         "transport/user.rs",
+        "capi/abi_trade.rs",
         "capi/about.rs",
         "capi/group.rs",
         "capi/partition.rs",
+        "capi/mesh.rs",
+        "capi/padding.rs",
+        "capi/trade.rs",
         "capi/attention.rs",
     ] {
         builder = builder.with_src(root().join("src").join(file));

@@ -148,6 +148,9 @@ pub fn any_problem(r: &mut Random) -> Problem {
     if r.one_in(4) {
         p.partition = any_list(r, &p);
     }
+    if matches!(p.partition, Partition::List { .. }) && !p.packed {
+        p.score.bias = None; // entries are dealt differently
+    }
     p
 }
 

@@ -2,7 +2,9 @@
 
 use crate::plans::problem;
 use crate::plans_random::Random;
-use context_parallel::plan::{Options, Plan, fewest_stages};
+use context_parallel::dtype::DType;
+use context_parallel::plan::trade::{Trade, Traded};
+use context_parallel::plan::{Options, Pass, Plan, fewest_stages};
 use context_parallel::problem::{CommType, Problem, Sequence};
 use std::sync::Arc;
 use std::time::Instant;
@@ -42,6 +44,27 @@ fn planning_time() {
             .collect();
         times.sort_by(f64::total_cmp);
         println!("{:8.3} ms  both passes of one rank, best of 15: {name}", times[0]);
+    }
+    // Mamba's z, x, B, C, dt: 64 heads of 64, 8 groups of 128.
+    for (name, p) in [
+        ("one sequence, 64 ranks", problem(64, CommType::A2a, 0, 131072, 32, 8)),
+        ("300 documents, 64 ranks", documents(64, CommType::A2a)),
+    ] {
+        let tensors = [(64, 64), (64, 64), (8, 128), (8, 128), (64, 1)];
+        let of = |(heads, dim)| Traded { heads, dim, dtype: DType::Bf16 };
+        let extents: Vec<_> = p.seqs.iter().map(|s| s.q).collect();
+        let time = |i: u32| {
+            let start = Instant::now();
+            let tensors = tensors.map(of).to_vec();
+            let extents = extents.iter().copied();
+            let trade = Trade::new(64, p.partition.clone(), p.packed, extents, 0, tensors);
+            let trade = Arc::new(trade.unwrap());
+            std::hint::black_box(Plan::of_trade(&trade, i, Pass::ToHeads, Options::default()));
+            std::hint::black_box(Plan::of_trade(&trade, i, Pass::ToSequence, Options::default()));
+            start.elapsed().as_secs_f64() * 1e3
+        };
+        let best = (0..15).map(time).fold(f64::MAX, f64::min);
+        println!("{best:8.3} ms  both directions of a trade, best of 15: {name}");
     }
     for (name, p) in [
         ("one causal sequence", problem(64, CommType::P2p, 0, 131072, 32, 8)),

@@ -102,7 +102,7 @@ impl Local {
         Local { bytes, view, shape: shape.map(|n| n as i64) }
     }
 
-    fn put(&mut self, row: usize, head: usize, values: &[f32]) {
+    pub fn put(&mut self, row: usize, head: usize, values: &[f32]) {
         let (at, dtype) = (self.view.offset(row, head), self.view.dtype);
         let base: *mut u8 = self.bytes.as_mut_ptr().cast();
         for (i, x) in values.iter().enumerate() {
@@ -117,7 +117,7 @@ impl Local {
         }
     }
 
-    fn get(&self, row: usize, head: usize, values: &mut [f32]) {
+    pub fn get(&self, row: usize, head: usize, values: &mut [f32]) {
         let (at, dtype) = (self.view.offset(row, head), self.view.dtype);
         let base: *const u8 = self.bytes.as_ptr().cast();
         for (i, x) in values.iter_mut().enumerate() {
@@ -185,6 +185,17 @@ fn width(p: &Problem, tensor: Tensor) -> (usize, usize) {
     (heads as usize, dim as usize)
 }
 
+/// Has the problem this tensor?
+fn asked(p: &Problem, tensor: Tensor) -> bool {
+    match tensor {
+        Tensor::Sinks | Tensor::DSinks => p.score.sinks.is_some(),
+        Tensor::MaxLogit => p.score.max_logit.is_some(),
+        Tensor::Bias => p.score.bias.is_some(),
+        Tensor::DBias => p.score.bias.is_some_and(|b| b.gradient),
+        _ => true,
+    }
+}
+
 /// All tensors of one rank: inputs dealt out, outputs poisoned.
 pub struct Shard(pub Vec<(Tensor, Local)>);
 
@@ -221,7 +232,7 @@ impl Shard {
             }
             (tensor, local)
         };
-        Shard(TENSORS.into_iter().map(local).collect())
+        Shard(TENSORS.into_iter().filter(|t| asked(p, *t)).map(local).collect())
     }
 
     pub fn get(&self, tensor: Tensor) -> &Local {
@@ -234,7 +245,8 @@ impl Shard {
 
     /// Bytes of some tensors, to see that they stay.
     pub fn bits(&self, which: &[Tensor]) -> Vec<Vec<u64>> {
-        which.iter().map(|t| self.get(*t).bytes.clone()).collect()
+        let there = |t: &&Tensor| self.0.iter().any(|(tensor, _)| tensor == *t);
+        which.iter().filter(there).map(|t| self.get(*t).bytes.clone()).collect()
     }
 }
 
@@ -309,6 +321,9 @@ pub fn collect(p: &Problem, shards: &[Shard]) -> Results<f32> {
     };
     let [o, lse, dq, dk, dv] = OUTPUTS.map(one);
     let numbers = |tensor, reach: Option<Reach>, both: fn(f32, f32) -> f32| {
+        if reach.is_none() {
+            return Vec::new();
+        }
         let of = |shard: &Shard| {
             let mut values = vec![f32::NAN; p.heads as usize];
             (0..values.len()).for_each(|h| shard.get(tensor).get(0, h, &mut values[h..h + 1]));

@@ -55,7 +55,7 @@ fn imports(text: &str) -> BTreeSet<String> {
 }
 
 /// design: partition ← mask ← problem ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
-const MAY_IMPORT: [(&str, &[&str]); 16] = [
+const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("dtype", &[]),
     ("mask", &["partition"]),
@@ -63,6 +63,9 @@ const MAY_IMPORT: [(&str, &[&str]); 16] = [
     ("score", &["error"]),
     ("problem", &["dtype", "error", "mask", "partition", "score"]),
     ("holding", &["partition", "problem"]),
+    ("mesh", &["error"]),
+    ("layers", &["error", "problem"]),
+    ("padding", &["error"]),
     // Of `backend` the plan uses plain data only: `HeadMap` and `Run`.
     ("plan", &["backend", "dtype", "error", "holding", "mask", "partition", "problem", "score"]),
     ("driver", &["error"]),
@@ -88,6 +91,22 @@ const MAY_IMPORT: [(&str, &[&str]); 16] = [
         ],
     ),
     (
+        "trade",
+        &[
+            "attention",
+            "backend",
+            "driver",
+            "dtype",
+            "error",
+            "exec",
+            "group",
+            "holding",
+            "partition",
+            "plan",
+            "problem",
+        ],
+    ),
+    (
         "capi",
         &[
             "attention",
@@ -97,11 +116,15 @@ const MAY_IMPORT: [(&str, &[&str]); 16] = [
             "error",
             "group",
             "holding",
+            "layers",
             "mask",
+            "mesh",
+            "padding",
             "partition",
             "plan",
             "problem",
             "score",
+            "trade",
             "transport",
         ],
     ),

@@ -143,6 +143,46 @@ double worst(const Rows &a, const Rows &b) {
     return most;
 }
 
+// To whole sequences and back, with a tensor of fewer heads.
+void trade_and_back(std::uint32_t size) {
+    const std::size_t n = 19;
+    const Rows x = Rows::wave(n, heads * dim, 1), b = Rows::wave(n, kv_heads * dim, 2);
+    on_ranks(size, [&](cp::Group group) {
+        cp::Sequences s = cp::Sequences::dense(1, static_cast<std::uint32_t>(n));
+        auto mine = cp::partition_tokens(cp::Partition::striped, cp::Format::dense, s, size, group.rank());
+        const Rows in[2] = {x.pick(mine), b.pick(mine)}, *all[2] = {&x, &b};
+        Rows back[2] = {Rows(mine.size(), x.width), Rows(mine.size(), b.width)};
+        std::vector<Rows> whole;
+        std::vector<cp::Tensor> local_t, whole_t, back_t;
+        const std::int64_t of[2] = {heads, kv_heads}, rows = static_cast<std::int64_t>(mine.size());
+        std::pair<std::uint32_t, std::uint32_t> share[2];
+        whole.reserve(2);
+        for (int i = 0; i < 2; i++) {
+            share[i] = cp::heads_of_rank(heads, static_cast<std::uint32_t>(of[i]), size, group.rank());
+            whole.push_back(Rows(n, share[i].second * dim));
+            local_t.push_back(cp::Tensor(in[i].x, {1, rows, of[i], dim}));
+            back_t.push_back(cp::Tensor(back[i].x, {1, rows, of[i], dim}));
+            whole_t.push_back(cp::Tensor(whole[static_cast<std::size_t>(i)].x, {1, static_cast<std::int64_t>(n), share[i].second, dim}));
+        }
+        cp::Trade trade(cp::Partition::striped);
+        trade.to_heads(group, s, local_t, whole_t);
+        trade.to_sequence(group, s, whole_t, back_t);
+        bool same = true;
+        for (std::size_t i = 0; i < 2; i++) {
+            const std::size_t width = static_cast<std::size_t>(whole[i].width), first = share[i].first * static_cast<std::size_t>(dim);
+            for (std::size_t t = 0; t < n; t++)
+                for (std::size_t c = 0; c < width; c++)
+                    same = same && whole[i].x[t * width + c] == all[i]->x[t * static_cast<std::size_t>(all[i]->width) + first + c];
+        }
+        EXPECT(same);
+        EXPECT(back[0].x == in[0].x);
+        EXPECT(size > kv_heads || back[1].x == in[1].x);
+        EXPECT(size <= kv_heads || back[1].x != in[1].x); // heads that several ranks have are summed
+        if (size == 1)
+            THROWS(invalid_argument, "whole[1]", trade.to_heads(group, s, local_t, {whole_t[0]}));
+    });
+}
+
 void equal_one_rank(std::uint32_t size, cp::CommType comm, bool save) {
     const std::size_t n = 37;
     All right = alone(n), got(n), in = inputs(n);
@@ -213,6 +253,13 @@ void errors() {
     EXPECT(cp::version() == cp_version());
     EXPECT(cp::build_info().find("\"version\"") != std::string::npos);
     EXPECT(cp::padded_length(cp::Partition::zigzag, 2, 10) == 12);
+    cp_mesh mesh{};
+    mesh.struct_size = sizeof mesh;
+    mesh.tp = mesh.cp = mesh.dp = mesh.pp = 2;
+    EXPECT((cp::mesh_members(mesh, "dp-cp", 5) == std::vector<std::uint32_t>{1, 3, 5, 7}));
+    THROWS(invalid_argument, "\"xp\" is no axis", cp::mesh_members(mesh, "xp", 5));
+    EXPECT((cp::comm_types_per_layer("a2a allgather", 4)[3] == cp::CommType::all_gather));
+    THROWS(invalid_argument, "got 2 names for 3 layers", cp::comm_types_per_layer("a2a p2p", 3));
     cp::AttentionConfig odd = small();
     odd.head_dim_qk = 12;
     THROWS(invalid_argument, "head_dim_qk: got 12", cp::Attention attention(odd));
@@ -331,6 +378,8 @@ int main() {
     for (std::uint32_t size = 1; size <= 4; size++)
         for (cp::CommType comm : comms)
             equal_one_rank(size, comm, size % 2 == 0);
+    for (std::uint32_t size = 1; size <= 5; size++)
+        trade_and_back(size);
     groups();
     errors();
     disagreement();

@@ -15,7 +15,22 @@ On GPUs the group and the layer get device="cuda:0", and calls are enqueued on a
 from ._lib import Error, Status, build_info
 from .attention import Attention, Context, alibi_slopes, query_support
 from .group import Group, unique_id
+from .mesh import Mesh, ParallelState, comm_types_per_layer
+from .padding import (
+    context_parallel_image_bounds,
+    context_parallel_split,
+    generate_positional_ids_for_cp,
+    get_packed_seq_params,
+    get_padding,
+    join_context_parallel_ranks,
+    pad_cu_seqlens,
+    pad_sequence_tail,
+    pad_thd_sequences_for_cp,
+    padding_factor,
+    split_to_context_parallel_ranks,
+)
 from .partition import Sequences, gather_rows, padded_length, partition_tokens, scatter
+from .trade import heads_of_rank, heads_to_sequence, sequence_to_heads, trade_workspace_size
 
 __version__ = "0.1.0"
 __all__ = [
@@ -23,14 +38,32 @@ __all__ = [
     "Context",
     "Error",
     "Group",
+    "Mesh",
+    "ParallelState",
     "Sequences",
     "Status",
     "alibi_slopes",
     "build_info",
+    "comm_types_per_layer",
+    "context_parallel_image_bounds",
+    "context_parallel_split",
     "gather_rows",
+    "generate_positional_ids_for_cp",
+    "get_packed_seq_params",
+    "get_padding",
+    "heads_of_rank",
+    "heads_to_sequence",
+    "join_context_parallel_ranks",
+    "pad_cu_seqlens",
+    "pad_sequence_tail",
+    "pad_thd_sequences_for_cp",
     "padded_length",
+    "padding_factor",
     "partition_tokens",
     "query_support",
     "scatter",
+    "sequence_to_heads",
+    "split_to_context_parallel_ranks",
+    "trade_workspace_size",
     "unique_id",
 ]

@@ -223,6 +223,22 @@ class cp_tensor(Structure):
     ]
 
 
+class cp_trade_args(Sized):
+    _fields_ = [
+        ("struct_size", c_uint32),
+        ("flags", c_uint32),
+        ("sequences", POINTER(cp_sequences)),
+        ("partition", c_uint32),
+        ("format", c_uint32),
+        ("heads", c_uint32),
+        ("count", c_uint32),
+        ("local", POINTER(cp_tensor)),
+        ("whole", POINTER(cp_tensor)),
+        ("workspace", c_void_p),
+        ("workspace_bytes", c_size_t),
+    ]
+
+
 class cp_context(Structure):
     _fields_ = [("problem", c_uint64), ("attached", c_uint64), ("dropout_seed", c_uint64), ("reserved", c_uint64)]
 
@@ -272,3 +288,6 @@ class cp_backward_args(Sized):
         ("d_sinks", cp_tensor),
         ("sequence_ids", c_void_p),
     ]
+
+
+from ._abi_mesh import *  # noqa: E402, F403

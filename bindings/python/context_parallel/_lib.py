@@ -9,7 +9,7 @@ import weakref
 from ctypes import POINTER, c_char_p, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
-from . import _abi
+from . import _abi, _abi_mesh
 
 VERSION = (0, 1)
 
@@ -84,6 +84,10 @@ FUNCTIONS = {
     "cp_group_destroy": (c_int32, [c_void_p]),
     "cp_partition_padded_length": (c_int32, [c_uint32, c_uint32, c_uint64, POINTER(c_uint64)]),
     "cp_partition_tokens": (c_int32, [c_uint32, c_uint32, _sequences, c_uint32, c_uint32, c_uint32, c_void_p, c_size_t, _size_out]),
+    "cp_sequence_to_heads": (c_int32, [c_void_p, POINTER(_abi.cp_trade_args), c_void_p]),
+    "cp_heads_to_sequence": (c_int32, [c_void_p, POINTER(_abi.cp_trade_args), c_void_p]),
+    "cp_trade_share": (c_int32, [c_uint32, c_uint32, c_uint32, c_uint32, POINTER(c_uint32), POINTER(c_uint32)]),
+    "cp_trade_workspace_size": (c_int32, [c_void_p, POINTER(_abi.cp_trade_args), _size_out]),
     "cp_attention_create": (c_int32, [POINTER(_abi.cp_attention_config), _handle_out]),
     "cp_query_support": (c_int32, [POINTER(_abi.cp_attention_config), POINTER(_abi.cp_comm_config), c_uint32]),
     "cp_set_group": (c_int32, [c_void_p, c_void_p, POINTER(_abi.cp_comm_config)]),
@@ -94,6 +98,7 @@ FUNCTIONS = {
     "cp_attention_backward": (c_int32, [c_void_p, POINTER(_abi.cp_backward_args), c_void_p]),
     "cp_attention_plan": (c_int32, [c_void_p, _sequences, c_uint32, c_uint32, c_char_p, c_size_t, _size_out]),
     "cp_attention_destroy": (c_int32, [c_void_p]),
+    **_abi_mesh.FUNCTIONS,
 }
 
 

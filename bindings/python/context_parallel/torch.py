@@ -1,8 +1,10 @@
-"""Attention layers in torch's autograd. Needs torch."""
+"""Attention layers, and sequence ↔ heads, in torch's autograd. Needs torch."""
 
 import torch
 
-__all__ = ["attention"]
+from . import trade
+
+__all__ = ["attention", "heads_to_sequence", "sequence_to_heads"]
 
 
 def attention(layer, q, k, v, sequences, *, return_lse=False, sinks=None, dropout_seed=0, sequence_ids=None):
@@ -45,3 +47,57 @@ def _usable(gradient):
         return gradient.dim() == 0
     steps = [gradient.data_ptr(), *(stride * gradient.element_size() for stride in gradient.stride()[:-1])]
     return not gradient.is_cuda or all(step % 16 == 0 for step in steps)
+
+
+def sequence_to_heads(group, local, sequences, *, format="bshd", partition="zigzag", heads=None):
+    """context_parallel.sequence_to_heads on torch tensors, differentiable: its backward is heads_to_sequence, which sums over the ranks that have a head.
+
+    Both directions are collective, and so are their backwards: all ranks run them in the same order. One exchange each for all tensors of a call.
+    """
+    several = isinstance(local, (list, tuple))
+    tensors = list(local) if several else [local]
+    heads = heads or max((t.shape[format.index("h")] for t in tensors), default=None)
+    how = dict(format=format, partition=partition, heads=heads)
+    made = _ToHeads.apply(group, sequences, how, *tensors)
+    return list(made) if several else made[0]
+
+
+def heads_to_sequence(group, whole, sequences, *, format="bshd", partition="zigzag", heads=None, tensor_heads=None):
+    """context_parallel.heads_to_sequence on torch tensors, differentiable: its backward is sequence_to_heads, which gives a head to all ranks that have it."""
+    several = isinstance(whole, (list, tuple))
+    tensors = list(whole) if several else [whole]
+    heads = heads or (tensors[0].shape[format.index("h")] * group.size if tensors else None)
+    how = dict(format=format, partition=partition, heads=heads)
+    made = _ToSequence.apply(group, sequences, how, tensor_heads, *tensors)
+    return list(made) if several else made[0]
+
+
+class _ToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, group, sequences, how, *tensors):
+        ctx.call = (group, sequences, how, [t.shape[how["format"].index("h")] for t in tensors])
+        return tuple(trade.sequence_to_heads(group, [_readable(t) for t in tensors], sequences, **how))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        group, sequences, how, tensor_heads = ctx.call
+        return None, None, None, *trade.heads_to_sequence(group, [_readable(g) for g in gradients], sequences, tensor_heads=tensor_heads, **how)
+
+
+class _ToSequence(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, group, sequences, how, tensor_heads, *tensors):
+        ctx.call = (group, sequences, how)
+        return tuple(trade.heads_to_sequence(group, [_readable(t) for t in tensors], sequences, tensor_heads=tensor_heads, **how))
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *gradients):
+        group, sequences, how = ctx.call
+        return None, None, None, None, *trade.sequence_to_heads(group, [_readable(g) for g in gradients], sequences, **how)
+
+
+def _readable(tensor):
+    """Anything goes but a last axis with gaps, or of one number, as after sum()."""
+    return tensor if tensor.dim() == 0 or tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()

@@ -64,6 +64,25 @@ def waiter(pipe, number):
         pipe.send_bytes(f"{error.status.name} {error}".encode())
 
 
+def trader(pipe, rank, size):
+    """A process that trades sequence for heads and back, and compares. Rank 0 sends the id, the others get it."""
+    id = cp.unique_id() if rank == 0 else pipe.recv_bytes()
+    if rank == 0:
+        pipe.send_bytes(id)
+    with cp.Group.from_id(id, rank, size, "shm", timeout=30) as group:
+        sequences = cp.Sequences.packed([0, 7, 20, 33], padded=[0, 9, 22, 40])
+        whole = np.arange(40 * 6 * 5, dtype=np.float32).reshape(40, 6, 5)
+        for first, last in ((7, 9), (22, 22), (35, 40)):
+            whole[first:last] = 0
+        tokens = cp.partition_tokens("zigzag", "thd", sequences, size, rank)
+        how = dict(format="thd", partition="zigzag")
+        for _ in range(3):
+            found = cp.sequence_to_heads(group, whole[tokens], sequences, **how)
+            mine = cp.heads_of_rank(6, size, rank)
+            assert (found == whole[:, mine.start : mine.stop]).all()
+            assert (cp.heads_to_sequence(group, found, sequences, **how) == whole[tokens]).all()
+
+
 if __name__ == "__main__":
     settings, index = {}, None
     if len(sys.argv) > 2:

@@ -1,7 +1,8 @@
-//! `info`: what this build is, and what it found.
+//! `info`: what this build is, and what it found; `info --mesh` is in `mesh`.
 
 use crate::args::{Command, Failure, Given, opt};
 use crate::json::{Object, array, string};
+use crate::mesh;
 use crate::probe::{self, Library};
 use crate::text::{self, bold, dim, good};
 use context_parallel::backend::cpu::Simd;
@@ -11,9 +12,41 @@ use std::sync::Arc;
 
 pub const COMMAND: Command = Command {
     name: "info",
-    about: "version, instruction sets, threads, transports; what of CUDA, NCCL and MPI is here and where it was looked for",
-    options: &[("output", &[opt("json", "", "one line of JSON")])],
-    examples: &[("info", "for people"), ("info --json | python3 -m json.tool", "for programs")],
+    about: "version, instruction sets, threads, transports; what of CUDA, NCCL and MPI is here; who works with whom in a mesh",
+    options: &[
+        (
+            "mesh, instead of all else",
+            &[
+                opt(
+                    "mesh",
+                    "SIZES",
+                    "ranks per axis, as in tp=2,cp=2,pp=2,world=16; dp is what world leaves",
+                ),
+                opt(
+                    "order",
+                    "AXES",
+                    "the first has stride 1 (tp-cp-ep-dp-pp; Megatron's other one is tp-cp-ep-pp-dp)",
+                ),
+                opt(
+                    "levels",
+                    "A,B,…",
+                    "hierarchy over the context-parallel ranks, the innermost size first",
+                ),
+                opt(
+                    "experts",
+                    "SIZES",
+                    "the experts' own mesh over the same ranks, as in ep=4,tp=1",
+                ),
+            ],
+        ),
+        ("output", &[opt("json", "", "one line of JSON")]),
+    ],
+    examples: &[
+        ("info", "for people"),
+        ("info --json | python3 -m json.tool", "for programs"),
+        ("info --mesh tp=2,cp=2,dp=2,pp=2", "who works with whom, as Megatron numbers ranks"),
+        ("info --mesh cp=8 --levels 4,2", "the groups of hierarchical context parallelism"),
+    ],
     notes: "Environment: CP_SIMD names the instruction set (scalar, avx2, avx512, avx512_bf16); CP_NCCL names the NCCL library's file.",
 };
 
@@ -31,6 +64,9 @@ struct Found {
 }
 
 pub fn run(given: &Given) -> Result<(), Failure> {
+    if mesh::asked(given) {
+        return mesh::run(given);
+    }
     let program = |name| (name, probe::program(name).map(|p| p.display().to_string()));
     let found = Found {
         simd: Simd::from_env().map_err(|e| e.to_string()),

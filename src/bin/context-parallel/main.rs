@@ -7,6 +7,7 @@ mod demo;
 mod info;
 mod json;
 mod launch;
+mod mesh;
 mod oracle;
 mod perf;
 mod place;

@@ -18,6 +18,9 @@ pub(super) fn check(plans: &[Plan]) -> Result<(), String> {
     let mut flow =
         Flow { plans, memory: plans.iter().map(initial).collect(), posted: HashMap::new() };
     flow.run()?;
+    if let Some(trade) = &plans[0].trade {
+        return super::trade::results(trade, plans, &flow.memory);
+    }
     let sums = Sums::new(&plans[0].problem);
     (0..plans.len()).try_for_each(|rank| flow.results(rank, &sums))
 }
@@ -205,7 +208,7 @@ impl<'a> Flow<'a> {
         let p = &*plan.problem;
         let (tensor, reach) = match plan.pass {
             Pass::Forward => (Tensor::MaxLogit, p.score.max_logit),
-            Pass::Backward => (Tensor::DSinks, p.score.sinks),
+            _ => (Tensor::DSinks, p.score.sinks),
         };
         let Some(reach) = reach else { return Ok(()) };
         let Some(buffer) = self.memory[rank].find(Slot::caller(tensor)) else {
@@ -216,7 +219,7 @@ impl<'a> Flow<'a> {
         let counts = |holder: u32| match (reach, plan.pass) {
             (Reach::Group, _) => true,
             (Reach::Rank, Pass::Forward) => holder / p.inner == team,
-            (Reach::Rank, Pass::Backward) => holder == own,
+            (Reach::Rank, _) => holder == own,
         };
         for head in 0..p.heads {
             let mine = reach == Reach::Group
@@ -229,7 +232,7 @@ impl<'a> Flow<'a> {
                     for token in (0..s.len).map(|i| first + i * s.step) {
                         want = want.wrapping_add(match plan.pass {
                             Pass::Forward => sums.query[(token * p.heads + head) as usize],
-                            Pass::Backward => weight(head, token, 0),
+                            _ => weight(head, token, 0),
                         });
                     }
                 }
@@ -290,6 +293,7 @@ impl<'a> Flow<'a> {
         let outputs: &[Tensor] = match plan.pass {
             Pass::Forward => &[Tensor::Out, Tensor::Lse],
             Pass::Backward => &[Tensor::DQ, Tensor::DK, Tensor::DV],
+            Pass::ToHeads | Pass::ToSequence => &[],
         };
         for &tensor in outputs {
             let (side, slot) = (side_of(tensor), Slot::caller(tensor));

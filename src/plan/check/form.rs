@@ -15,6 +15,7 @@ pub(super) fn same_problem(plans: &[Plan]) -> Result<(), String> {
     for (rank, plan) in plans.iter().enumerate() {
         let same = plan.rank as usize == rank
             && plan.problem == first.problem
+            && plan.trade == first.trade
             && plan.pass == first.pass
             && plan.options.saved == first.options.saved
             && plan.options.same_pieces == first.options.same_pieces;

@@ -51,7 +51,7 @@ pub(super) struct Buffer {
 }
 
 impl Buffer {
-    fn new(slot: Slot, rows: u32, heads: u32, value: u64) -> Buffer {
+    pub fn new(slot: Slot, rows: u32, heads: u32, value: u64) -> Buffer {
         Buffer { slot, heads, data: vec![value; (rows * heads) as usize] }
     }
 
@@ -91,7 +91,7 @@ impl Buffer {
         Ok(())
     }
 
-    fn put(&mut self, row: u32, head: u32, value: u64) {
+    pub fn put(&mut self, row: u32, head: u32, value: u64) {
         self.data[row as usize * self.heads as usize + head as usize] = value;
     }
 }
@@ -120,12 +120,16 @@ impl Memory {
 
 /// Inputs carry identities, everything else is poison.
 pub(super) fn initial(plan: &Plan) -> Memory {
+    if let Some(trade) = &plan.trade {
+        return Memory(super::trade::initial(trade, plan));
+    }
     let p = &*plan.problem;
     let inputs: &[Tensor] = match plan.pass {
         Pass::Forward => &[Tensor::Q, Tensor::K, Tensor::V],
         Pass::Backward => {
             &[Tensor::Q, Tensor::K, Tensor::V, Tensor::Out, Tensor::Lse, Tensor::DOut]
         }
+        Pass::ToHeads | Pass::ToSequence => &[],
     };
     let numbers = Slot::caller(Tensor::Sinks);
     let bias = Slot::caller(Tensor::Bias);

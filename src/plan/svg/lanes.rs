@@ -31,6 +31,7 @@ pub fn lanes(plans: &[Plan]) -> String {
     );
     canvas.text(left, 66.0, format!(r#"fill="{FAINT}""#), model);
     let legend = match first.pass {
+        Pass::ToHeads | Pass::ToSequence => "above: copies · below: the exchange",
         Pass::Forward => {
             "above: attend the keys of a stage · below: exchange, K: their keys move · paler = later stage · grey = copies"
         }
