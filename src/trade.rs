@@ -4,7 +4,7 @@
 use crate::attention::engine::{Engine, Lease};
 use crate::backend::View;
 use crate::backend::cpu::{Cpu, Simd};
-use crate::backend::cuda::Cuda;
+use crate::backend::cuda::{Cuda, Scores};
 use crate::driver::{self, CUstream};
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
@@ -58,7 +58,7 @@ impl Tool {
         };
         let cuda = Cuda::new(device.clone())?;
         // Row kernels are the same for all shapes.
-        let shape = cuda.supports(DType::Bf16, 64, 64)?;
+        let shape = cuda.supports(DType::Bf16, 64, 64, Scores::Plain)?;
         let engine = Engine::on_device(cuda, None)?;
         Ok(Tool { engine, target: Target::Device { shape, deterministic: false } })
     }
