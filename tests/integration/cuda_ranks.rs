@@ -12,6 +12,7 @@ use context_parallel::exec::{Dropout, Memory};
 use context_parallel::plan::account::{ALIGN, account, layout, saved_bytes, workspace_bytes};
 use context_parallel::plan::{Options, Pass, Plan, Tensor};
 use context_parallel::problem::Problem;
+use context_parallel::score::Seed;
 use context_parallel::transport::Transport;
 use context_parallel::transport::device::join::{Way, join};
 use context_parallel::transport::local::local_group;
@@ -123,7 +124,7 @@ fn rank(
             }
             let ids: Vec<u32> = (0..problem.seqs.len()).map(number).collect();
             let memory = Memory {
-                dropout: Dropout { seed: SEED, ids: &ids },
+                dropout: Dropout { seed: Seed::Value(SEED), ids: &ids },
                 caller: &views,
                 offsets: &offsets,
                 workspace: workspace.ptr(),

@@ -10,7 +10,7 @@ use crate::backend::{
 use crate::driver::{CUdeviceptr, CUstream, Device, Function, Launch, Module};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::score::drop_below;
+use crate::score::{Seed, drop_below};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Threads of a block of the row kernels.
@@ -582,7 +582,13 @@ fn score(
     p.drop_below = drop_below(score.dropout);
     p.grow = 1.0 / (1.0 - score.dropout);
     p.head_offset = score.head_offset;
-    p.dropout_seed = effects.seed;
+    match effects.seed {
+        Seed::Value(seed) => p.dropout_seed = seed,
+        Seed::At(address) => {
+            p.dropout_seed = address;
+            p.flags |= params::SEED_AT;
+        }
+    }
     if let Some(sinks) = &effects.sinks {
         p.sinks = view("sinks", sinks)?;
     }
