@@ -152,6 +152,10 @@
 // The caller's own list, given with the sequences of every call.
 #define CP_PARTITION_LIST 3
 
+// Packed documents stay whole on one rank where they can, and long ones are cut so that all ranks compute alike under a causal mask: few
+// keys move. Pieces are of 256 tokens or more, ranks' rows equal to within 256 (cp_partition_tokens tells). Packed self-attention only.
+#define CP_PARTITION_BALANCED 4
+
 // cp_attention_config.flags: no query sees a later key.
 #define CP_ATTENTION_CAUSAL 1
 
@@ -208,6 +212,21 @@
 // CUDA: through page-locked host memory and a transport of the CPU's, the last resort. Slow: hosts wait for their devices; nothing is capturable.
 #define CP_TRANSPORT_STAGED 4
 
+// cp_attention_config.bias: there is one; without other flags it is the same for all batch entries, heads and queries.
+#define CP_BIAS 1
+
+// cp_attention_config.bias: one for every batch entry (dense format).
+#define CP_BIAS_BATCH 2
+
+// cp_attention_config.bias: one for every query head.
+#define CP_BIAS_HEADS 4
+
+// cp_attention_config.bias: one for every query.
+#define CP_BIAS_QUERIES 8
+
+// cp_attention_config.bias: backward writes its gradient; needs CP_BIAS_QUERIES.
+#define CP_BIAS_GRADIENT 16
+
 // It is not asked for.
 #define CP_REACH_NONE 0
 
@@ -260,6 +279,33 @@
 
 // They are padding of the last sequence.
 #define CP_TAIL_EXTEND_LAST 1
+
+// Ours: any number of ranks for a sample, packs, one micro-batch of nested ranges of ranks in which no rank waits.
+#define CP_SCHEDULER_NESTED 0
+
+// BalancedCPScheduler as released with megatron-core 0.16.1: powers of two, every sample a pack of its own.
+#define CP_SCHEDULER_MEGATRON 1
+
+// DefaultDynamicCPScheduler of Megatron-LM's dev branch: powers of two, one pack per rank and micro-batch.
+#define CP_SCHEDULER_DYNAMIC 2
+
+// Megatron-LM's DpBalancedScheduler: `cp_size` ranks for every pack, samples in their order.
+#define CP_SCHEDULER_DP_BALANCED 3
+
+// Instead of a position or a token: padding, or beyond the end of a sequence.
+#define CP_NO_TOKEN 4294967295
+
+// All tokens of all dp x cp ranks and micro-batches: sum(w * l) / sum(w). Megatron's calculate_per_token_loss.
+#define CP_LOSS_PER_TOKEN 0
+
+// The tokens of a replica (its cp ranks) in a micro-batch, then replicas and micro-batches. Megatron's loss functions with two results.
+#define CP_LOSS_PER_REPLICA 1
+
+// Added up.
+#define CP_GRADIENTS_SUMMED 0
+
+// Averaged over all dp x cp ranks, as data parallelism does by default.
+#define CP_GRADIENTS_AVERAGED 1
 
 // An attention layer. Use it from any thread, one call at a time.
 typedef struct cp_attention cp_attention;
@@ -457,6 +503,58 @@ typedef struct cp_sequences {
 // Which side of attention: queries or keys.
 typedef uint32_t cp_side;
 
+// What a loss is the mean of.
+typedef uint32_t cp_loss_mean;
+
+// How gradients of the dp x cp ranks are put together.
+typedef uint32_t cp_gradients;
+
+// What cp_loss_scale depends on.
+typedef struct cp_loss_config {
+    // sizeof(cp_loss_config).
+    uint32_t struct_size;
+    // CP_LOSS_*.
+    cp_loss_mean mean;
+    // CP_GRADIENTS_*.
+    cp_gradients gradients;
+    // Ranks of a replica; 0 = 1.
+    uint32_t cp_size;
+    // Replicas; 0 = 1.
+    uint32_t dp_size;
+    // Micro-batches of a step; 0 = 1. Per token they are in `tokens` already.
+    uint32_t microbatches;
+    // Sum of the weights: per token of all ranks and micro-batches, per replica of the replica's ranks in this micro-batch.
+    double tokens;
+} cp_loss_config;
+
+// Rows that cp_group_shift and cp_group_gather move: `row_bytes` bytes each, one after another, of whatever type.
+typedef struct cp_rows_args {
+    // sizeof(cp_rows_args).
+    uint32_t struct_size;
+    // Must be 0.
+    uint32_t flags;
+    // The sequences.
+    const struct cp_sequences *sequences;
+    // CP_PARTITION_*.
+    cp_partition partition;
+    // CP_FORMAT_*.
+    cp_format format;
+    // CP_SIDE_*.
+    cp_side side;
+    // cp_group_shift: how many tokens after a row the one is that it gets; negative: before.
+    int32_t shift;
+    // Bytes of a row, at least 1.
+    size_t row_bytes;
+    // This rank's rows, in the order of cp_partition_tokens.
+    const void *local;
+    // How many they are.
+    size_t local_rows;
+    // The result; overlaps nothing.
+    void *out;
+    // Rows at `out`: as many as `local_rows` for cp_group_shift, as many as all padded sequences have for cp_group_gather.
+    size_t out_rows;
+} cp_rows_args;
+
 // Ranks in a grid with the axes tp, cp, ep, dp, pp (tensor, context, expert, data, pipeline parallel), as Megatron numbers them.
 //
 // A mesh has cp > 1 or ep > 1, not both: experts have a mesh of their own over the same ranks, with cp = 1, see cp_mesh_expert.
@@ -532,6 +630,52 @@ typedef struct cp_tail_config {
     // Rows of every rank: so many.
     uint64_t rows;
 } cp_tail_config;
+
+// Who decides which samples run on which ranks.
+typedef uint32_t cp_scheduler;
+
+// What is scheduled onto what, and what it costs.
+//
+// Seconds that a pack takes on each of its p ranks, forward and backward of one layer:
+// cost_call + cost_rank (p - 1) + the sum over its samples of (cost_pair L^2 / 2 + cost_token L) / p + cost_wire L (p - 1) / p, L tokens each.
+// If all five are 0, they are those of a layer of Llama 3 8B in bf16 on H100s with a 400 Gb/s network; only their ratios matter.
+typedef struct cp_schedule_config {
+    // sizeof(cp_schedule_config), set by the caller.
+    uint32_t struct_size;
+    // 0.
+    uint32_t flags;
+    // Number of ranks: dp times cp.
+    uint32_t ranks;
+    // Most tokens of one pack that a rank holds (Megatron's max_seqlen_per_dp_cp_rank).
+    uint32_t tokens_per_rank;
+    // CP_SCHEDULER_*.
+    cp_scheduler scheduler;
+    // CP_SCHEDULER_DYNAMIC: fewest ranks of a sample; CP_SCHEDULER_DP_BALANCED: ranks of every pack; 0: 1. Others: 0.
+    uint32_t cp_size;
+    // Per (query, key) pair.
+    double cost_pair;
+    // Per token, outside of attention.
+    double cost_token;
+    // Per token that other ranks hold.
+    double cost_wire;
+    // Per pack and further rank.
+    double cost_rank;
+    // Per pack.
+    double cost_call;
+} cp_schedule_config;
+
+// Where a sample runs. Micro-batches run one after another, with a barrier between. In one, a rank runs its packs widest range of ranks first, those of
+// one range in ascending order; all its ranks then arrive at a pack together.
+typedef struct cp_placement {
+    // Counted from 0.
+    uint32_t micro_batch;
+    // The sample runs on `rank_count` consecutive ranks from here: make a subset of them, or give them to cp_set_group.
+    uint32_t first_rank;
+    // Its context-parallel size.
+    uint32_t rank_count;
+    // Samples of a micro-batch with equal ranks and equal `pack` run in one call, as packed sequences.
+    uint32_t pack;
+} cp_placement;
 
 // A tensor: memory of the caller's, with shape and element strides. The numbers are DLPack's. Frozen: it never grows.
 //
@@ -665,8 +809,9 @@ typedef struct cp_attention_config {
     cp_reach sinks;
     // CP_REACH_*, not CP_REACH_NONE: forward writes the largest visible score of every query head, over this rank's part or over the group.
     cp_reach max_logit;
-    // Must be 0.
-    uint32_t reserved;
+    // CP_BIAS_*, CP_BIAS among them: an additive bias `[batch, heads, queries, keys]` comes with every call and is added to the scores after
+    // softmax_scale, soft-cap and ALiBi; 0 = none.
+    uint32_t bias;
 } cp_attention_config;
 
 // How a group communicates for a layer. All zero is p2p.
@@ -773,6 +918,10 @@ typedef struct cp_forward_args {
     // With dropout: a number for every sequence, `[count]`, equal on all ranks: equal numbers drop alike, wherever and with whatever else they
     // are computed. NULL = index in the call.
     const uint32_t *sequence_ids;
+    // With a bias: `[batch or 1, heads or 1, S_q or 1, keys]`, ndim 4 in either format (packed: batch is 1, S_q the local tokens), in the layer's
+    // storage type. Queries are this rank's, keys those of the whole padded sequence in natural order (packed: of the longest one). With a2a it
+    // is exchanged like Q. [in]
+    struct cp_tensor bias;
 } cp_forward_args;
 
 // Arguments of cp_attention_backward: what forward had, the gradient of the output, and where the gradients go.
@@ -817,6 +966,10 @@ typedef struct cp_backward_args {
     struct cp_tensor d_sinks;
     // As in forward; the seed is in the context.
     const uint32_t *sequence_ids;
+    // As in forward. [in]
+    struct cp_tensor bias;
+    // With CP_BIAS_GRADIENT: shape of `bias`: what this rank's queries add, over all keys. [out]
+    struct cp_tensor d_bias;
 } cp_backward_args;
 
 // Which half of a training step a plan is for.
@@ -958,6 +1111,151 @@ cp_status cp_partition_tokens(cp_partition partition,
                               uint32_t *indices,
                               size_t capacity,
                               size_t *count);
+
+// Position of every local row in its sequence, counted from the first true token; CP_NO_TOKEN for padding. These are also the rows that the
+// rank takes of a table of rotary frequencies. Writes at most `capacity` and the number of rows to `count`; `values` may be NULL. Local.
+// Any thread, any time.
+//
+// Requires:
+// `sequences` as its docs say (lists for `ranks` ranks); `values` is NULL or has room for `capacity` numbers; `count` for one.
+cp_status cp_partition_positions(cp_partition partition,
+                                 cp_format format,
+                                 const struct cp_sequences *sequences,
+                                 uint32_t ranks,
+                                 uint32_t rank,
+                                 cp_side side,
+                                 uint32_t *values,
+                                 size_t capacity,
+                                 size_t *count);
+
+// How much of every sequence a rank holds: `tokens` without padding, `rows` with it. Their running sums are the rank's own cu_seqlens and
+// cu_seqlens_padded. Writes at most `capacity` of each and the number of sequences to `count`; `tokens` and `rows` may be NULL. Local. Any
+// thread, any time.
+//
+// Requires:
+// `sequences` as its docs say (lists for `ranks` ranks); `tokens` and `rows` are NULL or have room for `capacity` numbers; `count` for one.
+cp_status cp_partition_lengths(cp_partition partition,
+                               cp_format format,
+                               const struct cp_sequences *sequences,
+                               uint32_t ranks,
+                               uint32_t rank,
+                               cp_side side,
+                               uint32_t *tokens,
+                               uint32_t *rows,
+                               size_t capacity,
+                               size_t *count);
+
+// Puts whole sequences together again: for every token, in the numbering of cp_partition_tokens, its row among the shards of all ranks laid
+// one after another, rank 0's first. An all-gather of the shards, indexed by this, is the whole. Writes at most `capacity` and the
+// number of tokens to `count`; `order_out` may be NULL. Local. Any thread, any time.
+//
+// Requires:
+// `sequences` as its docs say (lists for `ranks` ranks); `order_out` is NULL or has room for `capacity` numbers; `count` for one.
+cp_status cp_partition_order(cp_partition partition,
+                             cp_format format,
+                             const struct cp_sequences *sequences,
+                             uint32_t ranks,
+                             cp_side side,
+                             uint32_t *order_out,
+                             size_t capacity,
+                             size_t *count);
+
+// For every local row the token that stands `shift` after it in its sequence (before it, if negative), in the numbering of cp_partition_tokens;
+// CP_NO_TOKEN where there is none, and for padding. With 1 it is where a row's label is, with 2 and more the labels of multi-token prediction:
+// across the borders of chunks and ranks, never across those of sequences. Writes at most `capacity` and the number of rows to `count`;
+// `tokens` may be NULL. Local. Any thread, any time.
+//
+// Requires:
+// `sequences` as its docs say (lists for `ranks` ranks); `tokens` is NULL or has room for `capacity` numbers; `count` for one.
+cp_status cp_partition_shift(cp_partition partition,
+                             cp_format format,
+                             const struct cp_sequences *sequences,
+                             uint32_t ranks,
+                             uint32_t rank,
+                             cp_side side,
+                             int32_t shift,
+                             uint32_t *tokens,
+                             size_t capacity,
+                             size_t *count);
+
+// The all-to-all that brings every rank what cp_partition_shift says, for those who have only their own rows. For rank 0, then rank 1, …:
+// `send_rows` are local rows that go there (`send_counts[peer]` of them), in the order in which the peer has them in its `recv_rows`: the
+// local rows that what comes is for (`recv_counts[peer]`). This rank is a peer of itself. Rows in no list get nothing (say, -100). Neither
+// list is longer than the rank has rows; both arrays have room for `capacity`. Local. Any thread, any time.
+//
+// Requires:
+// `sequences` as its docs say (lists for `ranks` ranks); `send_rows` and `recv_rows` are NULL or have room for `capacity` numbers,
+// `send_counts` and `recv_counts` for `ranks`.
+cp_status cp_partition_shift_exchange(cp_partition partition,
+                                      cp_format format,
+                                      const struct cp_sequences *sequences,
+                                      uint32_t ranks,
+                                      uint32_t rank,
+                                      cp_side side,
+                                      int32_t shift,
+                                      uint32_t *send_rows,
+                                      uint32_t *send_counts,
+                                      uint32_t *recv_rows,
+                                      uint32_t *recv_counts,
+                                      size_t capacity);
+
+// 1 for every local query row that counts in the loss, else 0: padding never does, and with `shift` other than 0 neither do rows whose label,
+// `shift` tokens on, is beyond the end of their sequence. Writes at most `capacity` and the number of rows to `count`; `weights_out` may be NULL.
+// Local. Any thread, any time.
+//
+// Requires:
+// `sequences` as its docs say (lists for `ranks` ranks); `weights_out` is NULL or has room for `capacity` numbers; `count` for one.
+cp_status cp_loss_weights(cp_partition partition,
+                          cp_format format,
+                          const struct cp_sequences *sequences,
+                          uint32_t ranks,
+                          uint32_t rank,
+                          int32_t shift,
+                          float *weights_out,
+                          size_t capacity,
+                          size_t *count);
+
+// How many rows of all ranks together cp_loss_weights counts: from the lengths alone, so it takes no all-reduce. Local. Any thread, any time.
+//
+// Requires:
+// `sequences` as its docs say, without lists; `count` has room for a number.
+cp_status cp_loss_tokens(cp_format format,
+                         const struct cp_sequences *sequences,
+                         int32_t shift,
+                         uint64_t *count);
+
+// What a rank multiplies the sum of its own weighted losses by, before backward, so that the gradients of all dp x cp ranks, put together as
+// `config` says, are those of one rank:
+//
+//                                CP_GRADIENTS_SUMMED              CP_GRADIENTS_AVERAGED
+//     CP_LOSS_PER_TOKEN          1 / tokens                       dp * cp / tokens
+//     CP_LOSS_PER_REPLICA        1 / (dp * microbatches * tokens) cp / (microbatches * tokens)
+//
+// 0 where tokens is 0: a rank without a token that counts contributes nothing, and never NaN. Local. Any thread, any time.
+//
+// Requires:
+// `config` points to `struct_size` readable bytes; `factor` has room for a number.
+cp_status cp_loss_scale(const struct cp_loss_config *config,
+                        double *factor);
+
+// Every row of `out` gets the row that stands `shift` tokens after it in its sequence, from whichever rank has it: labels, and those of multi-token
+// prediction. Rows without one (the last of a sequence, padding) are left as they are, so fill `out` before, with -100 say.
+//
+// Collective over the group, in the same order on all ranks; blocking. Host memory: groups of CUDA devices are refused (cp_partition_shift_exchange
+// says what a framework's own all-to-all moves). If one rank's arguments are wrong, that rank gets its error and all others CP_ERR_MISMATCH naming
+// it; nothing has moved.
+//
+// Requires:
+// `group` is a handle; `args` points to `struct_size` bytes; `local` and `out` have the rows that it says, and `out` overlaps nothing.
+cp_status cp_group_shift(const struct cp_group *group,
+                         const struct cp_rows_args *args);
+
+// `out` gets the rows of all padded sequences, in their order, on every rank: a whole output, where someone asks for it. In all else as
+// cp_group_shift; `shift` must be 0.
+//
+// Requires:
+// As cp_group_shift.
+cp_status cp_group_gather(const struct cp_group *group, const struct cp_rows_args *args);
 
 // Fills in what a mesh leaves to defaults: sizes, `world_size`, but not `order`. Checks all of it. Local. Any thread, any time.
 //
@@ -1129,6 +1427,30 @@ cp_status cp_padding_image_bounds(const uint64_t *rows,
                                   uint32_t ranks,
                                   uint32_t flags,
                                   uint64_t *bounds);
+
+// Decides where each of `count` samples runs; `lengths` are their tokens. Writes `count` placements, in the order of the samples, and the number of
+// micro-batches. Depends on its arguments alone: every rank calls it and finds the same. Takes milliseconds. Local. Any thread, any time.
+//
+// Requires:
+// `config` points to `struct_size` bytes; `lengths` to `count` numbers; `placements` has room for `count`, `micro_batches` for one number.
+cp_status cp_schedule_samples(const struct cp_schedule_config *config,
+                              const uint32_t *lengths,
+                              size_t count,
+                              struct cp_placement *placements,
+                              uint32_t *micro_batches);
+
+// How long a schedule takes by the costs of `config`, the caller's own as well as one made here: the sum over micro-batches of the slowest rank's sum over
+// its packs. `bound` may be NULL; else it gets a time that no schedule of these samples can beat. `scheduler` and `cp_size` do not matter. Local.
+// Any thread, any time.
+//
+// Requires:
+// `config` points to `struct_size` bytes; `lengths` and `placements` to `count` elements; `seconds` and `bound` have room for a number.
+cp_status cp_schedule_time(const struct cp_schedule_config *config,
+                           const uint32_t *lengths,
+                           size_t count,
+                           const struct cp_placement *placements,
+                           double *seconds,
+                           double *bound);
 
 // This rank's rows of all heads become whole sequences of this rank's heads: `local` is read, `whole` written. For layers that need whole sequences
 // and treat heads, or channels, apart, such as Mamba's convolution and scan.

@@ -148,6 +148,10 @@ pub enum Call {
     ToHeads = 6,
     /// `cp_heads_to_sequence`.
     ToSequence = 7,
+    /// `cp_group_shift`.
+    Shift = 8,
+    /// `cp_group_gather`.
+    Gather = 9,
 }
 
 impl Call {
@@ -160,6 +164,8 @@ impl Call {
             5 => "cp_group_warm_up",
             6 => "cp_sequence_to_heads",
             7 => "cp_heads_to_sequence",
+            8 => "cp_group_shift",
+            9 => "cp_group_gather",
             _ => "an unknown call",
         }
     }

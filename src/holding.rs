@@ -1,5 +1,6 @@
 //! What a rank holds of a problem: which tokens, and in which row of its local buffers.
 
+use crate::balance::balance;
 use crate::partition::{Partition, Segment, Side, Stretch, joins};
 use crate::problem::{Extent, Problem};
 
@@ -56,6 +57,10 @@ pub fn stretches(problem: &Problem, rank: u32, side: Side) -> Vec<Stretch> {
                 let len = padded.saturating_sub(rank).div_ceil(problem.ranks);
                 out.push(Stretch { seq: seq as u32, start: rank, step: problem.ranks, len });
             }
+        }
+        Partition::Balanced => {
+            let docs: Vec<Extent> = problem.seqs.iter().map(|s| s.extent(side)).collect();
+            out = balance(&docs, problem.ranks).swap_remove(rank as usize);
         }
         Partition::List { q, k } => {
             let lists = if side == Side::Query { q } else { k };

@@ -26,17 +26,21 @@
 //! |---|---|
 //! | [`partition`], [`mask`], [`score`], [`problem`], [`holding`], [`dtype`], [`error`] | the vocabulary; pure |
 //! | [`mesh`], [`layers`], [`padding`] | what surrounds a layer in Megatron: the rank grid, communication types per layer, padding rules; pure |
+//! | [`balance`] | deals documents out so that all ranks compute alike and few keys move |
+//! | [`collect`] | rows of any bytes between ranks: shifted, or whole sequences on every rank |
+//! | [`rows`], [`loss`] | what goes with a rank's rows: positions, shifted labels, whole sequences again; weights and scales of losses |
 //! | [`plan`] | decides; start with the table that `context-parallel plan` prints, then `plan/stages.rs` |
 //! | [`exec`] | runs one rank's plan |
 //! | [`backend`] | what compute steps mean, and the CPU kernels |
 //! | [`transport`] | moves bytes: `local` (threads), `shm` (processes), `user` (a C table; MPI comes through it); `device`: on CUDA streams |
+//! | [`schedule`] | which samples run on how many ranks: hybrid and dynamic context parallelism; pure |
 //! | [`driver`] | the CUDA driver, opened at run time |
 //! | [`group`], [`attention`] | ranks that agree before they compute; layers |
 //! | [`trade`] | sequence ↔ heads for other layers than attention |
 //! | [`capi`] | translates C to all of the above and decides nothing |
 //!
 //! # Invariants, most of them absences
-//! * Imports run one way: partition ← mask ← problem ← holding ← plan ← exec ← group ← attention ← capi. `plan` knows neither kernels nor
+//! * Imports run one way: partition ← mask ← problem ← balance ← holding ← plan ← exec ← group ← attention ← capi. `plan` knows neither kernels nor
 //!   transports; a test reads the `use` lines.
 //! * `exec` names no communication type and no mask; a test reads it.
 //! * No waiting without a deadline; no error on one rank that leaves another waiting.
@@ -45,7 +49,9 @@
 
 pub mod attention;
 pub mod backend;
+pub mod balance;
 pub mod capi;
+pub mod collect;
 pub mod driver;
 pub mod dtype;
 pub mod error;
@@ -53,12 +59,15 @@ pub mod exec;
 pub mod group;
 pub mod holding;
 pub mod layers;
+pub mod loss;
 pub mod mask;
 pub mod mesh;
 pub mod padding;
 pub mod partition;
 pub mod plan;
 pub mod problem;
+pub mod rows;
+pub mod schedule;
 pub mod score;
 pub mod trade;
 pub mod transport;

@@ -5,6 +5,7 @@
 //! zigzag      chunks r and 2P−1−r           0 1 2 3 · 12 13 14 15      4 … 11
 //! contiguous  slice r                       0 … 7                      8 … 15
 //! striped     every P-th token from r       0 2 4 … 14                 1 3 5 … 15
+//! balanced    documents whole where they can be (`balance`)
 //! ```
 //! Zigzag and striped cut every sequence; contiguous cuts a dense batch per sequence and a packed (thd) buffer as one piece, so
 //! that documents stay whole where they can. Lengths need not divide by anything: cut j of n lies at ⌊j·L/n⌋ of the padded length.
@@ -46,6 +47,9 @@ pub enum Partition {
     Contiguous,
     /// Every P-th token (striped attention, arXiv 2311.09431).
     Striped,
+    /// Documents stay whole where they can, and all ranks compute alike: see [`crate::balance`]. Problems that layers make have its
+    /// lists instead, since working them out takes as long as a plan.
+    Balanced,
     /// The caller's own lists, one per rank, for queries and for keys. Local rows are in list order.
     List {
         /// Query stretches of every rank.

@@ -259,6 +259,9 @@ impl Problem {
         for side in [Side::Query, Side::Key] {
             self.validate_lengths(side)?;
         }
+        if self.partition == Partition::Balanced {
+            self.validate_balanced()?;
+        }
         if let Partition::List { q, k } = &self.partition {
             validate_list(self, q, Side::Query)?;
             validate_list(self, k, Side::Key)?;
@@ -268,6 +271,24 @@ impl Problem {
             }
         }
         Ok(())
+    }
+
+    fn validate_balanced(&self) -> Result<()> {
+        if !self.packed {
+            return Err(Error::unsupported(
+                "partition: balanced deals out packed documents; in a dense batch zigzag is as even, and cuts all entries alike",
+            ));
+        }
+        match self.seqs.iter().position(|s| s.q != s.k) {
+            None => Ok(()),
+            Some(i) => Err(Error::unsupported(format!(
+                "partition: balanced deals out queries and keys together, but sequence {i} has {} of {} query rows and {} of {} key rows",
+                self.seqs[i].q.len,
+                self.seqs[i].q.padded,
+                self.seqs[i].k.len,
+                self.seqs[i].k.padded
+            ))),
+        }
     }
 
     fn validate_lengths(&self, side: Side) -> Result<()> {
@@ -302,8 +323,32 @@ impl Problem {
     }
 }
 
+/// Are lists of plain runs each position of each padded sequence exactly once? What is not as simple counts as no.
+fn runs_cover(p: &Problem, lists: &[Vec<crate::partition::Stretch>], side: Side) -> bool {
+    let mut runs: Vec<_> = lists.iter().flatten().collect();
+    runs.sort_unstable_by_key(|s| (s.seq, s.start));
+    let mut runs = runs.into_iter().peekable();
+    for (seq, s) in p.seqs.iter().enumerate() {
+        let mut end = 0;
+        while let Some(run) = runs.next_if(|r| r.seq as usize == seq) {
+            if run.start != end || run.step != 1 || run.len == 0 {
+                return false;
+            }
+            let Some(next) = end.checked_add(run.len) else { return false };
+            end = next;
+        }
+        if end != s.extent(side).padded {
+            return false;
+        }
+    }
+    runs.next().is_none()
+}
+
 /// Every position of every padded sequence exactly once.
 fn validate_list(p: &Problem, lists: &[Vec<crate::partition::Stretch>], side: Side) -> Result<()> {
+    if lists.len() == p.ranks as usize && runs_cover(p, lists, side) {
+        return Ok(());
+    }
     let name = if side == Side::Query { "q" } else { "k" };
     if lists.len() != p.ranks as usize {
         return Err(Error::argument(format!(

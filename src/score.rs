@@ -121,6 +121,11 @@ impl Score {
                 "bias: a gradient needs one bias per query; that of one for all is not offered",
             ));
         }
+        if self.bias.is_some_and(|b| !b.queries && (b.batch || b.heads)) {
+            return Err(Error::unsupported(
+                "bias: one for all queries is offered only as one for all heads and batch entries too",
+            ));
+        }
         if let Some(slope) = self.slopes.iter().find(|s| !s.is_finite()) {
             return Err(Error::argument(format!("alibi_slopes: got {slope}, must be finite")));
         }

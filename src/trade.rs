@@ -5,6 +5,7 @@ use crate::attention::engine::{Engine, Lease};
 use crate::backend::View;
 use crate::backend::cpu::{Cpu, Simd};
 use crate::backend::cuda::{Cuda, Scores};
+use crate::balance::Dealt;
 use crate::driver::{self, CUstream};
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
@@ -47,6 +48,7 @@ pub struct Args {
 struct Tool {
     engine: Engine,
     target: Target,
+    dealt: Dealt,
 }
 
 impl Tool {
@@ -54,13 +56,14 @@ impl Tool {
         let Some(device) = group.device() else {
             // Rows are copied by the calling thread.
             let engine = Engine::on_host(Cpu::new(1, Simd::from_env()?)?);
-            return Ok(Tool { engine, target: Target::Host });
+            return Ok(Tool { engine, target: Target::Host, dealt: Dealt::default() });
         };
         let cuda = Cuda::new(device.clone())?;
         // Row kernels are the same for all shapes.
         let shape = cuda.supports(DType::Bf16, 64, 64, Scores::Plain)?;
         let engine = Engine::on_device(cuda, None)?;
-        Ok(Tool { engine, target: Target::Device { shape, deterministic: false } })
+        let target = Target::Device { shape, deterministic: false };
+        Ok(Tool { engine, target, dealt: Dealt::default() })
     }
 }
 
@@ -75,13 +78,13 @@ pub unsafe fn run(group: &Group, pass: Pass, args: Result<Args>) -> Result<()> {
     let rank = group.parent_rank();
     let prepare = || {
         let args = args?;
-        let trade = trade(group, &args)?;
-        check(&trade, group, &args)?;
         let tool = match spare.as_mut().and_then(|s| s.downcast_mut::<Tool>()) {
             Some(_) => spare.as_mut(),
             None => Some(spare.insert(Box::new(Tool::new(group)?))),
         };
         let tool = tool.and_then(|t| t.downcast_mut::<Tool>()).expect("just made");
+        let trade = trade(group, &args, &tool.dealt)?;
+        check(&trade, group, &args)?;
         if let Some(device) = group.device() {
             let _current = device.enter()?;
             // SAFETY: a stream of the device, by the caller's promise.
@@ -125,7 +128,7 @@ pub unsafe fn run(group: &Group, pass: Pass, args: Result<Args>) -> Result<()> {
 
 /// Workspace that suffices for a call with these tensors in either direction.
 pub fn workspace_bytes(group: &Group, args: &Args) -> Result<usize> {
-    let trade = trade(group, args)?;
+    let trade = trade(group, args, &Dealt::default())?;
     check(&trade, group, args)?;
     let mut spare = group.spare();
     let target = match spare.as_ref().and_then(|s| s.downcast_ref::<Tool>()) {
@@ -143,7 +146,7 @@ pub fn workspace_bytes(group: &Group, args: &Args) -> Result<usize> {
 }
 
 /// What the tensors' shapes say is traded.
-fn trade(group: &Group, args: &Args) -> Result<Arc<Trade>> {
+fn trade(group: &Group, args: &Args, dealt: &Dealt) -> Result<Arc<Trade>> {
     let small = |what: &str, i: usize, n: i64| {
         u32::try_from(n)
             .map_err(|_| Error::argument(format!("local[{i}]: got {n} {what}, at most 2^32 - 1")))
@@ -155,7 +158,9 @@ fn trade(group: &Group, args: &Args) -> Result<Arc<Trade>> {
     let tensors = tensors.collect::<Result<Vec<_>>>()?;
     let extents = args.extents.iter().copied();
     let (partition, packed) = (args.partition.clone(), args.packed);
-    Trade::new(group.size(), partition, packed, extents, args.heads, tensors).map(Arc::new)
+    let mut trade = Trade::new(group.size(), partition, packed, extents, args.heads, tensors)?;
+    dealt.resolve(Arc::make_mut(&mut trade.problem));
+    Ok(Arc::new(trade))
 }
 
 /// Every tensor against the trade.

@@ -58,7 +58,8 @@ enum class Partition : std::uint32_t {
     zigzag = CP_PARTITION_ZIGZAG,
     contiguous = CP_PARTITION_CONTIGUOUS,
     striped = CP_PARTITION_STRIPED,
-    list = CP_PARTITION_LIST
+    list = CP_PARTITION_LIST,
+    balanced = CP_PARTITION_BALANCED
 };
 enum class TransportKind : std::uint32_t {
     automatic = CP_TRANSPORT_AUTO,

@@ -5,6 +5,7 @@ pub(crate) mod engine;
 use crate::backend::View;
 use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Cuda, Scores, check_view};
+use crate::balance::Dealt;
 use crate::driver::{self, CUstream};
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
@@ -73,6 +74,17 @@ impl Config {
         seqs: Vec<Sequence>,
         partition: &Partition,
     ) -> Result<Arc<Problem>> {
+        self.problem_dealt(comm, ranks, seqs, partition, &Dealt::default())
+    }
+
+    fn problem_dealt(
+        &self,
+        comm: Comm,
+        ranks: u32,
+        seqs: Vec<Sequence>,
+        partition: &Partition,
+        dealt: &Dealt,
+    ) -> Result<Arc<Problem>> {
         let inner = comm.kind.inner(ranks, comm.inner)?;
         let teams = ranks / inner;
         let mut p = Problem {
@@ -97,6 +109,7 @@ impl Config {
             p.stages = n;
         }
         p.validate()?;
+        dealt.resolve(&mut p);
         lists_fill_the_batch(&p)?;
         if let Stages::Within(cap) = comm.stages {
             p.stages = fewest_stages(&p, cap)?;
@@ -109,7 +122,11 @@ impl Config {
     pub fn supports(&self, comm: Comm, ranks: u32) -> Result<()> {
         let stages = if let Stages::Within(_) = comm.stages { Stages::Named } else { comm.stages };
         let comm = Comm { stages, ..comm };
-        self.problem(comm, ranks, vec![Sequence::square(ranks)], &Partition::Contiguous).map(|_| ())
+        let partition = match self.partition {
+            Partition::Balanced => Partition::Balanced,
+            _ => Partition::Contiguous,
+        };
+        self.problem(comm, ranks, vec![Sequence::square(ranks)], &partition).map(|_| ())
     }
 }
 
@@ -200,6 +217,7 @@ pub struct Attention {
     /// Where the last forward ran: a rank whose context is unreadable is most likely waited for there.
     forwarded: Option<u64>,
     fitted: Fitted,
+    dealt: Dealt,
 }
 
 #[derive(Clone)]
@@ -257,13 +275,10 @@ impl Attention {
             current: 0,
             forwarded: None,
             fitted: Fitted::default(),
+            dealt: Dealt::default(),
         };
         a.clear_group();
-        a.problem_for(
-            &a.known[&a.current].clone(),
-            vec![Sequence::square(1)],
-            &Partition::Contiguous,
-        )?;
+        a.config.supports(Comm::of(CommType::P2p), 1)?;
         Ok(a)
     }
 
@@ -329,10 +344,16 @@ impl Attention {
         partition: &Partition,
     ) -> Result<Arc<Problem>> {
         let Stages::Within(cap) = at.comm.stages else {
-            return self.config.problem(at.comm, at.group.size(), seqs, partition);
+            return self.config.problem_dealt(
+                at.comm,
+                at.group.size(),
+                seqs,
+                partition,
+                &self.dealt,
+            );
         };
         let named = Comm { stages: Stages::Named, ..at.comm };
-        let p = self.config.problem(named, at.group.size(), seqs, partition)?;
+        let p = self.config.problem_dealt(named, at.group.size(), seqs, partition, &self.dealt)?;
         let stages = self.fitted.stages(&p, cap)?;
         Ok(Arc::new(Problem { stages, ..(*p).clone() }))
     }

@@ -100,6 +100,9 @@ pub const CP_PARTITION_CONTIGUOUS: u32 = 1;
 pub const CP_PARTITION_STRIPED: u32 = 2;
 /// The caller's own list, given with the sequences of every call.
 pub const CP_PARTITION_LIST: u32 = 3;
+/// Packed documents stay whole on one rank where they can, and long ones are cut so that all ranks compute alike under a causal mask: few
+/// keys move. Pieces are of 256 tokens or more, ranks' rows equal to within 256 (cp_partition_tokens tells). Packed self-attention only.
+pub const CP_PARTITION_BALANCED: u32 = 4;
 
 /// cp_attention_config.flags: no query sees a later key.
 pub const CP_ATTENTION_CAUSAL: u32 = 1;
@@ -371,9 +374,21 @@ pub struct cp_attention_config {
     pub sinks: cp_reach,
     /// CP_REACH_*, not CP_REACH_NONE: forward writes the largest visible score of every query head, over this rank's part or over the group.
     pub max_logit: cp_reach,
-    /// Must be 0.
-    pub reserved: u32,
+    /// CP_BIAS_*, CP_BIAS among them: an additive bias `[batch, heads, queries, keys]` comes with every call and is added to the scores after
+    /// softmax_scale, soft-cap and ALiBi; 0 = none.
+    pub bias: u32,
 }
+
+/// cp_attention_config.bias: there is one; without other flags it is the same for all batch entries, heads and queries.
+pub const CP_BIAS: u32 = 1;
+/// cp_attention_config.bias: one for every batch entry (dense format).
+pub const CP_BIAS_BATCH: u32 = 2;
+/// cp_attention_config.bias: one for every query head.
+pub const CP_BIAS_HEADS: u32 = 4;
+/// cp_attention_config.bias: one for every query.
+pub const CP_BIAS_QUERIES: u32 = 8;
+/// cp_attention_config.bias: backward writes its gradient; needs CP_BIAS_QUERIES.
+pub const CP_BIAS_GRADIENT: u32 = 16;
 
 /// How far a number per head reaches.
 pub type cp_reach = u32;
@@ -465,6 +480,10 @@ pub struct cp_forward_args {
     /// With dropout: a number for every sequence, `[count]`, equal on all ranks: equal numbers drop alike, wherever and with whatever else they
     /// are computed. NULL = index in the call.
     pub sequence_ids: *const u32,
+    /// With a bias: `[batch or 1, heads or 1, S_q or 1, keys]`, ndim 4 in either format (packed: batch is 1, S_q the local tokens), in the layer's
+    /// storage type. Queries are this rank's, keys those of the whole padded sequence in natural order (packed: of the longest one). With a2a it
+    /// is exchanged like Q. [in]
+    pub bias: cp_tensor,
 }
 
 /// Arguments of cp_attention_backward: what forward had, the gradient of the output, and where the gradients go.
@@ -511,6 +530,10 @@ pub struct cp_backward_args {
     pub d_sinks: cp_tensor,
     /// As in forward; the seed is in the context.
     pub sequence_ids: *const u32,
+    /// As in forward. [in]
+    pub bias: cp_tensor,
+    /// With CP_BIAS_GRADIENT: shape of `bias`: what this rank's queries add, over all keys. [out]
+    pub d_bias: cp_tensor,
 }
 
 /// What a layer's call needs in memory and moves, for this rank. Bytes.

@@ -7,6 +7,7 @@ use super::guard::{
     Opaque, create, destroy, enter, extensible, guard, known_flags, object, output, report, zero,
 };
 use crate::attention::{Args, Attention, Config, Context};
+use crate::backend::View;
 use crate::backend::cpu::{Cpu, Simd};
 use crate::backend::cuda::{Cuda, Scores};
 use crate::driver::{CUstream, Device};
@@ -15,7 +16,7 @@ use crate::error::{Error, Result, Status};
 use crate::partition::Partition;
 use crate::plan::{Pass, Tensor, json};
 use crate::problem::Problem;
-use crate::score::Seed;
+use crate::score::{BiasShape, Seed};
 use libc::{c_char, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
@@ -299,8 +300,9 @@ unsafe fn forward_args(
     let score = &layer.config().score;
     let mut inputs = vec![(Tensor::Q, &a.q), (Tensor::K, &a.k), (Tensor::V, &a.v)];
     let mut outputs = vec![(Tensor::Out, &a.out), (Tensor::Lse, &a.lse)];
-    per_head((Tensor::Sinks, &a.sinks), score.sinks.is_some(), &mut inputs)?;
-    per_head((Tensor::MaxLogit, &a.max_logit), score.max_logit.is_some(), &mut outputs)?;
+    optional((Tensor::Sinks, &a.sinks), score.sinks.is_some(), &mut inputs)?;
+    optional((Tensor::MaxLogit, &a.max_logit), score.max_logit.is_some(), &mut outputs)?;
+    optional((Tensor::Bias, &a.bias), score.bias.is_some(), &mut inputs)?;
     if score.dropout == 0.0 {
         zero("args.dropout_seed: without dropout", a.dropout_seed)?;
         zero("args.flags: without dropout", a.flags.into())?;
@@ -396,8 +398,11 @@ unsafe fn backward_args(
             (Tensor::DOut, &a.d_out),
         ];
         let mut outputs = vec![(Tensor::DQ, &a.dq), (Tensor::DK, &a.dk), (Tensor::DV, &a.dv)];
-        per_head((Tensor::Sinks, &a.sinks), sinks, &mut inputs)?;
-        per_head((Tensor::DSinks, &a.d_sinks), sinks, &mut outputs)?;
+        optional((Tensor::Sinks, &a.sinks), sinks, &mut inputs)?;
+        optional((Tensor::DSinks, &a.d_sinks), sinks, &mut outputs)?;
+        let bias = layer.config().score.bias;
+        optional((Tensor::Bias, &a.bias), bias.is_some(), &mut inputs)?;
+        optional((Tensor::DBias, &a.d_bias), bias.is_some_and(|b| b.gradient), &mut outputs)?;
         let workspace = buffer("workspace", a.workspace, a.workspace_bytes)?;
         let saved = buffer("saved", a.saved.cast_mut(), a.saved_bytes)?;
         // SAFETY: the caller's promise.
@@ -410,8 +415,8 @@ unsafe fn backward_args(
     (context, read())
 }
 
-/// A tensor of one number per head, there exactly where the layer asks for it.
-fn per_head<'a>(given: Named_<'a>, wanted: bool, list: &mut Vec<Named_<'a>>) -> Result<()> {
+/// A tensor that is there exactly where the layer asks for it.
+fn optional<'a>(given: Named_<'a>, wanted: bool, list: &mut Vec<Named_<'a>>) -> Result<()> {
     let (name, null) = (crate::attention::name(given.0), given.1.data.is_null());
     match (wanted, null) {
         (true, false) => list.push(given),
@@ -426,6 +431,18 @@ fn per_head<'a>(given: Named_<'a>, wanted: bool, list: &mut Vec<Named_<'a>>) -> 
         }
     }
     Ok(())
+}
+
+/// What is one for all has a row, or entry, that repeats.
+fn one_for_all(view: &mut View, shape: Option<BiasShape>, entries: usize) {
+    let Some(shape) = shape else { return };
+    if !shape.batch {
+        view.stride_batch = 0;
+        view.rows *= entries;
+    }
+    if !shape.queries {
+        view.stride_row = 0;
+    }
 }
 
 /// # Safety
@@ -466,6 +483,14 @@ unsafe fn pass_args(
         let name = crate::attention::name(*tensor);
         let (view, shape) = match tensor {
             Tensor::Lse => decode::statistic(name, t, place, config.packed)?,
+            Tensor::Bias | Tensor::DBias => {
+                let (mut view, shape) = decode::bias(name, t, place, config.dtype)?;
+                if *tensor == Tensor::Bias {
+                    let entries = if config.packed { 1 } else { seqs.len() };
+                    one_for_all(&mut view, config.score.bias, entries);
+                }
+                (view, shape)
+            }
             tensor if tensor.per_head() => decode::per_head(name, t, place)?,
             _ => decode::tensor(name, t, place, config.dtype, config.packed)?,
         };

@@ -10,7 +10,7 @@ use crate::group::Group;
 use crate::mask::Mask;
 use crate::partition::{Partition, Stretch};
 use crate::problem::{CommType, Extent, Sequence, Wire};
-use crate::score::{Reach, Score};
+use crate::score::{BiasShape, Reach, Score};
 
 /// A pointer that may be null, as a slice.
 ///
@@ -109,9 +109,10 @@ pub fn partition(name: &str, code: cp_partition) -> Result<Partition> {
         CP_PARTITION_ZIGZAG => Ok(Partition::Zigzag),
         CP_PARTITION_CONTIGUOUS => Ok(Partition::Contiguous),
         CP_PARTITION_STRIPED => Ok(Partition::Striped),
+        CP_PARTITION_BALANCED => Ok(Partition::Balanced),
         CP_PARTITION_LIST => Ok(Partition::List { q: Vec::new(), k: Vec::new() }),
         other => Err(Error::argument(format!(
-            "{name}: got {other}, allowed CP_PARTITION_ZIGZAG (0), _CONTIGUOUS (1), _STRIPED (2), _LIST (3)"
+            "{name}: got {other}, allowed CP_PARTITION_ZIGZAG (0), _CONTIGUOUS (1), _STRIPED (2), _LIST (3), _BALANCED (4)"
         ))),
     }
 }
@@ -179,11 +180,10 @@ pub unsafe fn attention_config(ptr: *const cp_attention_config) -> Result<Layer>
         // SAFETY: `heads` numbers, by the caller's promise.
         false => unsafe { std::slice::from_raw_parts(c.alibi_slopes, c.heads as usize) },
     };
-    zero("config.reserved", c.reserved.into())?;
     let score = Score {
         softcap: c.softcap,
         slopes: slopes.into(),
-        bias: None,
+        bias: bias_shape(c.bias)?,
         dropout: c.dropout,
         head_offset: c.head_offset,
         sinks: reach("config.sinks", c.sinks)?,
@@ -554,6 +554,28 @@ pub fn statistic(
         if packed { "[heads, tokens]" } else { "[batch, heads, seq]" },
         false,
     )
+}
+
+/// An additive bias `[batch, heads, queries, keys]`, seen as `[batch, queries, heads, keys]`.
+pub fn bias(name: &str, t: &cp_tensor, place: Place, dtype: DType) -> Result<(View, [i64; 4])> {
+    place.check(name, t)?;
+    view(name, t, dtype, &[0, 2, 1, 3], "[batch, heads, queries, keys]", true)
+}
+
+/// The dimensions that a bias has.
+fn bias_shape(flags: u32) -> Result<Option<BiasShape>> {
+    let known = CP_BIAS | CP_BIAS_BATCH | CP_BIAS_HEADS | CP_BIAS_QUERIES | CP_BIAS_GRADIENT;
+    known_flags("config.bias", flags, known)?;
+    let has = |flag| flags & flag != 0;
+    if flags != 0 && !has(CP_BIAS) {
+        return Err(Error::argument(format!("config.bias: got {flags:#x} without CP_BIAS (1)")));
+    }
+    Ok(has(CP_BIAS).then(|| BiasShape {
+        batch: has(CP_BIAS_BATCH),
+        heads: has(CP_BIAS_HEADS),
+        queries: has(CP_BIAS_QUERIES),
+        gradient: has(CP_BIAS_GRADIENT),
+    }))
 }
 
 /// A number per head, `[heads]`, seen as `[1, 1, heads, 1]`.

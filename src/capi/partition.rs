@@ -3,6 +3,7 @@
 use super::abi::*;
 use super::decode;
 use super::guard::{guard, output};
+use crate::balance::Dealt;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::holding::tokens;
@@ -26,6 +27,11 @@ pub unsafe extern "C" fn cp_partition_padded_length(
     guard(|| {
         let out = output("padded", padded)?;
         let partition = decode::partition("partition", partition)?;
+        if partition == Partition::Balanced {
+            return Err(Error::argument(
+                "partition: balanced gives ranks equal shares, to within 256 tokens, of any length; it has no padded length",
+            ));
+        }
         if matches!(partition, Partition::List { .. }) || ranks == 0 || length > 1 << 60 {
             return Err(Error::argument(format!(
                 "partition: got {partition:?}, {ranks} ranks, length {length}; a caller's list has no padded length"
@@ -58,19 +64,7 @@ pub unsafe extern "C" fn cp_partition_tokens(
         let out = output("count", count)?;
         // SAFETY: the caller's promise.
         let problem = unsafe { problem(partition, format, sequences, ranks)? };
-        if rank >= ranks {
-            return Err(Error::argument(format!("rank: got {rank}, allowed 0 … {}", ranks - 1)));
-        }
-        let side = match side {
-            CP_SIDE_Q => Side::Query,
-            CP_SIDE_K => Side::Key,
-            other => {
-                return Err(Error::argument(format!(
-                    "side: got {other}, allowed CP_SIDE_Q (0), CP_SIDE_K (1)"
-                )));
-            }
-        };
-        let held = tokens(&problem, rank, side);
+        let held = tokens(&problem, holder(rank, ranks)?, side_of(side)?);
         if !indices.is_null() {
             output("indices", indices)?;
             // SAFETY: room for `capacity` numbers, by the caller's promise.
@@ -83,9 +77,29 @@ pub unsafe extern "C" fn cp_partition_tokens(
     })
 }
 
+/// A rank of a group of `ranks`.
+pub(super) fn holder(rank: u32, ranks: u32) -> Result<u32> {
+    match rank < ranks {
+        true => Ok(rank),
+        false => Err(Error::argument(format!("rank: got {rank}, allowed 0 … {}", ranks - 1))),
+    }
+}
+
+pub(super) fn side_of(side: cp_side) -> Result<Side> {
+    match side {
+        CP_SIDE_Q => Ok(Side::Query),
+        CP_SIDE_K => Ok(Side::Key),
+        other => {
+            Err(Error::argument(format!("side: got {other}, allowed CP_SIDE_Q (0), CP_SIDE_K (1)")))
+        }
+    }
+}
+
+/// What is asked about, as a problem.
+///
 /// # Safety
 /// The sequences are as their docs say.
-unsafe fn problem(
+pub(super) unsafe fn problem(
     partition: cp_partition,
     format: cp_format,
     sequences: *const cp_sequences,
@@ -100,7 +114,7 @@ unsafe fn problem(
     let (seqs, list) = unsafe {
         decode::sequences(sequences, packed, matches!(partition, Partition::List { .. }), ranks)?
     };
-    let p = Problem {
+    let mut p = Problem {
         ranks,
         inner: ranks,
         stages: 0,
@@ -119,5 +133,6 @@ unsafe fn problem(
         score: Score::default(),
     };
     p.validate()?;
+    Dealt::default().resolve(&mut p);
     Ok(p)
 }

@@ -64,6 +64,7 @@ pub fn problem(p: &Problem) -> String {
         Partition::Zigzag => text("zigzag"),
         Partition::Contiguous => text("contiguous"),
         Partition::Striped => text("striped"),
+        Partition::Balanced => text("balanced"),
         Partition::List { q, k } => object(&[("q", stretches(q)), ("k", stretches(k))]),
     };
     object(&[

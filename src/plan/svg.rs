@@ -126,6 +126,7 @@ fn caption(plans: &[Plan]) -> String {
         crate::partition::Partition::Zigzag => " · zigzag",
         crate::partition::Partition::Contiguous => " · contiguous",
         crate::partition::Partition::Striped => " · striped",
+        crate::partition::Partition::Balanced => " · balanced",
         crate::partition::Partition::List { .. } => " · own partition",
     };
     out += if mask.causal { " · causal" } else { " · not causal" };

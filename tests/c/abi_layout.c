@@ -87,6 +87,25 @@ AT(cp_tail_config, slots, 20);
 AT(cp_tail_config, multiple, 24);
 AT(cp_tail_config, rows, 32);
 
+SIZE(cp_schedule_config, 64);
+AT(cp_schedule_config, struct_size, 0);
+AT(cp_schedule_config, flags, 4);
+AT(cp_schedule_config, ranks, 8);
+AT(cp_schedule_config, tokens_per_rank, 12);
+AT(cp_schedule_config, scheduler, 16);
+AT(cp_schedule_config, cp_size, 20);
+AT(cp_schedule_config, cost_pair, 24);
+AT(cp_schedule_config, cost_token, 32);
+AT(cp_schedule_config, cost_wire, 40);
+AT(cp_schedule_config, cost_rank, 48);
+AT(cp_schedule_config, cost_call, 56);
+
+SIZE(cp_placement, 16);
+AT(cp_placement, micro_batch, 0);
+AT(cp_placement, first_rank, 4);
+AT(cp_placement, rank_count, 8);
+AT(cp_placement, pack, 12);
+
 SIZE(cp_stretch, 16);
 AT(cp_stretch, seq, 0);
 AT(cp_stretch, start, 4);
@@ -227,6 +246,29 @@ AT(cp_backward_args, saved, 888);
 AT(cp_backward_args, saved_bytes, 896);
 AT(cp_backward_args, workspace, 904);
 AT(cp_backward_args, workspace_bytes, 912);
+
+SIZE(cp_loss_config, 32);
+AT(cp_loss_config, struct_size, 0);
+AT(cp_loss_config, mean, 4);
+AT(cp_loss_config, gradients, 8);
+AT(cp_loss_config, cp_size, 12);
+AT(cp_loss_config, dp_size, 16);
+AT(cp_loss_config, microbatches, 20);
+AT(cp_loss_config, tokens, 24);
+
+SIZE(cp_rows_args, 72);
+AT(cp_rows_args, struct_size, 0);
+AT(cp_rows_args, flags, 4);
+AT(cp_rows_args, sequences, 8);
+AT(cp_rows_args, partition, 16);
+AT(cp_rows_args, format, 20);
+AT(cp_rows_args, side, 24);
+AT(cp_rows_args, shift, 28);
+AT(cp_rows_args, row_bytes, 32);
+AT(cp_rows_args, local, 40);
+AT(cp_rows_args, local_rows, 48);
+AT(cp_rows_args, out, 56);
+AT(cp_rows_args, out_rows, 64);
 
 int main(void) {
     return 0;

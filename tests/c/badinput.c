@@ -6,6 +6,7 @@
 #define _GNU_SOURCE
 #include "badinput.h"
 #include "badmesh.h"
+#include "badschedule.h"
 
 static void about(void) {
     char text[16];
@@ -244,8 +245,9 @@ static void partitions(void) {
     s.struct_size = (uint32_t)sizeof s;
     s.count = 1;
     s.seq_q = 16;
-    BAD("partition: got 4", cp_partition_padded_length(4, 2, 10, &padded));
+    BAD("partition: got 5", cp_partition_padded_length(5, 2, 10, &padded));
     BAD("a caller's list has no padded length", cp_partition_padded_length(CP_PARTITION_LIST, 2, 10, &padded));
+    BAD("balanced gives ranks equal shares", cp_partition_padded_length(CP_PARTITION_BALANCED, 2, 10, &padded));
     BAD("0 ranks", cp_partition_padded_length(CP_PARTITION_ZIGZAG, 0, 10, &padded));
     BAD("length 18446744073709551615", cp_partition_padded_length(CP_PARTITION_ZIGZAG, 2, UINT64_MAX, &padded));
     BAD("padded: got", cp_partition_padded_length(CP_PARTITION_ZIGZAG, 2, 10, NULL));
@@ -265,6 +267,111 @@ static void partitions(void) {
     tokens[3] = 1234;
     GOOD(cp_partition_tokens(0, 0, &s, 2, 0, 0, tokens, 3, &n));
     TRUE_(n == 8 && tokens[0] == 0 && tokens[3] == 1234);
+}
+
+/* What goes with a rank's rows: one sequence of 16 tokens on two ranks, zigzag; rank 0 has 0 … 3 and 12 … 15. */
+static void rows_and_losses(void) {
+    uint32_t list[8], other[8], counts[2][2];
+    float weights[8];
+    double factor = 99;
+    uint64_t tokens = 99;
+    size_t n = 99;
+    cp_sequences s;
+    cp_loss_config loss;
+    memset(&s, 0, sizeof s);
+    s.struct_size = (uint32_t)sizeof s;
+    s.count = 1;
+    s.seq_q = 16;
+    memset(&loss, 0, sizeof loss);
+    loss.struct_size = (uint32_t)sizeof loss;
+    BAD("rank: got 2", cp_partition_positions(0, 0, &s, 2, 2, 0, list, 8, &n));
+    BAD("side: got 7", cp_partition_positions(0, 0, &s, 2, 0, 7, list, 8, &n));
+    BAD("values: got", cp_partition_positions(0, 0, &s, 2, 0, 0, (uint32_t *)(void *)((char *)list + 1), 7, &n));
+    BAD("count: got", cp_partition_positions(0, 0, &s, 2, 0, 0, list, 8, NULL));
+    BAD("sequences: got NULL", cp_partition_shift(0, 0, NULL, 2, 0, 0, 1, list, 8, &n));
+    EXPECT(CP_ERR_UNSUPPORTED, "balanced deals out packed documents", cp_partition_shift(CP_PARTITION_BALANCED, 0, &s, 2, 0, 0, 1, list, 8, &n));
+    BAD("ranks: got 0", cp_partition_order(0, 0, &s, 0, 0, list, 8, &n));
+    BAD("send_counts: got", cp_partition_shift_exchange(0, 0, &s, 2, 0, 0, 1, list, NULL, other, counts[1], 8));
+    BAD("rank: got 3", cp_loss_weights(0, 0, &s, 2, 3, 1, weights, 8, &n));
+    BAD("count: got", cp_loss_tokens(0, &s, 1, NULL));
+    BAD("config: got NULL", cp_loss_scale(NULL, &factor));
+    loss.mean = 2;
+    BAD("config.mean: got 2", cp_loss_scale(&loss, &factor));
+    loss.mean = 0;
+    loss.gradients = 3;
+    BAD("config.gradients: got 3", cp_loss_scale(&loss, &factor));
+    loss.gradients = CP_GRADIENTS_AVERAGED;
+    loss.tokens = -1;
+    BAD("tokens: got -1", cp_loss_scale(&loss, &factor));
+    TRUE_(n == 99 && tokens == 99 && factor == 99);
+    loss.tokens = 8;
+    loss.cp_size = 4;
+    GOOD(cp_loss_scale(&loss, &factor));
+    TRUE_(factor == 0.5);
+    GOOD(cp_loss_tokens(0, &s, 3, &tokens));
+    TRUE_(tokens == 13);
+    GOOD(cp_partition_positions(0, 0, &s, 2, 0, 0, list, 8, &n));
+    TRUE_(n == 8 && list[3] == 3 && list[4] == 12);
+    GOOD(cp_partition_lengths(0, 0, &s, 2, 0, 0, list, NULL, 8, &n));
+    TRUE_(n == 1 && list[0] == 8);
+    GOOD(cp_partition_shift(0, 0, &s, 2, 0, 0, 1, list, 8, &n));
+    TRUE_(n == 8 && list[3] == 4 && list[7] == CP_NO_TOKEN);
+    GOOD(cp_partition_shift_exchange(0, 0, &s, 2, 0, 0, 1, list, counts[0], other, counts[1], 8));
+    TRUE_(counts[0][0] == 6 && counts[0][1] == 1 && list[6] == 4 && counts[1][0] == 6 && counts[1][1] == 1 && other[6] == 3);
+    GOOD(cp_loss_weights(0, 0, &s, 2, 0, 1, weights, 8, &n));
+    TRUE_(n == 8 && weights[6] == 1 && weights[7] == 0);
+}
+
+/* On a group of one everything is there already. */
+static void rows_of_a_group(const cp_group *group) {
+    uint32_t local[16], out[16];
+    cp_sequences s;
+    cp_rows_args a;
+    int i;
+    memset(&s, 0, sizeof s);
+    s.struct_size = (uint32_t)sizeof s;
+    s.count = 1;
+    s.seq_q = 16;
+    memset(&a, 0, sizeof a);
+    a.struct_size = (uint32_t)sizeof a;
+    a.sequences = &s;
+    a.shift = 2;
+    a.row_bytes = 4;
+    a.local = local;
+    a.local_rows = 16;
+    a.out = out;
+    a.out_rows = 16;
+    for (i = 0; i < 16; i++) {
+        local[i] = 100 + (uint32_t)i;
+        out[i] = 7;
+    }
+    EXPECT(CP_ERR_INVALID_HANDLE, "group: got NULL", cp_group_shift(NULL, &a));
+    BAD("args: got NULL", cp_group_shift(group, NULL));
+    BAD("args.shift: got 2", cp_group_gather(group, &a));
+    a.flags = 1;
+    BAD("args.flags: got 0x1", cp_group_shift(group, &a));
+    a.flags = 0;
+    a.row_bytes = 0;
+    BAD("args.row_bytes: got 0", cp_group_shift(group, &a));
+    a.row_bytes = SIZE_MAX / 2;
+    BAD("args.local: got", cp_group_shift(group, &a));
+    a.row_bytes = 4;
+    a.out = NULL;
+    BAD("args.out: got", cp_group_shift(group, &a));
+    a.out = out;
+    a.local_rows = 15;
+    BAD("local_rows: got 15, must be 16", cp_group_shift(group, &a));
+    a.local_rows = 16;
+    a.out_rows = 17;
+    BAD("out_rows: got 17, must be 16", cp_group_gather(group, (a.shift = 0, &a)));
+    TRUE_(out[0] == 7);
+    a.shift = 2;
+    a.out_rows = 16;
+    GOOD(cp_group_shift(group, &a));
+    TRUE_(out[0] == 102 && out[13] == 115 && out[14] == 7);
+    a.shift = 0;
+    GOOD(cp_group_gather(group, &a));
+    TRUE_(out[0] == 100 && out[15] == 115);
 }
 
 /* A layer that must be refused, by cp_attention_create and cp_query_support alike. */
@@ -303,7 +410,7 @@ static void layers(void) {
     LAYER(CP_ERR_INVALID_ARGUMENT, "config.dtype: got 0", c.dtype = 0);
     LAYER(CP_ERR_INVALID_ARGUMENT, "config.dtype: got 4", c.dtype = 4);
     LAYER(CP_ERR_INVALID_ARGUMENT, "config.format: got 2", c.format = 2);
-    LAYER(CP_ERR_INVALID_ARGUMENT, "config.partition: got 4", c.partition = 4);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "config.partition: got 5", c.partition = 5);
     LAYER(CP_ERR_INVALID_ARGUMENT, "config.window_left: got 3 without its flag", c.window_left = 3);
     LAYER(CP_ERR_INVALID_ARGUMENT, "config.window_right: got 3 without its flag", c.window_right = 3);
     LAYER(CP_ERR_INVALID_ARGUMENT, "softmax_scale: got inf", c.softmax_scale = 1 / zero);
@@ -548,9 +655,12 @@ int main(int argc, char **argv) {
     user_transport();
     group_functions(g, layer);
     partitions();
+    rows_and_losses();
+    rows_of_a_group(g);
     meshes();
     types_of_layers();
     paddings();
+    schedules();
     layers();
     communications();
     layer_functions(g, layer);

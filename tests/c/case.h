@@ -85,7 +85,7 @@ static inline void extents(extent *out, int count, const char *lens, const char 
 
 static inline test_case parse_case(char *line) {
     static const char *const formats[] = {"bshd", "sbhd", "thd"};
-    static const char *const partitions[] = {"zigzag", "contiguous", "striped", "list"};
+    static const char *const partitions[] = {"zigzag", "contiguous", "striped", "list", "balanced"};
     char *f[20];
     test_case c;
     int n = 0;
@@ -113,7 +113,7 @@ static inline test_case parse_case(char *line) {
     c.bottom_right = atoi(f[15]);
     c.left = strcmp(f[16], "-") == 0 ? -1 : atoi(f[16]);
     c.right = strcmp(f[17], "-") == 0 ? -1 : atoi(f[17]);
-    c.partition = (cp_partition)word_of(f[18], partitions, 4, f[0]);
+    c.partition = (cp_partition)word_of(f[18], partitions, 5, f[0]);
     c.has_scale = strcmp(f[19], "-") != 0;
     c.scale = c.has_scale ? (float)atof(f[19]) : 1.0f / sqrtf((float)c.dim_qk);
     return c;

@@ -251,6 +251,40 @@ fn perf_is_a_table_and_json() {
 }
 
 #[test]
+fn schedule_is_a_table_and_json() {
+    let out = succeeds("schedule --lengths 60k,9000,3000,500,80 --ranks 6 --tokens-per-rank 12k");
+    assert!(
+        out.contains("0 … 5") && out.contains("(61440)") && out.contains("1 micro-batch,"),
+        "{out}"
+    );
+    let json = succeeds("schedule --lengths 600,300,20 --ranks 2 --scheduler megatron --json");
+    is_json("schedule", &json);
+    assert!(json.contains("\"sample_id_groups\":[[[0],[1,2]]]"), "{json}");
+    assert!(number(&json, "bound", 0) <= number(&json, "seconds", 0), "{json}");
+}
+
+/// The command fails if ours is ever slower than Megatron's schedule, its samples in packs or not.
+#[test]
+fn schedules_are_never_slower_than_megatrons() {
+    let json = succeeds(
+        "schedule --compare --documents tests/data/doc_length_distribution.csv --batches 25 --json",
+    );
+    is_json("schedule --compare", &json);
+    for size in 0..6 {
+        let of = |name| number(&json, name, size);
+        assert!(
+            of("least") >= 1.0 && of("slower") == 0.0 && of("refused_by_megatron") == 0.0,
+            "{json}"
+        );
+        assert!(of("megatron_over_ours") > 1.1 && of("ours_over_bound") < 1.1, "{json}");
+        // 10 ms are shown by the command itself; this is for disasters only.
+        assert!(of("scheduling_seconds") < 0.5, "{json}");
+    }
+    let odd = "schedule --compare --documents tests/data/doc_length_distribution.csv --batches 5 --ranks 12";
+    assert!(succeeds(odd).contains("  12  "));
+}
+
+#[test]
 fn wrong_command_lines_are_named() {
     for (arguments, words) in [
         ("plam", vec!["plam", "plan"]),
@@ -283,6 +317,13 @@ fn wrong_command_lines_are_named() {
         ("info --mesh cp=8 --levels 4,3", vec!["--levels", "product 12", "8 ranks"]),
         ("info --mesh cp=8 --experts cp=2", vec!["--experts", "ep and tp"]),
         ("info --order tp-cp", vec!["--mesh"]),
+        ("schedule", vec!["--lengths", "--documents"]),
+        ("schedule --lengths 3 --scheduler best", vec!["--scheduler", "best", "nested"]),
+        ("schedule --lengths 3,0", vec!["lengths[1]", "got 0"]),
+        ("schedule --lengths 9k --ranks 1", vec!["lengths[0]", "9216", "8192"]),
+        ("schedule --lengths 3 --cost 1,2", vec!["--cost", "five numbers"]),
+        ("schedule --lengths 3 --cost 1,2,3,4,x", vec!["--cost", "five numbers"]),
+        ("schedule --compare", vec!["--compare", "--documents"]),
         ("rank demo2", vec!["not by hand"]),
     ] {
         let out = tool(arguments);
@@ -309,7 +350,7 @@ fn help_has_every_option_and_examples_that_work() {
         succeeds("--version").trim(),
         format!("context-parallel {}", env!("CARGO_PKG_VERSION"))
     );
-    for command in ["demo", "info", "plan", "perf"] {
+    for command in ["demo", "info", "plan", "perf", "schedule"] {
         let help = succeeds(&format!("{command} --help"));
         assert_eq!(help, succeeds(&format!("help {command}")));
         let examples = help.split("examples:\n").nth(1).expect("examples");
@@ -317,8 +358,9 @@ fn help_has_every_option_and_examples_that_work() {
         let wide = help.lines().find(|l| l.chars().count() > 140);
         assert!(wide.is_none(), "too wide: {wide:?}");
     }
-    // The examples of `plan` compute nothing, so all of them are tried.
-    for line in succeeds("plan --help").split("examples:\n").nth(1).unwrap_or("").lines() {
+    // The examples of `plan` and `schedule` compute nothing, so all of them are tried.
+    let examples = succeeds("plan --help") + &succeeds("schedule --help");
+    for line in examples.lines() {
         if let Some(example) = line.strip_prefix("  context-parallel ") {
             let picture = Scratch::new("plan.svg");
             succeeds(&example.replace("plan.svg", &picture.path()));

@@ -38,13 +38,18 @@ fn header_is_what_cbindgen_makes() {
     for file in [
         "capi/abi.rs",
         "capi/abi_mesh.rs",
+        "capi/abi_schedule.rs",
         "transport/user.rs",
+        "capi/abi_rows.rs",
         "capi/abi_trade.rs",
         "capi/about.rs",
         "capi/group.rs",
         "capi/partition.rs",
+        "capi/rows.rs",
+        "capi/collect.rs",
         "capi/mesh.rs",
         "capi/padding.rs",
+        "capi/schedule.rs",
         "capi/trade.rs",
         "capi/attention.rs",
     ] {

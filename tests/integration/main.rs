@@ -1,6 +1,8 @@
 //! The one Rust integration binary: what is right (`oracle`), and everything that is compared to it.
 
+mod balanced;
 mod cli;
+mod collect;
 mod cuda;
 mod cuda_capi;
 mod cuda_layers;

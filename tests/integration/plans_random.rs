@@ -171,8 +171,12 @@ fn any_score(r: &mut Random) -> Score {
 
 fn any_bias(r: &mut Random) -> Option<BiasShape> {
     let queries = !r.one_in(4);
-    let shape =
-        BiasShape { batch: false, heads: r.one_in(2), queries, gradient: queries && r.one_in(2) };
+    let shape = BiasShape {
+        batch: false,
+        heads: queries && r.one_in(2),
+        queries,
+        gradient: queries && r.one_in(2),
+    };
     (!r.one_in(3)).then_some(shape)
 }
 

@@ -54,7 +54,7 @@ fn imports(text: &str) -> BTreeSet<String> {
     rooms
 }
 
-/// design: partition ← mask ← problem ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
+/// design: partition ← mask ← problem ← balance ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("dtype", &[]),
@@ -62,12 +62,16 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("partition", &[]),
     ("score", &["error"]),
     ("problem", &["dtype", "error", "mask", "partition", "score"]),
-    ("holding", &["partition", "problem"]),
+    ("balance", &["partition", "problem"]),
+    ("holding", &["balance", "partition", "problem"]),
+    ("rows", &["holding", "partition", "problem"]),
+    ("loss", &["error", "partition", "problem", "rows"]),
     ("mesh", &["error"]),
     ("layers", &["error", "problem"]),
     ("padding", &["error"]),
     // Of `backend` the plan uses plain data only: `HeadMap` and `Run`.
     ("plan", &["backend", "dtype", "error", "holding", "mask", "partition", "problem", "score"]),
+    ("schedule", &["error"]),
     ("driver", &["error"]),
     ("backend", &["driver", "dtype", "error", "mask", "partition", "score"]),
     ("transport", &["driver", "error"]),
@@ -77,6 +81,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         "attention",
         &[
             "backend",
+            "balance",
             "driver",
             "dtype",
             "error",
@@ -95,6 +100,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         &[
             "attention",
             "backend",
+            "balance",
             "driver",
             "dtype",
             "error",
@@ -107,22 +113,31 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
         ],
     ),
     (
+        "collect",
+        &["error", "exec", "group", "holding", "partition", "problem", "rows", "transport"],
+    ),
+    (
         "capi",
         &[
             "attention",
             "backend",
+            "balance",
+            "collect",
             "driver",
             "dtype",
             "error",
             "group",
             "holding",
             "layers",
+            "loss",
             "mask",
             "mesh",
             "padding",
             "partition",
             "plan",
             "problem",
+            "rows",
+            "schedule",
             "score",
             "trade",
             "transport",

@@ -37,6 +37,7 @@ CP_PARTITION_ZIGZAG = 0
 CP_PARTITION_CONTIGUOUS = 1
 CP_PARTITION_STRIPED = 2
 CP_PARTITION_LIST = 3
+CP_PARTITION_BALANCED = 4
 CP_ATTENTION_CAUSAL = 1
 CP_ATTENTION_BOTTOM_RIGHT = 2
 CP_ATTENTION_WINDOW_LEFT = 4
@@ -46,6 +47,7 @@ CP_ATTENTION_SAVE = 32
 CP_ATTENTION_KV_CACHE = 64
 CP_ATTENTION_DETERMINISTIC = 128
 CP_REACH_NONE, CP_REACH_RANK, CP_REACH_GROUP = 0, 1, 2
+CP_BIAS, CP_BIAS_BATCH, CP_BIAS_HEADS, CP_BIAS_QUERIES, CP_BIAS_GRADIENT = 1, 2, 4, 8, 16
 CP_COMM_RELAY = 1
 CP_COMM_MOVE_QUERIES = 2
 CP_GROUP_AGREE = 1
@@ -171,7 +173,7 @@ class cp_attention_config(Sized):
         ("head_offset", c_uint32),
         ("sinks", c_uint32),
         ("max_logit", c_uint32),
-        ("reserved", c_uint32),
+        ("bias", c_uint32),
     ]
 
 
@@ -262,6 +264,7 @@ class cp_forward_args(Sized):
         ("max_logit", cp_tensor),
         ("dropout_seed", c_uint64),
         ("sequence_ids", c_void_p),
+        ("bias", cp_tensor),
     ]
 
 
@@ -287,7 +290,11 @@ class cp_backward_args(Sized):
         ("sinks", cp_tensor),
         ("d_sinks", cp_tensor),
         ("sequence_ids", c_void_p),
+        ("bias", cp_tensor),
+        ("d_bias", cp_tensor),
     ]
 
 
 from ._abi_mesh import *  # noqa: E402, F403
+from ._abi_rows import *  # noqa: E402, F403
+from ._abi_schedule import *  # noqa: E402, F403

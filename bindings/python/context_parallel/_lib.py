@@ -9,7 +9,7 @@ import weakref
 from ctypes import POINTER, c_char_p, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
-from . import _abi, _abi_mesh
+from . import _abi, _abi_mesh, _abi_rows, _abi_schedule
 
 VERSION = (0, 1)
 
@@ -99,6 +99,8 @@ FUNCTIONS = {
     "cp_attention_plan": (c_int32, [c_void_p, _sequences, c_uint32, c_uint32, c_char_p, c_size_t, _size_out]),
     "cp_attention_destroy": (c_int32, [c_void_p]),
     **_abi_mesh.FUNCTIONS,
+    **_abi_rows.FUNCTIONS,
+    **_abi_schedule.FUNCTIONS,
 }
 
 

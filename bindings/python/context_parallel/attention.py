@@ -19,6 +19,13 @@ _COMMS = {
     "a2a+p2p": _abi.CP_COMM_A2A_P2P,
 }
 _REACHES = {"rank": _abi.CP_REACH_RANK, "group": _abi.CP_REACH_GROUP}
+_BIASES = {
+    "bhss": _abi.CP_BIAS | _abi.CP_BIAS_BATCH | _abi.CP_BIAS_HEADS | _abi.CP_BIAS_QUERIES,
+    "1hss": _abi.CP_BIAS | _abi.CP_BIAS_HEADS | _abi.CP_BIAS_QUERIES,
+    "b1ss": _abi.CP_BIAS | _abi.CP_BIAS_BATCH | _abi.CP_BIAS_QUERIES,
+    "11ss": _abi.CP_BIAS | _abi.CP_BIAS_QUERIES,
+    "111s": _abi.CP_BIAS,
+}
 # Where the axes [batch, seq, heads, dim] (thd: [tokens, heads, dim]) of a tensor are in the caller's array.
 _FORMATS = {"bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3), "bhsd": (0, 2, 1, 3), "thd": (0, 1, 2)}
 
@@ -26,14 +33,14 @@ _FORMATS = {"bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3), "bhsd": (0, 2, 1, 3), "t
 class Context:
     """Forward's note to backward: what it computed from, and what it left. Keeps the tensors alive; do not change them in between."""
 
-    def __init__(self, pod, sequences, ranks, tensors, saved, sinks=None, max_logit=None, numbers=None):
+    def __init__(self, pod, sequences, ranks, tensors, saved, sinks=None, max_logit=None, numbers=None, bias=None):
         self.pod, self.sequences, self.ranks = pod, sequences, ranks
         self.tensors, self.saved = tensors, saved
-        self.sinks, self.max_logit, self.numbers = sinks, max_logit, numbers
+        self.sinks, self.max_logit, self.numbers, self.bias = sinks, max_logit, numbers, bias
 
     def with_tensors(self, tensors):
         """The same note over the same (q, k, v, out, lse) kept elsewhere."""
-        return Context(self.pod, self.sequences, self.ranks, tuple(tensors), self.saved, self.sinks, self.max_logit, self.numbers)
+        return Context(self.pod, self.sequences, self.ranks, tuple(tensors), self.saved, self.sinks, self.max_logit, self.numbers, self.bias)
 
 
 class Attention:
@@ -43,14 +50,16 @@ class Attention:
     multiples of 8 up to 256. dtype: "float32", "bfloat16", "float16", or NumPy's or torch's. causal: no query sees a later key. bottom_right: the
     mask's diagonal ends in the last query and last key. window: (keys seen before, keys seen after the diagonal), None: no limit. format: the axes of
     the arrays, "bshd", "sbhd", "bhsd" or "thd" (packed); the LSE is [batch, heads, seq], packed [heads, tokens]. partition: "zigzag",
-    "contiguous", "striped" or "list". softmax_scale: None is 1/sqrt(head_dim). save: with a2a, forward keeps the head-split tensors for backward.
+    "contiguous", "striped", "balanced" or "list". softmax_scale: None is 1/sqrt(head_dim). save: with a2a, forward keeps the head-split tensors for backward.
     wire_fp32: partial gradients travel as fp32.
 
     softcap: scores x become softcap·tanh(x/softcap). alibi: a slope for every query head, or True for those of the paper (alibi_slopes). dropout: the
     probability of dropping a weight; forward takes the seed. head_offset: number of query head 0 in the whole model, for dropout, where tensor
     parallelism deals heads out. sinks: every query head has a sink that joins its softmax, given to forward; "group": backward returns its whole
     gradient on every rank; "rank": this rank's part, to be summed over ranks with other gradients. max_logit: "group" or "rank": forward also
-    leaves the largest visible score of every query head in context.max_logit. max_tokens_per_rank: most rows a rank ever holds, 0: no limit. threads: 0 is CP_THREADS, or 1.
+    leaves the largest visible score of every query head in context.max_logit. bias: an additive bias [batch, heads, queries, keys] comes with every
+    forward: "bhss", "1hss", "b1ss", "11ss" or "111s", where 1 is one for all; queries are this rank's, keys those of the whole padded sequence.
+    bias_gradient: backward returns its gradient too (not of "111s"). max_tokens_per_rank: most rows a rank ever holds, 0: no limit. threads: 0 is CP_THREADS, or 1.
 
     device: where arrays are and work is done: "cpu", "cuda:0", ("cuda", 0), a torch.device; "cuda" is torch's current one. On CUDA dtype is bfloat16 or
     float16, and there are: deterministic: equal bits run after run, at some cost in speed; sm_margin: multiprocessors left to others; max_segments: most
@@ -63,15 +72,16 @@ class Attention:
     def __init__(self, *, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=False, bottom_right=False, window=(None, None),
                  format="bshd", partition="zigzag", softmax_scale=None, save=False, wire_fp32=False, max_tokens_per_rank=0, threads=0,
                  device=None, deterministic=False, sm_margin=0, max_segments=0, allocator=None, softcap=None, alibi=None, dropout=0.0,
-                 head_offset=0, sinks=None, max_logit=None):  # fmt: skip
+                 head_offset=0, sinks=None, max_logit=None, bias=None, bias_gradient=True):  # fmt: skip
         pointer = c_void_p()
         config = _config(
             heads=heads, head_dim=head_dim, dtype=dtype, kv_heads=kv_heads, head_dim_v=head_dim_v, causal=causal, bottom_right=bottom_right,
             window=window, format=format, partition=partition, softmax_scale=softmax_scale, save=save, wire_fp32=wire_fp32,
             max_tokens_per_rank=max_tokens_per_rank, threads=threads, device=device, deterministic=deterministic, sm_margin=sm_margin,
             max_segments=max_segments, softcap=softcap, alibi=alibi, dropout=dropout, head_offset=head_offset, sinks=sinks,
-            max_logit=max_logit)  # fmt: skip
+            max_logit=max_logit, bias=bias, bias_gradient=bias_gradient)  # fmt: skip
         self._heads, self._sinks, self._max_logit = heads, sinks is not None, max_logit is not None
+        self._d_bias = bool(config.bias & _abi.CP_BIAS_GRADIENT)
         self._place = (config.device_type, config.device_id)
         self._allocator = None
         if self._cuda:
@@ -84,6 +94,11 @@ class Attention:
         self._handle = Handle(self, "attention", pointer.value, lib.cp_attention_destroy)
         self._axes, self._save, self._ranks = _FORMATS[format], save, 1
         self.format, self.partition = format, partition
+
+    @property
+    def has_sinks(self):
+        """Does every query head have a sink?"""
+        return self._sinks
 
     @property
     def _cuda(self):
@@ -111,7 +126,7 @@ class Attention:
         self._ranks = group.size
 
     def forward(self, q, k, v, sequences, *, out=None, lse=None, saved=None, workspace=None, stream=None, sinks=None, max_logit=None,
-                dropout_seed=0, sequence_ids=None):  # fmt: skip
+                dropout_seed=0, sequence_ids=None, bias=None):  # fmt: skip
         """Exact attention of this rank's queries over all keys that the mask lets them see: (out, lse, context). Collective.
 
         q: [batch, local seq, heads, head_dim] in the layer's format; k, v likewise with kv_heads; of any strides with a contiguous last axis, used in
@@ -131,7 +146,7 @@ class Attention:
         pod = _abi.cp_context()
         args = _abi.cp_forward_args(sequences=self._sequences(sequences, self._ranks, wrong), context=ctypes.pointer(pod))
         numbers = _dropout(args, dropout_seed, sequence_ids, sequences, wrong)
-        given = (q, k, v, out, lse, saved, workspace, sinks, max_logit)
+        given = (q, k, v, out, lse, saved, workspace, sinks, max_logit, bias)
         with _device.torch_stream(stream, self._place[1], given if self._cuda else ()):
             if out is None and is_array(q) and is_array(v):
                 out = new(q, (*q.shape[:-1], *v.shape[-1:]))
@@ -147,25 +162,27 @@ class Attention:
             for name, array in (("sinks", sinks), ("max_logit", max_logit)):
                 if array is not None:
                     setattr(args, name, describe(name, array, range(1), wrong, stream, written=name == "max_logit"))
+            if bias is not None:
+                args.bias = describe("bias", bias, range(4), wrong, stream)
             args.workspace, args.workspace_bytes = buffer("workspace", workspace, wrong, stream)
             self._run(next(iter(wrong), None), lib.cp_attention_forward, byref(args), stream)
-        return out, lse, Context(pod, sequences, self._ranks, (q, k, v, out, lse), saved, sinks, max_logit, numbers)
+        return out, lse, Context(pod, sequences, self._ranks, (q, k, v, out, lse), saved, sinks, max_logit, numbers, bias)
 
-    def backward(self, context, d_out, *, dq=None, dk=None, dv=None, workspace=None, stream=None, d_sinks=None):
-        """Gradients (dq, dk, dv), with sinks (dq, dk, dv, d_sinks), from that of out. On the group that the forward used, whatever is attached now. Collective over it, as forward is."""
+    def backward(self, context, d_out, *, dq=None, dk=None, dv=None, workspace=None, stream=None, d_sinks=None, d_bias=None):
+        """Gradients (dq, dk, dv), then d_sinks where there are sinks and d_bias where the bias has a gradient, from that of out. On the group that the forward used, whatever is attached now. Collective over it, as forward is."""
         wrong = []
         args = _abi.cp_backward_args()
-        q = k = v = out = lse = saved = sinks = None
+        q = k = v = out = lse = saved = sinks = bias = None
         if isinstance(context, Context):
             q, k, v, out, lse = context.tensors
-            saved, sinks = context.saved, context.sinks
+            saved, sinks, bias = context.saved, context.sinks, context.bias
             args.sequence_ids = None if context.numbers is None else context.numbers.ctypes.data
             args.sequences = self._sequences(context.sequences, context.ranks, wrong)
             args.context = ctypes.pointer(context.pod)
         else:
             wrong.append(argument_error(f"context: got {type(context).__name__}, need what forward returned"))
         stream = self._stream(stream, q, wrong)
-        given = (q, k, v, out, lse, saved, d_out, dq, dk, dv, workspace, sinks, d_sinks)
+        given = (q, k, v, out, lse, saved, d_out, dq, dk, dv, workspace, sinks, d_sinks, bias, d_bias)
         with _device.torch_stream(stream, self._place[1], given if self._cuda else ()):
             dq, dk, dv = (new(like, like.shape) if given is None and is_array(like) else given for given, like in ((dq, q), (dk, k), (dv, v)))
             if saved is not None:
@@ -180,9 +197,14 @@ class Attention:
             for name, array in (("sinks", sinks), ("d_sinks", d_sinks)):
                 if array is not None:
                     setattr(args, name, describe(name, array, range(1), wrong, stream, written=name == "d_sinks"))
+            if d_bias is None and self._d_bias and is_array(bias):
+                d_bias = new(bias, bias.shape)
+            for name, array in (("bias", bias), ("d_bias", d_bias)):
+                if array is not None:
+                    setattr(args, name, describe(name, array, range(4), wrong, stream, written=name == "d_bias"))
             args.workspace, args.workspace_bytes = buffer("workspace", workspace, wrong, stream)
             self._run(next(iter(wrong), None), lib.cp_attention_backward, byref(args), stream)
-        return (dq, dk, dv, d_sinks) if self._sinks else (dq, dk, dv)
+        return (dq, dk, dv, *([d_sinks] if self._sinks else []), *([d_bias] if self._d_bias else []))
 
     def workspace_size(self, tokens_per_rank):
         """Bytes that suffice for every call in which no rank holds more rows of Q or of K than that, batch times local length, on the current group."""
@@ -294,7 +316,7 @@ def query_support(ranks, comm="p2p", *, stages=None, inner_size=None, level_size
 def _config(*, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=False, bottom_right=False, window=(None, None),
             format="bshd", partition="zigzag", softmax_scale=None, save=False, wire_fp32=False, max_tokens_per_rank=0, threads=0,
             device=None, deterministic=False, sm_margin=0, max_segments=0, softcap=None, alibi=None, dropout=0.0, head_offset=0,
-            sinks=None, max_logit=None):  # fmt: skip
+            sinks=None, max_logit=None, bias=None, bias_gradient=True):  # fmt: skip
     """A layer's configuration: the arguments of Attention."""
     kind, index = _device.device(device)
     choice("format", format, _FORMATS)
@@ -335,6 +357,7 @@ def _config(*, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=Fa
         head_offset=number("head_offset", head_offset),
         sinks=_reach("sinks", sinks),
         max_logit=_reach("max_logit", max_logit),
+        bias=0 if bias is None else choice("bias", bias, _BIASES) | (_abi.CP_BIAS_GRADIENT if bias_gradient and bias != "111s" else 0),
     )
     if alibi is not None and alibi is not False:
         slopes = np.ascontiguousarray(alibi_slopes(heads) if alibi is True else alibi, dtype=np.float32)

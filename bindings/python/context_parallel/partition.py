@@ -13,6 +13,7 @@ _PARTITIONS = {
     "contiguous": _abi.CP_PARTITION_CONTIGUOUS,
     "striped": _abi.CP_PARTITION_STRIPED,
     "list": _abi.CP_PARTITION_LIST,
+    "balanced": _abi.CP_PARTITION_BALANCED,
 }
 _SIDES = {"q": _abi.CP_SIDE_Q, "k": _abi.CP_SIDE_K}
 

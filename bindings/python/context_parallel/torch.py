@@ -7,8 +7,8 @@ from . import trade
 __all__ = ["attention", "heads_to_sequence", "sequence_to_heads"]
 
 
-def attention(layer, q, k, v, sequences, *, return_lse=False, sinks=None, dropout_seed=0, sequence_ids=None):
-    """layer.forward on torch tensors, differentiable in q, k, v and sinks: out, or (out, lse); the lse carries no gradient.
+def attention(layer, q, k, v, sequences, *, return_lse=False, sinks=None, dropout_seed=0, sequence_ids=None, bias=None):
+    """layer.forward on torch tensors, differentiable in q, k, v, sinks and bias: out, or (out, lse); the lse carries no gradient.
 
     The gradient of sinks is the whole group's or this rank's part, as the layer was made: a framework that sums gradients over the group wants "rank".
 
@@ -16,14 +16,14 @@ def attention(layer, q, k, v, sequences, *, return_lse=False, sinks=None, dropou
     collective: all ranks must run their backwards in the same order, which they do when they build the same graph. On CUDA it works on torch's
     current stream and never waits for the device.
     """
-    out, lse = _Attention.apply(q, k, v, sinks, layer, sequences, dropout_seed, sequence_ids)
+    out, lse = _Attention.apply(q, k, v, sinks, bias, layer, sequences, dropout_seed, sequence_ids)
     return (out, lse) if return_lse else out
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, layer, sequences, dropout_seed, sequence_ids):
-        out, lse, context = layer.forward(q, k, v, sequences, sinks=sinks, dropout_seed=dropout_seed, sequence_ids=sequence_ids)
+    def forward(ctx, q, k, v, sinks, bias, layer, sequences, dropout_seed, sequence_ids):
+        out, lse, context = layer.forward(q, k, v, sequences, sinks=sinks, dropout_seed=dropout_seed, sequence_ids=sequence_ids, bias=bias)
         # autograd keeps the tensors, so that it sees if one is changed in place; the context keeps the rest.
         ctx.save_for_backward(*context.tensors)
         context.tensors = None
@@ -37,8 +37,9 @@ class _Attention(torch.autograd.Function):
         if not _usable(d_out):
             d_out = d_out.contiguous()  # autograd hands out expanded tensors, as after sum().
         context = ctx.context.with_tensors(ctx.saved_tensors)
-        dq, dk, dv, *d_sinks = ctx.layer.backward(context, d_out)
-        return dq, dk, dv, *(d_sinks or [None]), None, None, None, None
+        dq, dk, dv, *others = ctx.layer.backward(context, d_out)
+        d_sinks = others.pop(0) if ctx.layer.has_sinks else None
+        return dq, dk, dv, d_sinks, *(others or [None]), None, None, None, None
 
 
 def _usable(gradient):

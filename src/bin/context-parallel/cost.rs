@@ -202,7 +202,8 @@ fn partition(p: &Problem) -> &'static str {
         Partition::Zigzag => "zigzag",
         Partition::Contiguous => "contiguous",
         Partition::Striped => "striped",
-        Partition::List { .. } => "the caller's list",
+        // There are no callers' lists here.
+        Partition::Balanced | Partition::List { .. } => "balanced",
     }
 }
 

@@ -1,7 +1,9 @@
-//! `context-parallel`: see it work (`demo`), what is here (`info`), what would happen (`plan`), how fast (`perf`).
+//! `context-parallel`: see it work (`demo`), what is here (`info`), what would happen (`plan`), how fast (`perf`), which
+//! samples run where (`schedule`).
 
 mod args;
 mod check;
+mod compare;
 mod cost;
 mod demo;
 mod info;
@@ -16,6 +18,7 @@ mod probe;
 mod rank;
 mod report;
 mod row;
+mod schedule;
 mod shape;
 mod source;
 mod text;
@@ -24,7 +27,8 @@ use args::{Command, Failure, usage};
 use std::process::ExitCode;
 
 /// The commands that a user calls, in the order of the help.
-const COMMANDS: [&Command; 4] = [&demo::COMMAND, &info::COMMAND, &plan::COMMAND, &perf::COMMAND];
+const COMMANDS: [&Command; 5] =
+    [&demo::COMMAND, &info::COMMAND, &plan::COMMAND, &perf::COMMAND, &schedule::COMMAND];
 
 fn main() -> ExitCode {
     match dispatch() {
@@ -65,6 +69,7 @@ fn dispatch() -> Result<(), Failure> {
         "info" => info::run(&info::COMMAND.read(&mut parser)?),
         "plan" => plan::run(&plan::COMMAND.read(&mut parser)?),
         "perf" => perf::run(&perf::COMMAND.read(&mut parser)?),
+        "schedule" => schedule::run(&schedule::COMMAND.read(&mut parser)?),
         // One rank of `demo` or `perf`, started by it with the same options.
         "rank" => match parser.value().ok().as_ref().and_then(|v| v.to_str()) {
             Some("demo") => {
@@ -97,7 +102,7 @@ fn help() -> String {
         env!("CARGO_PKG_VERSION")
     );
     for command in COMMANDS {
-        out += &format!("  {:<6} {}\n", command.name, command.about);
+        out += &format!("  {:<8} {}\n", command.name, command.about);
     }
     out + "\n\
         examples:\n\

@@ -44,7 +44,11 @@ pub const SPLIT: (&str, &[Opt]) = (
             "",
             "the classical ring: keys and values are passed on from neighbour to neighbour",
         ),
-        opt("partition", "NAME", "who holds which tokens: zigzag (default), contiguous, striped"),
+        opt(
+            "partition",
+            "NAME",
+            "who holds which tokens: zigzag (default), contiguous, striped;\nbalanced: packed documents whole where they can be",
+        ),
         opt("wire", "TYPE", "partial dK, dV travel in storage type (default) or fp32"),
     ],
 );
@@ -89,10 +93,15 @@ pub fn config(given: &Given, dtype: DType) -> std::result::Result<Config, Failur
         "zigzag" => Some(Partition::Zigzag),
         "contiguous" => Some(Partition::Contiguous),
         "striped" => Some(Partition::Striped),
+        "balanced" => Some(Partition::Balanced),
         _ => None,
     };
-    let partition =
-        given.word("partition", Partition::Zigzag, "zigzag, contiguous, striped", parse)?;
+    let partition = given.word(
+        "partition",
+        Partition::Zigzag,
+        "zigzag, contiguous, striped, balanced",
+        parse,
+    )?;
     let wire = |w: &str| match w {
         "storage" => Some(Wire::Storage),
         "fp32" => Some(Wire::F32),

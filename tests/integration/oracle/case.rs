@@ -1,5 +1,6 @@
 //! The corpus: `tests/data/cases.csv`, described in `tests/data/README.md`.
 
+use context_parallel::balance::Dealt;
 use context_parallel::dtype::DType;
 use context_parallel::error::Result;
 use context_parallel::mask::Mask;
@@ -23,6 +24,7 @@ pub enum Dealing {
     Contiguous,
     Striped,
     List,
+    Balanced,
 }
 
 /// One line of the corpus.
@@ -121,6 +123,7 @@ fn line(line: &str) -> Case {
             "contiguous" => Dealing::Contiguous,
             "striped" => Dealing::Striped,
             "list" => Dealing::List,
+            "balanced" => Dealing::Balanced,
             other => panic!("{}: partition {other}", f[0]),
         },
         scale: match f[19] {
@@ -273,7 +276,7 @@ impl Case {
         dtype: DType,
     ) -> Result<Problem> {
         let inner = comm.inner(ranks, 0)?;
-        let problem = Problem {
+        let mut problem = Problem {
             ranks,
             inner,
             stages: stages.unwrap_or(comm.default_stages(ranks / inner)),
@@ -282,6 +285,7 @@ impl Case {
                 Dealing::Zigzag => Partition::Zigzag,
                 Dealing::Contiguous => Partition::Contiguous,
                 Dealing::Striped => Partition::Striped,
+                Dealing::Balanced => Partition::Balanced,
                 Dealing::List => Partition::List {
                     q: self.lists(ranks, Side::Query),
                     k: self.lists(ranks, Side::Key),
@@ -312,7 +316,9 @@ impl Case {
                 ..Score::default()
             },
         };
-        problem.validate().map(|()| problem)
+        problem.validate()?;
+        Dealt::default().resolve(&mut problem);
+        Ok(problem)
     }
 
     /// The corpus' own `list` partition: blocks of 5 positions, dealt by a hash; odd ranks hold their blocks of a sequence in
