@@ -36,8 +36,13 @@
     X(128, 128, 64, 64, 8, 4, 2, 2, 2, 1)       \
     X(192, 128, 32, 64, 8, 2, 2, 2, 2, 2)       \
     X(256, 256, 32, 32, 4, 2, 2, 2, 2, 1)
-// Kernels *_score have the small shapes on every GPU.
-#define CP_BACKWARD_SHAPES_SCORE(X) CP_BACKWARD_SHAPES_SMALL(X)
+// Kernels *_score, for every GPU: small, so that what they do between the products has registers.
+#define CP_BACKWARD_SHAPES_SCORE(X)             \
+    X(64, 64, 64, 64, 8, 4, 4, 4, 2, 2)         \
+    X(96, 96, 64, 64, 8, 4, 4, 4, 2, 2)         \
+    X(128, 128, 64, 64, 8, 4, 2, 2, 2, 1)       \
+    X(192, 128, 32, 64, 8, 2, 2, 2, 2, 2)       \
+    X(256, 256, 32, 32, 4, 2, 2, 2, 2, 1)
 
 // Dynamic shared memory of a backward block, bytes: K, V, the stages of Q and dO, P and dS, 28 bytes of numbers per query row, and 64.
 #define CP_BACKWARD_SHARED(dqk, dv, q_rows, k_rows, q_stages, do_stages) \

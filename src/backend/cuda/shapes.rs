@@ -80,7 +80,7 @@ const BACKWARD: [BackwardTile; 5] = [
     [64, 96, 8, 2, 1],
     [64, 64, 8, 1, 1],
 ];
-/// For others, and with features of scores.
+/// For others.
 const BACKWARD_SMALL: [BackwardTile; 5] = [
     [64, 128, 8, 2, 2],
     [64, 64, 8, 2, 2],
@@ -88,13 +88,16 @@ const BACKWARD_SMALL: [BackwardTile; 5] = [
     [32, 64, 8, 2, 2],
     [32, 32, 4, 2, 1],
 ];
+/// With features of scores.
+const BACKWARD_SCORE: [BackwardTile; 5] =
+    [[64, 64, 8, 2, 2], [64, 64, 8, 2, 2], [64, 64, 8, 2, 1], [32, 64, 8, 2, 2], [32, 32, 4, 2, 1]];
 
 /// Smallest first: a problem takes the first that it fits in.
 pub static SHAPES: [Shape; 5] = shapes(FORWARD, "", BACKWARD, "");
 static SMALL_SHAPES: [Shape; 5] = shapes(FORWARD, "", BACKWARD_SMALL, "_small");
 static NOTED_SHAPES: [Shape; 5] = shapes(FORWARD_SCORE, "_score", BACKWARD, "");
 static SMALL_NOTED_SHAPES: [Shape; 5] = shapes(FORWARD_SCORE, "_score", BACKWARD_SMALL, "_small");
-static CHANGED_SHAPES: [Shape; 5] = shapes(FORWARD_SCORE, "_score", BACKWARD_SMALL, "_score");
+static CHANGED_SHAPES: [Shape; 5] = shapes(FORWARD_SCORE, "_score", BACKWARD_SCORE, "_score");
 
 const fn shapes(
     forward: [ForwardTile; 5],
