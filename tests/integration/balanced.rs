@@ -130,6 +130,7 @@ fn balanced_packs() {
         let mut r = Random::new(4);
         let (mut costs, mut full, mut zigzag) = (Vec::new(), Vec::new(), Vec::new());
         let (mut times, mut planning, mut documents) = (Vec::new(), Vec::new(), Vec::new());
+        let mut again = Vec::new();
         for i in 0..100 {
             let seqs = pack(&mut r, &table, ranks * 8192);
             documents.push(seqs.len() as f64);
@@ -158,6 +159,13 @@ fn balanced_packs() {
                 assert!((pairs - c.imbalance).abs() < 1e-9, "plans compute what was counted here");
                 assert!((moved - c.moved).abs() < 1e-9, "{moved}: plans move what was counted");
             }
+            let dealt = Dealt::default();
+            again.push(best_of_three(|| {
+                let mut p = packed(ranks, seqs.clone(), Partition::Balanced);
+                p.validate().unwrap();
+                dealt.resolve(&mut p);
+                std::hint::black_box(p.fingerprint());
+            }));
             let rank = i % ranks;
             let p = Arc::new(p);
             let plan = || drop(std::hint::black_box(Plan::both(&p, rank, Options::default())));
@@ -194,6 +202,7 @@ fn balanced_packs() {
             0,
         );
         row("ms to deal the documents out", &times, 2);
+        row("ms to make the same call's problem again, and its hash", &again, 3);
         row("ms to plan both passes of one rank then", &planning, 2);
         assert!(times.iter().sum::<f64>() < 100.0 * 100.0, "a disaster: {times:?} ms");
     }

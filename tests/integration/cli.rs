@@ -216,6 +216,7 @@ fn plan_counts_rows_against_a_ring_and_proves() {
         "--cp 5 --seq 33 --heads 6 --kv-heads 3 --comm a2a",
         "--cp 6 --seq 33 --comm a2a+p2p --inner 2 --stages 1 --mask full --window 3,5",
         "--cp 3 --cu-seqlens 0,7,7,20 --cu-seqlens-padded 0,8,10,24 --partition striped --comm all_gather",
+        "--cp 3 --cu-seqlens 0,900,907,1300 --partition balanced --comm a2a+p2p --inner 3",
         "--cp 2 --lens 3,9 --seq 12 --pad left --seq-k 15 --mask causal-bottom-right",
     ] {
         let out = succeeds(&format!("plan --check {options}"));

@@ -2,6 +2,7 @@
 //! `CP_SEED=$RANDOM CP_CASES=20000 cargo test --release random_plans`.
 
 use crate::plans::prove;
+use context_parallel::balance::Dealt;
 use context_parallel::dtype::DType;
 use context_parallel::error::Status;
 use context_parallel::mask::Mask;
@@ -147,6 +148,9 @@ pub fn any_problem(r: &mut Random) -> Problem {
     };
     if r.one_in(4) {
         p.partition = any_list(r, &p);
+    } else if p.packed && p.seqs.iter().all(|s| s.q == s.k) && r.one_in(3) {
+        p.partition = Partition::Balanced;
+        Dealt::default().resolve(&mut p);
     }
     if matches!(p.partition, Partition::List { .. }) && !p.packed {
         p.score.bias = None; // entries are dealt differently
