@@ -1433,7 +1433,8 @@ cp_status cp_padding_image_bounds(const uint64_t *rows,
                                   uint64_t *bounds);
 
 // Decides where each of `count` samples runs; `lengths` are their tokens. Writes `count` placements, in the order of the samples, and the number of
-// micro-batches. Depends on its arguments alone: every rank calls it and finds the same. Takes milliseconds. Local. Any thread, any time.
+// micro-batches. Depends on its arguments alone: every rank calls it and finds the same. A rank may get nothing in a micro-batch. Takes milliseconds. Local.
+// Any thread, any time.
 //
 // Requires:
 // `config` points to `struct_size` bytes; `lengths` to `count` numbers; `placements` has room for `count`, `micro_batches` for one number.

@@ -68,6 +68,8 @@ enum class TransportKind : std::uint32_t {
     nccl = CP_TRANSPORT_NCCL,
     staged = CP_TRANSPORT_STAGED
 };
+/// How far a number per head goes: not asked for, this rank's part, or the whole group's.
+enum class Reach : std::uint32_t { none = CP_REACH_NONE, rank = CP_REACH_RANK, group = CP_REACH_GROUP };
 enum class Side : std::uint32_t { query = CP_SIDE_Q, key = CP_SIDE_K };
 enum class Pass : std::uint32_t { forward = CP_PASS_FORWARD, backward = CP_PASS_BACKWARD };
 enum class PlanFormat : std::uint32_t { text = CP_PLAN_TEXT, json = CP_PLAN_JSON };
@@ -425,6 +427,16 @@ class Sequences {
         return *this;
     }
 
+    /// With dropout: the caller's number of every sequence. Equal numbers drop alike, whatever else is in the call; without, it is their index.
+    Sequences &numbered(std::vector<std::uint32_t> ids) {
+        need(ids, count_, "numbers of sequences");
+        ids_ = std::move(ids);
+        return *this;
+    }
+
+    /// Null without numbers.
+    const std::uint32_t *ids() const noexcept { return detail::data_or_null(ids_); }
+
     /// For the C interface; valid while this object is there and unchanged.
     cp_sequences raw() const {
         cp_sequences s = detail::sized<cp_sequences>();
@@ -451,7 +463,7 @@ class Sequences {
 
     static std::size_t index(Side side) { return side == Side::query ? 0 : 1; }
 
-    static void need(const std::vector<std::int32_t> &v, std::size_t count, const char *what) {
+    template <class T> static void need(const std::vector<T> &v, std::size_t count, const char *what) {
         if (!v.empty() && v.size() != count)
             throw Error(Status::invalid_argument,
                         std::string(what) + ": got " + std::to_string(v.size()) + " numbers, need " + std::to_string(count));
@@ -461,6 +473,7 @@ class Sequences {
     std::array<std::vector<std::int32_t>, 2> lens_, before_, cu_, padded_;
     std::array<std::vector<cp_stretch>, 2> list_;
     std::array<std::vector<std::uint32_t>, 2> counts_;
+    std::vector<std::uint32_t> ids_;
 };
 
 /// A layer: what stays the same over its calls.
@@ -488,8 +501,19 @@ struct AttentionConfig {
     cp_device_alloc_fn device_alloc = nullptr; ///< CUDA: workspace of calls that bring none; null: the layer keeps its own
     cp_device_free_fn device_free = nullptr;
     void *device_alloc_ctx = nullptr;
+    float softcap = 0;               ///< scores x become softcap·tanh(x/softcap); 0: none
+    float dropout = 0;               ///< probability of dropping a weight; the seed comes with every forward
+    std::vector<float> alibi_slopes; ///< one for every query head; empty: none
+    std::uint32_t head_offset = 0;   ///< number of query head 0 in the whole model, for dropout under tensor parallelism
+    Reach sinks = Reach::none;       ///< a sink for every query head; how far its gradient goes
+    Reach max_logit = Reach::none;   ///< forward writes the largest visible score of every query head
+    std::uint32_t bias = 0;          ///< CP_BIAS_*: an additive bias comes with every call; 0: none
 
+    /// For the C interface; valid while this object is there and unchanged.
     cp_attention_config raw() const {
+        if (!alibi_slopes.empty() && alibi_slopes.size() != heads)
+            throw Error(Status::invalid_argument, "alibi_slopes: got " + std::to_string(alibi_slopes.size()) + ", need one for each of " +
+                                                      std::to_string(heads) + " query heads");
         cp_attention_config c = detail::sized<cp_attention_config>();
         c.flags = flag(causal, CP_ATTENTION_CAUSAL) | flag(bottom_right, CP_ATTENTION_BOTTOM_RIGHT) |
                   flag(window_left >= 0, CP_ATTENTION_WINDOW_LEFT) | flag(window_right >= 0, CP_ATTENTION_WINDOW_RIGHT) |
@@ -513,6 +537,13 @@ struct AttentionConfig {
         c.device_alloc = device_alloc;
         c.device_free = device_free;
         c.device_alloc_ctx = device_alloc_ctx;
+        c.softcap = softcap;
+        c.dropout = dropout;
+        c.alibi_slopes = detail::data_or_null(alibi_slopes);
+        c.head_offset = head_offset;
+        c.sinks = static_cast<cp_reach>(sinks);
+        c.max_logit = static_cast<cp_reach>(max_logit);
+        c.bias = bias;
         return c;
     }
 
@@ -552,13 +583,27 @@ struct CommConfig {
 
 struct ForwardTensors {
     Tensor q, k, v, out, lse;
+    Tensor sinks, max_logit;        ///< [heads] fp32, where the layer has them
+    Tensor bias;                    ///< [batch or 1, heads or 1, queries or 1, keys], where the layer has one
+    std::uint64_t dropout_seed = 0; ///< with dropout, equal on all ranks
+
+    ForwardTensors() = default;
+    ForwardTensors(const Tensor &query, const Tensor &key, const Tensor &value, const Tensor &o, const Tensor &l)
+        : q(query), k(key), v(value), out(o), lse(l) {}
 };
 
 struct BackwardTensors {
     Tensor q, k, v, out, lse, d_out, dq, dk, dv;
+    Tensor sinks, d_sinks; ///< [heads] fp32, where the layer has them
+    Tensor bias, d_bias;   ///< where the layer has a bias, and its gradient
+
+    BackwardTensors() = default;
+    BackwardTensors(const Tensor &query, const Tensor &key, const Tensor &value, const Tensor &o, const Tensor &l, const Tensor &d_o,
+                    const Tensor &d_query, const Tensor &d_key, const Tensor &d_value)
+        : q(query), k(key), v(value), out(o), lse(l), d_out(d_o), dq(d_query), dk(d_key), dv(d_value) {}
 };
 
-/// What a forward leaves for its backward. Used again, it keeps its memory.
+/// What a forward leaves for its backward, also the seed of dropout. Used again, it keeps its memory.
 class Context {
   public:
     Context() = default;
@@ -698,6 +743,11 @@ class Attention {
         a.v = t.v.raw();
         a.out = t.out.raw();
         a.lse = t.lse.raw();
+        a.sinks = t.sinks.raw();
+        a.max_logit = t.max_logit.raw();
+        a.bias = t.bias.raw();
+        a.dropout_seed = t.dropout_seed;
+        a.sequence_ids = sequences.ids();
         // Sequences that make no sense are told to all ranks by forward itself, so they are no error yet.
         std::size_t saved = 0;
         if (cp_attention_saved_size(handle_, &s, &saved) != CP_OK)
@@ -725,6 +775,11 @@ class Attention {
         a.dq = t.dq.raw();
         a.dk = t.dk.raw();
         a.dv = t.dv.raw();
+        a.sinks = t.sinks.raw();
+        a.d_sinks = t.d_sinks.raw();
+        a.bias = t.bias.raw();
+        a.d_bias = t.d_bias.raw();
+        a.sequence_ids = sequences.ids();
         a.saved = context.saved();
         a.saved_bytes = context.saved_bytes_;
         a.workspace = workspace_;
@@ -836,6 +891,15 @@ inline std::vector<CommType> comm_types_per_layer(const std::string &names, std:
     for (cp_comm_type code : codes)
         types.push_back(static_cast<CommType>(code));
     return types;
+}
+
+/// Where samples of these lengths run, and the number of micro-batches; see cp_schedule_samples.
+inline std::pair<std::vector<cp_placement>, std::uint32_t> schedule_samples(cp_schedule_config config, const std::vector<std::uint32_t> &lengths) {
+    config.struct_size = sizeof config;
+    std::vector<cp_placement> placements(lengths.size());
+    std::uint32_t micro_batches = 0;
+    check(cp_schedule_samples(&config, lengths.data(), lengths.size(), placements.data(), &micro_batches));
+    return {placements, micro_batches};
 }
 
 } // namespace cp

@@ -628,6 +628,12 @@ impl Attention {
                 (tensor, _) if tensor.per_head() => [1, 1, heads, 1],
                 _ => [batch, local / batch, heads, dim],
             };
+            if *shape != want && tensor.per_head() {
+                let (name, rank) = (name(*tensor), group.parent_rank());
+                let text =
+                    format!("{name}: got shape [{}], must be [{heads}] (rank {rank})", shape[2]);
+                return Err(Error::argument(text));
+            }
             if *shape != want {
                 let name = name(*tensor);
                 return Err(Error::argument(format!(

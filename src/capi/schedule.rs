@@ -9,7 +9,8 @@ use crate::schedule::cost::Cost;
 use crate::schedule::{Batch, Placement, Schedule, dynamic, megatron, nested};
 
 /// Decides where each of `count` samples runs; `lengths` are their tokens. Writes `count` placements, in the order of the samples, and the number of
-/// micro-batches. Depends on its arguments alone: every rank calls it and finds the same. Takes milliseconds. Local. Any thread, any time.
+/// micro-batches. Depends on its arguments alone: every rank calls it and finds the same. A rank may get nothing in a micro-batch. Takes milliseconds. Local.
+/// Any thread, any time.
 ///
 /// # Safety
 /// `config` points to `struct_size` bytes; `lengths` to `count` numbers; `placements` has room for `count`, `micro_batches` for one number.

@@ -99,8 +99,18 @@ enum Round {
     No,
     /// As many ranges of p fit on n ranks, so wide that they cover all: n/⌊n/p⌋.
     Tile,
-    /// The smallest of n, n/2, n/4, … that is enough.
+    /// The smallest of n, n/2, n/4, … that is enough: parts of parts, with nothing left over.
     Halve,
+    /// The smallest of n, 2n/3, n/2, n/3, n/4, … that is enough.
+    Third,
+}
+
+/// The smallest of n, n/2, n/4, … that is no less than p; n is.
+fn halved(n: u32, p: u32) -> u32 {
+    std::iter::successors(Some(n), |&size| Some(size / 2))
+        .take_while(|&size| size >= p)
+        .last()
+        .unwrap_or(n)
 }
 
 struct Search<'a> {
@@ -197,10 +207,9 @@ impl Search<'_> {
             match round {
                 Round::No => p,
                 Round::Tile => n / (n / p),
-                Round::Halve => {
-                    let halves = std::iter::successors(Some(n), |&size| Some(size / 2));
-                    halves.take_while(|&size| size >= p).last().unwrap_or(n)
-                }
+                Round::Halve => halved(n, p),
+                Round::Third if 2 * n / 3 >= p => halved(2 * n / 3, p).min(halved(n, p)),
+                Round::Third => n,
             }
         };
         self.lengths.iter().zip(&self.least).map(within).collect()
@@ -215,20 +224,27 @@ impl Search<'_> {
             .zip(&self.least)
             .map(|(&l, &p)| f64::from(p) * self.cost.sample(l, p));
         let mut low = work.sum::<f64>() / f64::from(n);
-        let mut high = self.place(self.sizes(f64::INFINITY, Round::No, 1), Rule::Least);
+        let all = f64::INFINITY;
+        let mut high = self.place(self.sizes(all, Round::No, 1), Rule::Least);
+        for round in [Round::Halve, Round::Third] {
+            high = high.min(self.place(self.sizes(all, round, 1), Rule::Least));
+        }
         for _ in 0..10 {
-            if high - low < 0.002 * high {
+            if high - low < 0.002 * high || (self.tried >= 8 && !self.more()) {
                 break;
             }
             let middle = (low * high).sqrt();
             let made = self.place(self.sizes(middle, Round::No, 1), Rule::Least);
             if made <= middle { high = middle } else { low = middle }
         }
-        // Where packs cost much beside their samples, or wires nothing, few wide ones are better.
-        let few = self.ids.len() * n as usize <= 1 << 14;
-        let mut floor = if few || self.cost.pack(1) > 0.01 * high { 1 } else { n + 1 };
+        for round in [Round::Halve, Round::Third] {
+            self.place(self.sizes(high, round, 1), Rule::Least);
+        }
+        // Where packs cost much beside their samples, few wide ones are better; where wires cost nothing, all ranks for each.
+        let few = self.ids.len() * n as usize <= 1 << 14 || self.cost.pack(1) > 0.01 * high;
+        let mut floor = if few { 2.min(n) } else { n };
         while floor <= n && self.more() {
-            self.place(self.sizes(f64::INFINITY, Round::Halve, floor), Rule::Least);
+            self.place(self.sizes(all, Round::Halve, floor), Rule::Least);
             self.place(self.sizes(high, Round::Halve, floor), Rule::Least);
             floor = if floor < n { (2 * floor).min(n) } else { n + 1 };
         }

@@ -145,7 +145,7 @@ AT(cp_trade_args, whole, 40);
 AT(cp_trade_args, workspace, 48);
 AT(cp_trade_args, workspace_bytes, 56);
 
-SIZE(cp_attention_config, 96);
+SIZE(cp_attention_config, 128);
 AT(cp_attention_config, struct_size, 0);
 AT(cp_attention_config, flags, 4);
 AT(cp_attention_config, heads, 8);
@@ -167,6 +167,13 @@ AT(cp_attention_config, max_segments, 68);
 AT(cp_attention_config, device_alloc, 72);
 AT(cp_attention_config, device_free, 80);
 AT(cp_attention_config, device_alloc_ctx, 88);
+AT(cp_attention_config, softcap, 96);
+AT(cp_attention_config, dropout, 100);
+AT(cp_attention_config, alibi_slopes, 104);
+AT(cp_attention_config, head_offset, 112);
+AT(cp_attention_config, sinks, 116);
+AT(cp_attention_config, max_logit, 120);
+AT(cp_attention_config, bias, 124);
 
 SIZE(cp_comm_config, 48);
 AT(cp_comm_config, struct_size, 0);
@@ -213,7 +220,7 @@ AT(cp_context, attached, 8);
 AT(cp_context, dropout_seed, 16);
 AT(cp_context, flags, 24);
 
-SIZE(cp_forward_args, 536);
+SIZE(cp_forward_args, 840);
 AT(cp_forward_args, struct_size, 0);
 AT(cp_forward_args, flags, 4);
 AT(cp_forward_args, sequences, 8);
@@ -227,8 +234,13 @@ AT(cp_forward_args, saved_bytes, 504);
 AT(cp_forward_args, workspace, 512);
 AT(cp_forward_args, workspace_bytes, 520);
 AT(cp_forward_args, context, 528);
+AT(cp_forward_args, sinks, 536);
+AT(cp_forward_args, max_logit, 632);
+AT(cp_forward_args, dropout_seed, 728);
+AT(cp_forward_args, sequence_ids, 736);
+AT(cp_forward_args, bias, 744);
 
-SIZE(cp_backward_args, 920);
+SIZE(cp_backward_args, 1312);
 AT(cp_backward_args, struct_size, 0);
 AT(cp_backward_args, flags, 4);
 AT(cp_backward_args, sequences, 8);
@@ -246,6 +258,11 @@ AT(cp_backward_args, saved, 888);
 AT(cp_backward_args, saved_bytes, 896);
 AT(cp_backward_args, workspace, 904);
 AT(cp_backward_args, workspace_bytes, 912);
+AT(cp_backward_args, sinks, 920);
+AT(cp_backward_args, d_sinks, 1016);
+AT(cp_backward_args, sequence_ids, 1112);
+AT(cp_backward_args, bias, 1120);
+AT(cp_backward_args, d_bias, 1216);
 
 SIZE(cp_loss_config, 32);
 AT(cp_loss_config, struct_size, 0);

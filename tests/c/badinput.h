@@ -65,8 +65,10 @@ typedef struct side {
     /* What passes write, and what the first good ones wrote. */
     struct outputs {
         float out[TOKENS * HEADS * DIM], lse[TOKENS * HEADS], dq[TOKENS * HEADS * DIM], dk[TOKENS * KV_HEADS * DIM];
-        float dv[TOKENS * KV_HEADS * DIM];
+        float dv[TOKENS * KV_HEADS * DIM], d_sinks[HEADS], max_logit[HEADS];
+        float d_bias[HEADS * TOKENS * TOKENS];
     } o, good;
+    float sinks[HEADS], bias[HEADS * TOKENS * TOKENS];
     void *memory, *saved;
     void (*body)(struct side *);
 } side;
@@ -88,6 +90,26 @@ static cp_tensor rows(float *data, int tokens, int heads) {
     t.stride[1] = heads * DIM;
     t.stride[2] = DIM;
     t.stride[3] = 1;
+    return t;
+}
+
+static cp_tensor per_head(float *data) {
+    cp_tensor t = rows(data, 1, 1);
+    t.ndim = 1;
+    t.shape[0] = HEADS;
+    t.stride[0] = 1;
+    return t;
+}
+
+/* [1, heads, queries, keys] */
+static cp_tensor per_pair(float *data, int queries) {
+    cp_tensor t = rows(data, 1, 1);
+    t.shape[1] = HEADS;
+    t.shape[2] = queries;
+    t.shape[3] = TOKENS;
+    t.stride[0] = HEADS * queries * TOKENS;
+    t.stride[1] = queries * TOKENS;
+    t.stride[2] = TOKENS;
     return t;
 }
 
@@ -164,9 +186,7 @@ static int works(side *s) {
     memset(&s->o, 0x77, sizeof s->o);
     if (!GOOD(cp_attention_forward(s->layer, &s->f, NULL)) || !GOOD(cp_attention_backward(s->layer, &s->b, NULL)))
         return 0;
-    return memcmp(s->o.out, s->good.out, sizeof s->o.out) == 0 && memcmp(s->o.lse, s->good.lse, sizeof s->o.lse) == 0 &&
-           memcmp(s->o.dq, s->good.dq, sizeof s->o.dq) == 0 && memcmp(s->o.dk, s->good.dk, sizeof s->o.dk) == 0 &&
-           memcmp(s->o.dv, s->good.dv, sizeof s->o.dv) == 0;
+    return memcmp(&s->o, &s->good, sizeof s->o) == 0;
 }
 
 /* The last rank was wrong: its own error there, elsewhere one that names it; nothing was written. */
@@ -263,6 +283,7 @@ static void refused(side *s, int line, const char *change, cp_status got, cp_sta
     } while (0)
 
 static void wrong_forward(side *s) {
+    const uint32_t number = 1;
     struct {
         cp_forward_args a;
         uint64_t tail;
@@ -275,6 +296,11 @@ static void wrong_forward(side *s) {
     FORWARD(INVALID, "q: got shape", sequences.seq_q = 20);
     FORWARD(INVALID, "k: got shape", sequences.seq_k = 20);
     FORWARD(INVALID, "q: got shape", sequences.count = 2);
+    FORWARD(INVALID, "args.sinks: given, but the layer was created without", a.sinks = per_head(s->sinks));
+    FORWARD(INVALID, "args.max_logit: given, but the layer was created without", a.max_logit = per_head(s->o.max_logit));
+    FORWARD(INVALID, "args.bias: given, but the layer was created without", a.bias = per_pair(s->bias, 2));
+    FORWARD(INVALID, "args.dropout_seed: without dropout", a.dropout_seed = 1);
+    FORWARD(INVALID, "args.sequence_ids: got", a.sequence_ids = &number);
     TENSOR(FORWARD, q, 0);
     TENSOR(FORWARD, k, 0);
     TENSOR(FORWARD, v, 0);
@@ -288,6 +314,7 @@ static void wrong_forward(side *s) {
 }
 
 static void wrong_backward(side *s) {
+    const uint32_t number = 1;
     cp_context unknown = s->context, another = s->context;
     struct {
         cp_backward_args a;
@@ -304,6 +331,11 @@ static void wrong_backward(side *s) {
     BACKWARD(INVALID, "context: made by another layer", a.context = &unknown);
     BACKWARD(INVALID, "context: belongs to problem", a.context = &another);
     BACKWARD(INVALID, "context: belongs to problem", sequences.seq_q = 20);
+    BACKWARD(INVALID, "args.sinks: given, but the layer was created without", a.sinks = per_head(s->sinks));
+    BACKWARD(INVALID, "args.d_sinks: given, but the layer was created without", a.d_sinks = per_head(s->o.d_sinks));
+    BACKWARD(INVALID, "args.bias: given, but the layer was created without", a.bias = per_pair(s->bias, 2));
+    BACKWARD(INVALID, "args.d_bias: given, but the layer was created without", a.d_bias = per_pair(s->o.d_bias, 2));
+    BACKWARD(INVALID, "args.sequence_ids: got", a.sequence_ids = &number);
     TENSOR(BACKWARD, q, 0);
     TENSOR(BACKWARD, k, 0);
     TENSOR(BACKWARD, v, 0);
@@ -342,6 +374,94 @@ static void wrong_passes(side *s) {
     side_close(s);
 }
 
+/* Everything that can be wrong with a tensor of one number per head. */
+#define PER_HEAD(PASS_, t, output)                                                                                          \
+    do {                                                                                                                    \
+        PASS_(INVALID, "args." #t ": got NULL, the layer asks for it", a.t.data = NULL);                                    \
+        PASS_(INVALID, "args." #t ": got NULL, the layer asks for it", memset(&a.t, 0, sizeof a.t));                        \
+        PASS_(INVALID, #t ".data: got", a.t.data = (char *)a.t.data + 2);                                                   \
+        PASS_(CP_ERR_UNSUPPORTED, #t ".device_type: got 2", a.t.device_type = CP_DEVICE_CUDA);                              \
+        PASS_(INVALID, #t ".dtype: got (code, bits, lanes) = (4, 16, 1)", (a.t.dtype_code = CP_CODE_BFLOAT, a.t.dtype_bits = 16)); \
+        PASS_(INVALID, #t ".ndim: got 2, must be 1 for [heads]", a.t.ndim = 2);                                             \
+        PASS_(INVALID, #t ".reserved", a.t.reserved = 1);                                                                   \
+        PASS_(INVALID, #t ": got shape [3], must be [4]", a.t.shape[0] = HEADS - 1);                                        \
+        PASS_(INVALID, #t ".shape[0]: got -1", a.t.shape[0] = -1);                                                          \
+        PASS_(INVALID, #t ".stride[0]: got -1", a.t.stride[0] = -1);                                                        \
+        if (output)                                                                                                         \
+            PASS_(INVALID, #t ".stride: 0 elements overlap", a.t.stride[0] = 0);                                            \
+    } while (0)
+
+/* And with the bias or its gradient. */
+#define PER_PAIR(PASS_, t, output)                                                                                          \
+    do {                                                                                                                    \
+        PASS_(INVALID, "args." #t ": got NULL, the layer asks for it", a.t.data = NULL);                                    \
+        PASS_(INVALID, #t ".data: got", a.t.data = (char *)a.t.data + 2);                                                   \
+        PASS_(CP_ERR_UNSUPPORTED, #t ".device_type: got 2", a.t.device_type = CP_DEVICE_CUDA);                              \
+        PASS_(INVALID, #t ".dtype: got (code, bits, lanes) = (4, 16, 1)", (a.t.dtype_code = CP_CODE_BFLOAT, a.t.dtype_bits = 16)); \
+        PASS_(INVALID, #t ".ndim: got 3", a.t.ndim = 3);                                                                    \
+        PASS_(INVALID, #t ": got shape", a.t.shape[0] = 2);                                                                 \
+        PASS_(INVALID, #t ": got shape", a.t.shape[1] = 1);                                                                 \
+        PASS_(INVALID, #t ": got shape", a.t.shape[2] -= 1);                                                                \
+        PASS_(INVALID, #t ": got shape", a.t.shape[3] -= 1);                                                                \
+        PASS_(INVALID, #t ".stride[3]: got 2", a.t.stride[3] = 2);                                                          \
+        if (output)                                                                                                         \
+            PASS_(INVALID, #t ".stride: 0 elements overlap", a.t.stride[1] = 0);                                            \
+    } while (0)
+
+/* A layer with scores beyond scale·q·k: what belongs to them wrong in turn, and ranks that do not agree about what is dropped. */
+static void wrong_scores(side *s) {
+    static const float slopes[HEADS] = {0.5f, 0.25f, 0.125f, 0.0625f};
+    static const uint32_t numbers[2] = {7, 8};
+    cp_attention_config config = small_layer();
+    cp_comm_config comm = ring();
+    cp_forward_args other;
+    config.softcap = 2;
+    config.alibi_slopes = slopes;
+    config.dropout = 0.25f;
+    config.sinks = CP_REACH_GROUP;
+    config.max_logit = CP_REACH_RANK;
+    config.bias = CP_BIAS | CP_BIAS_HEADS | CP_BIAS_QUERIES | CP_BIAS_GRADIENT;
+    comm.comm_type = CP_COMM_A2A;
+    side_open(s, CP_TRANSPORT_AUTO, 30000);
+    GOOD(cp_attention_destroy(s->layer));
+    GOOD(cp_attention_create(&config, &s->layer));
+    GOOD(cp_set_group(s->layer, s->group, &comm));
+    fill(s->sinks, HEADS, 5);
+    fill(s->bias, HEADS * TOKENS * TOKENS, 6);
+    s->f.bias = s->b.bias = per_pair(s->bias, TOKENS / s->size);
+    s->b.d_bias = per_pair(s->o.d_bias, TOKENS / s->size);
+    s->f.sinks = s->b.sinks = per_head(s->sinks);
+    s->f.max_logit = per_head(s->o.max_logit);
+    s->b.d_sinks = per_head(s->o.d_sinks);
+    s->f.dropout_seed = 99;
+    works(s);
+    s->good = s->o;
+    PER_HEAD(FORWARD, sinks, 0);
+    PER_HEAD(FORWARD, max_logit, 1);
+    PER_PAIR(FORWARD, bias, 0);
+    FORWARD(INVALID, "args.sequence_ids: got", a.sequence_ids = (const uint32_t *)((const char *)numbers + 1));
+    TRUE_(works(s));
+    PER_HEAD(BACKWARD, sinks, 0);
+    PER_HEAD(BACKWARD, d_sinks, 1);
+    PER_PAIR(BACKWARD, bias, 0);
+    PER_PAIR(BACKWARD, d_bias, 1);
+    BACKWARD(INVALID, "args.sequence_ids: got", a.sequence_ids = (const uint32_t *)((const char *)numbers + 1));
+    TRUE_(works(s));
+    if (s->size > 1) {
+        cp_backward_args back = s->b;
+        other = s->f;
+        other.dropout_seed += (uint64_t)s->rank;
+        EXPECT(CP_ERR_MISMATCH, "asks for another problem: it calls cp_attention_forward", cp_attention_forward(s->layer, &other, NULL));
+        other = s->f;
+        other.sequence_ids = numbers + s->rank;
+        EXPECT(CP_ERR_MISMATCH, "asks for another problem: it calls cp_attention_forward", cp_attention_forward(s->layer, &other, NULL));
+        back.sequence_ids = numbers + s->rank;
+        EXPECT(CP_ERR_MISMATCH, "asks for another problem: it calls cp_attention_backward", cp_attention_backward(s->layer, &back, NULL));
+        TRUE_(works(s));
+    }
+    side_close(s);
+}
+
 static void *run_side(void *p) {
     side *s = (side *)p;
     s->body(s);
@@ -368,6 +488,7 @@ static void on_ranks(int size, void (*body)(side *)) {
 
 static void passes(int size) {
     on_ranks(size, wrong_passes);
+    on_ranks(size, wrong_scores);
 }
 
 /* Both ranks see that they disagree; `words` say about what. */

@@ -1,4 +1,4 @@
-/* The corpus: tests/data/cases.csv, described in tests/data/README.md. Cases, their masks, their inputs and the `list` partition. */
+/* The corpus: tests/data/cases.csv, described in tests/data/README.md. Cases, their masks and scores, their inputs and the `list` partition. */
 #ifndef CP_TEST_CASE_H
 #define CP_TEST_CASE_H
 
@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MOST_SEQS = 64, MOST_CASES = 256, MOST_STRETCHES = 4096, MOST_RANKS = 16 };
+enum { MOST_SEQS = 64, MOST_CASES = 256, MOST_STRETCHES = 4096, MOST_RANKS = 16, MOST_HEADS = 18, COLUMNS = 26 };
 enum { BSHD, SBHD, THD };
 
 typedef struct extent {
@@ -26,7 +26,14 @@ typedef struct test_case {
     cp_partition partition;
     int has_scale;
     float scale;
+    float softcap, dropout; /* 0: none */
+    int alibi;
+    uint32_t bias; /* CP_BIAS_*; 0: none */
+    cp_reach sinks, max_logit;
 } test_case;
+
+/* Key of the corpus' dropout. */
+#define DROPOUT_SEED UINT64_C(0x0123456789abcdef)
 
 /* Tells what is wrong with the test itself, and ends it. */
 static inline void die(const char *what, const char *which) {
@@ -86,18 +93,22 @@ static inline void extents(extent *out, int count, const char *lens, const char 
 static inline test_case parse_case(char *line) {
     static const char *const formats[] = {"bshd", "sbhd", "thd"};
     static const char *const partitions[] = {"zigzag", "contiguous", "striped", "list", "balanced"};
-    char *f[20];
+    static const char *const reaches[] = {"-", "rank", "group"};
+    static const char *const biases[] = {"-", "1hss", "11ss", "b1ss", "bhss", "111s"};
+    static const uint32_t full = CP_BIAS | CP_BIAS_QUERIES | CP_BIAS_GRADIENT;
+    const uint32_t shapes[] = {0, full | CP_BIAS_HEADS, full, full | CP_BIAS_BATCH, full | CP_BIAS_BATCH | CP_BIAS_HEADS, CP_BIAS};
+    char *f[COLUMNS];
     test_case c;
     int n = 0;
     memset(&c, 0, sizeof c);
     for (f[n++] = line; *line != 0; line++)
         if (*line == ',') {
             *line = 0;
-            if (n == 20)
+            if (n == COLUMNS)
                 die("too many fields", f[0]);
             f[n++] = line + 1;
         }
-    if (n != 20 || strlen(f[0]) >= sizeof c.name || strlen(f[1]) >= sizeof c.tags || atoi(f[3]) > MOST_SEQS)
+    if (n != COLUMNS || strlen(f[0]) >= sizeof c.name || strlen(f[1]) >= sizeof c.tags || atoi(f[3]) > MOST_SEQS)
         die("a line that this reader cannot read", f[0]);
     strcpy(c.name, f[0]);
     strcpy(c.tags, f[1]);
@@ -116,13 +127,21 @@ static inline test_case parse_case(char *line) {
     c.partition = (cp_partition)word_of(f[18], partitions, 5, f[0]);
     c.has_scale = strcmp(f[19], "-") != 0;
     c.scale = c.has_scale ? (float)atof(f[19]) : 1.0f / sqrtf((float)c.dim_qk);
+    c.softcap = strcmp(f[20], "-") == 0 ? 0 : (float)atof(f[20]);
+    c.alibi = atoi(f[21]);
+    c.dropout = strcmp(f[23], "-") == 0 ? 0 : (float)atof(f[23]);
+    c.sinks = (cp_reach)word_of(f[24], reaches, 3, f[0]);
+    c.max_logit = (cp_reach)word_of(f[25], reaches, 3, f[0]);
+    c.bias = shapes[word_of(f[22], biases, 6, f[0])];
+    if (c.heads > MOST_HEADS)
+        die("a case with more heads than this reader knows", f[0]);
     return c;
 }
 
 /* Reads the corpus; returns the number of cases. */
 static inline int read_cases(const char *path, test_case *out) {
     static const char header[] = "name,tags,format,batch,lens_q,lens_k,padded_q,padded_k,before_q,before_k,heads,kv_heads,dim_qk,dim_v,"
-                                 "causal,bottom_right,window_left,window_right,partition,scale";
+                                 "causal,bottom_right,window_left,window_right,partition,scale,softcap,alibi,bias,dropout,sinks,max_logit";
     char line[4096];
     int n = 0;
     FILE *file = fopen(path, "r");
@@ -153,12 +172,50 @@ static inline int has_tag(const test_case *c, const char *tag) {
     return 0;
 }
 
-/* May query i of a sequence see its key j? Positions count from the first true token. This is the definition of the mask. */
+/* How many keys key j is after the diagonal of query i of its sequence. Positions count from the first true token. */
+static inline int after_diagonal(const test_case *c, int seq, int i, int j) {
+    return j - i - (c->bottom_right ? c->side[1][seq].len - c->side[0][seq].len : 0);
+}
+
+/* May query i of a sequence see its key j? This is the definition of the mask. */
 static inline int sees(const test_case *c, int seq, int i, int j) {
-    int after = j - i - (c->bottom_right ? c->side[1][seq].len - c->side[0][seq].len : 0);
+    int after = after_diagonal(c, seq, i, j);
     if (c->causal && after > 0)
         return 0;
     return (c->left < 0 || after >= -c->left) && (c->causal || c->right < 0 || after <= c->right);
+}
+
+/* ALiBi: the slopes of all query heads. */
+static inline const float *alibi_slopes(void) {
+    static const float slopes[MOST_HEADS] = {0x1p-1f, 0x1p-2f, 0x1p-3f, 0x1p-4f, 0x1p-5f, 0x1p-6f, 0x1p-1f, 0x1p-2f, 0x1p-3f,
+                                             0x1p-4f, 0x1p-5f, 0x1p-6f, 0x1p-1f, 0x1p-2f, 0x1p-3f, 0x1p-4f, 0x1p-5f, 0x1p-6f};
+    return slopes;
+}
+
+/* The caller's number for a sequence. */
+static inline uint32_t sequence_number(int seq) {
+    return 7 * (uint32_t)seq + 3;
+}
+
+/* One word of Philox4x32-10: the counter is x, the key is DROPOUT_SEED, low halves first. */
+static inline uint32_t random_word(uint32_t x0, uint32_t x1, uint32_t x2, uint32_t x3, int word) {
+    uint32_t k0 = (uint32_t)DROPOUT_SEED, k1 = (uint32_t)(DROPOUT_SEED >> 32);
+    int round;
+    for (round = 0; round < 10; round++) {
+        uint64_t a = (uint64_t)0xD2511F53 * x0, b = (uint64_t)0xCD9E8D57 * x2;
+        x0 = (uint32_t)(b >> 32) ^ x1 ^ k0;
+        x1 = (uint32_t)b;
+        x2 = (uint32_t)(a >> 32) ^ x3 ^ k1;
+        x3 = (uint32_t)a;
+        k0 += 0x9E3779B9;
+        k1 += 0xBB67AE85;
+    }
+    return word == 0 ? x0 : word == 1 ? x1 : word == 2 ? x2 : x3;
+}
+
+/* Does dropout keep the weight of key j for query i of a sequence? */
+static inline int keeps(const test_case *c, int seq, int head, int i, int j) {
+    return c->dropout == 0 || random_word((uint32_t)j / 4, (uint32_t)i, (uint32_t)head, sequence_number(seq), j % 4) >= floor(c->dropout * 0x1p32);
 }
 
 /* Tokens of a side, padding included. */
@@ -186,6 +243,31 @@ static inline char *true_tokens(const test_case *c, int side) {
     return is_true;
 }
 
+/* Most padded tokens of a sequence. */
+static inline int longest(const test_case *c, int side) {
+    int s, most = 0;
+    for (s = 0; s < c->count; s++)
+        most = c->side[side][s].padded > most ? c->side[side][s].padded : most;
+    return most;
+}
+
+/* [batch, heads, queries, keys] of the global bias; returns its number of elements, 0 without one. */
+static inline size_t bias_dims(const test_case *c, size_t dims[4]) {
+    dims[0] = c->bias & CP_BIAS_BATCH ? (size_t)c->count : 1;
+    dims[1] = c->bias & CP_BIAS_HEADS ? (size_t)c->heads : 1;
+    dims[2] = !(c->bias & CP_BIAS_QUERIES) ? 1 : c->format == THD ? (size_t)tokens_of(c, 0) : (size_t)longest(c, 0);
+    dims[3] = c->bias ? (size_t)longest(c, 1) : 0;
+    return dims[0] * dims[1] * dims[2] * dims[3];
+}
+
+/* Index in the global bias of query i of a sequence and its sequence's first true key. */
+static inline size_t bias_row(const test_case *c, int seq, int head, int i) {
+    size_t dims[4], b = c->bias & CP_BIAS_BATCH ? (size_t)seq : 0, h = c->bias & CP_BIAS_HEADS ? (size_t)head : 0, row;
+    bias_dims(c, dims);
+    row = !(c->bias & CP_BIAS_QUERIES) ? 0 : (size_t)(i + (c->format == THD ? first_token(c, 0, seq) : c->side[0][seq].before));
+    return ((b * dims[1] + h) * dims[2] + row) * dims[3] + (size_t)c->side[1][seq].before;
+}
+
 /* SplitMix64's output for counter n. */
 static inline uint64_t mix(uint64_t n) {
     uint64_t z = (n + 1) * UINT64_C(0x9E3779B97F4A7C15);
@@ -194,7 +276,7 @@ static inline uint64_t mix(uint64_t n) {
     return z ^ (z >> 31);
 }
 
-/* Element `index` of global tensor `id`: Q 1, K 2, V 3, dO 4. Exact in fp32. */
+/* Element `index` of global tensor `id`: Q 1, K 2, V 3, dO 4, sinks 5, bias 6. Exact in fp32. */
 static inline float element(uint64_t id, uint64_t index) {
     uint64_t z = mix((id << 40) + index);
     uint64_t sum = (z & 0xFFFF) + (z >> 16 & 0xFFFF) + (z >> 32 & 0xFFFF) + (z >> 48);
@@ -252,6 +334,7 @@ typedef struct sequences {
     int32_t lens[2][MOST_SEQS], before[2][MOST_SEQS], cu[2][2 * MOST_SEQS + 1], cu_padded[2][2 * MOST_SEQS + 1];
     cp_stretch stretches[2][MOST_STRETCHES];
     uint32_t counts[2][MOST_RANKS];
+    uint32_t numbers[2 * MOST_SEQS]; /* the caller's own, for dropout */
 } sequences;
 
 /* The corpus' own partition: blocks of 5 positions dealt by a hash; odd ranks hold their blocks of a sequence in descending order. */
@@ -301,6 +384,7 @@ static inline void make_sequences(const test_case *c, int ranks, int explicit_k,
                 n++;
                 e.padded -= e.before;
             }
+            out->numbers[n] = sequence_number(i);
             out->cu[side][n + 1] = out->cu[side][n] + e.len;
             out->cu_padded[side][n + 1] = out->cu_padded[side][n] + e.padded;
             n++;

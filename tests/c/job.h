@@ -37,15 +37,19 @@ static inline size_t element_bytes(cp_dtype d) {
     return d == CP_DTYPE_F32 ? 4 : 2;
 }
 
+/* What a tensor has for every token: rows of heads, a number per head (the LSE), or nothing: then it is one number per head (sinks). And the
+ * bias, [batch, heads, queries, keys]: rows of keys. */
+enum { ROWS, STATISTIC, PER_HEAD, KEYS };
+
 /* `layout`: 0 bshd, 1 sbhd, 2 heads first, 3 with gaps everywhere and not aligned to more than is asked for: an element, on CUDA 16 bytes. */
-static inline void local_make(local *l, cp_dtype dtype, int packed, int lse, size_t b, size_t s, size_t h, size_t d, int layout, int null) {
-    size_t span = 1, i, n = element_bytes(dtype), step = here == NULL ? n : 16, gap = layout == 3 && !lse ? (here == NULL ? 3 : 16 / n) : 0;
+static inline void local_make(local *l, cp_dtype dtype, int packed, int kind, size_t b, size_t s, size_t h, size_t d, int layout, int null) {
+    size_t span = 1, i, n = element_bytes(dtype), step = here == NULL ? n : 16, gap = layout == 3 && kind % 3 == 0 ? (here == NULL ? 3 : 16 / n) : 0;
     size_t order[4][4] = {{0, 1, 2, 3}, {1, 0, 2, 3}, {0, 2, 1, 3}, {0, 1, 2, 3}}; /* outermost first */
     size_t shape[4] = {b, s, h, d};
     memset(l, 0, sizeof *l);
     l->dtype = dtype;
     for (i = 4; i-- > 0;) {
-        size_t axis = order[lse ? 2 - layout % 2 : layout][i];
+        size_t axis = order[kind % 3 == 0 ? layout : 2 - layout % 2][i];
         l->shape[axis] = shape[axis];
         l->stride[axis] = span;
         if (shape[axis] > 0)
@@ -67,9 +71,10 @@ static inline void local_make(local *l, cp_dtype dtype, int packed, int lse, siz
     l->t.dtype_lanes = 1;
     {
         /* The tensor's axes as axes of [batch, seq, heads, dim]. */
-        static const size_t axes[4][4] = {{0, 1, 2, 3}, {1, 2, 3, 0}, {0, 2, 1, 0}, {2, 1, 0, 0}};
-        const size_t *axis = axes[lse * 2 + packed];
-        l->t.ndim = (uint32_t)(4 - lse - packed);
+        static const size_t axes[8][4] = {{0, 1, 2, 3}, {1, 2, 3, 0}, {0, 2, 1, 0}, {2, 1, 0, 0},
+                                          {2, 0, 0, 0}, {2, 0, 0, 0}, {0, 2, 1, 3}, {0, 2, 1, 3}};
+        const size_t *axis = axes[kind * 2 + packed];
+        l->t.ndim = kind == KEYS ? 4 : kind == PER_HEAD ? 1 : (uint32_t)(4 - kind - packed);
         for (i = 0; i < l->t.ndim; i++) {
             l->t.shape[i] = (int64_t)shape[axis[i]];
             l->t.stride[i] = (int64_t)l->stride[axis[i]];
@@ -147,7 +152,7 @@ static inline int buffer_intact(const buffer *b) {
     return 1;
 }
 
-enum { T_Q, T_K, T_V, T_D_OUT, T_OUT, T_LSE, T_DQ, T_DK, T_DV, TENSORS };
+enum { T_Q, T_K, T_V, T_D_OUT, T_SINKS, T_BIAS, T_OUT, T_LSE, T_DQ, T_DK, T_DV, T_D_SINKS, T_MAX_LOGIT, T_D_BIAS, TENSORS };
 
 typedef struct job {
     const test_case *c;
@@ -189,6 +194,12 @@ static inline cp_attention_config layer_config(const test_case *c, cp_dtype dtyp
     k.window_left = c->left >= 0 ? (uint32_t)c->left : 0;
     k.window_right = c->right >= 0 ? (uint32_t)c->right : 0;
     k.softmax_scale = c->has_scale ? c->scale : 0;
+    k.softcap = c->softcap;
+    k.dropout = c->dropout;
+    k.alibi_slopes = c->alibi ? alibi_slopes() : NULL;
+    k.sinks = c->sinks;
+    k.max_logit = c->max_logit;
+    k.bias = c->bias;
     k.threads = here != NULL ? 0 : vary & VARY_THREADS ? 2 : 1;
     k.device_type = place_type();
     k.device_id = place_id();
@@ -219,6 +230,49 @@ static inline cp_comm_config comm_config(cp_comm_type type, int ranks, unsigned 
     return k;
 }
 
+/* Where in the global bias a row of this rank's begins; rows count through batch entries. */
+static inline size_t job_bias_row(const job *j, size_t row, size_t head) {
+    const test_case *c = j->c;
+    size_t dims[4], batch = c->format == THD ? 1 : (size_t)c->count, per = j->count[0] / batch, entry = 0, position = 0;
+    bias_dims(c, dims);
+    if (c->bias & CP_BIAS_QUERIES) {
+        entry = row / per;
+        position = j->rows[0][row] - (c->format == THD ? 0 : entry * (size_t)c->side[0][0].padded);
+    } else {
+        entry = row;
+    }
+    return ((entry * dims[1] + head) * dims[2] + position) * dims[3];
+}
+
+/* Inputs and results of the bias: 1 for what a true query and key use, for all of the global tensor; the caller frees it. */
+static inline char *bias_used(const test_case *c) {
+    size_t dims[4], n = bias_dims(c, dims);
+    char *used = (char *)must(calloc(n + 1, 1));
+    int seq, head, i;
+    for (seq = 0; seq < c->count; seq++)
+        for (head = 0; head < c->heads; head++)
+            for (i = 0; i < c->side[0][seq].len; i++)
+                memset(used + bias_row(c, seq, head, i), 1, (size_t)c->side[1][seq].len);
+    return used;
+}
+
+/* This rank's bias, or the memory for its gradient. */
+static inline void job_bias(job *j, local *l, int layout, int gradient) {
+    const test_case *c = j->c;
+    size_t dims[4], batch = c->format == THD ? 1 : (size_t)c->count, row, head, k;
+    char *used = bias_used(c);
+    bias_dims(c, dims);
+    local_make(l, j->dtype, c->format == THD, KEYS, dims[0], c->bias & CP_BIAS_QUERIES ? j->count[0] / batch : 1, dims[1], dims[3], layout,
+               j->rank % 2);
+    for (row = 0; !gradient && row < l->shape[0] * l->shape[1]; row++)
+        for (head = 0; head < dims[1]; head++)
+            for (k = 0; k < dims[3]; k++) {
+                size_t at = job_bias_row(j, row, head) + k;
+                local_put(l, row, head, k, used[at] ? element(6, at) : NAN);
+            }
+    free(used);
+}
+
 /* This rank's rows of a case on a group of `ranks`, inputs filled in. The layer may get its group later. */
 static inline void job_make(job *j, const test_case *c, cp_dtype dtype, cp_attention *layer, int ranks, int rank, unsigned vary) {
     int packed = c->format == THD, side, i;
@@ -245,14 +299,21 @@ static inline void job_make(job *j, const test_case *c, cp_dtype dtype, cp_atten
                "cp_partition_tokens");
     }
     for (i = 0; i < TENSORS; i++) {
-        int key = i == T_K || i == T_V || i == T_DK || i == T_DV, lse = i == T_LSE;
-        int qk = i == T_Q || i == T_K || i == T_DQ || i == T_DK;
+        int key = i == T_K || i == T_V || i == T_DK || i == T_DV, qk = i == T_Q || i == T_K || i == T_DQ || i == T_DK;
+        int kind = i == T_LSE ? STATISTIC : i == T_SINKS || i == T_D_SINKS || i == T_MAX_LOGIT ? PER_HEAD : ROWS;
         int layout = (int)(((vary & VARY_LAYOUT) + (unsigned)rank + (unsigned)i * (vary & 1)) % 4);
-        local_make(&j->t[i], lse ? CP_DTYPE_F32 : dtype, packed, lse, batch, j->count[key] / batch,
-                   (size_t)(key ? c->kv_heads : c->heads), lse ? 1 : (size_t)(qk ? c->dim_qk : c->dim_v),
-                   c->format == SBHD && layout == 0 ? 1 : layout, rank % 2);
+        size_t heads = (size_t)(key ? c->kv_heads : c->heads), dim = kind != ROWS ? 1 : (size_t)(qk ? c->dim_qk : c->dim_v);
+        if (kind == PER_HEAD && (i == T_MAX_LOGIT ? c->max_logit : c->sinks) == CP_REACH_NONE)
+            continue; /* no such tensor */
+        if (i == T_BIAS || i == T_D_BIAS) {
+            if (i == T_BIAS ? c->bias : c->bias & CP_BIAS_QUERIES)
+                job_bias(j, &j->t[i], layout, i == T_D_BIAS);
+        } else
+            local_make(&j->t[i], kind == ROWS ? dtype : CP_DTYPE_F32, packed, kind, kind == PER_HEAD ? 1 : batch,
+                   kind == PER_HEAD ? 1 : j->count[key] / batch, heads, dim, c->format == SBHD && layout == 0 ? 1 : layout, rank % 2);
+        for (head = 0; i == T_SINKS && head < heads; head++)
+            local_put(&j->t[i], 0, head, 0, element(5, head));
         if (i <= T_D_OUT) {
-            size_t heads = j->t[i].shape[2], dim = j->t[i].shape[3];
             char *is_true = true_tokens(c, key);
             for (row = 0; row < j->count[key]; row++)
                 for (head = 0; head < heads; head++)
@@ -265,7 +326,7 @@ static inline void job_make(job *j, const test_case *c, cp_dtype dtype, cp_atten
         }
         if (here != NULL)
             gpu_write(j->t[i].device, j->t[i].memory, j->t[i].bytes);
-        if (i > T_D_OUT)
+        if (i > T_BIAS || j->t[i].memory == NULL)
             continue;
         j->t[i].copy = (unsigned char *)must(malloc(j->t[i].bytes + 1));
         memcpy(j->t[i].copy, j->t[i].memory, j->t[i].bytes);
@@ -299,6 +360,13 @@ static inline int job_forward(job *j) {
     a.v = j->t[T_V].t;
     a.out = j->t[T_OUT].t;
     a.lse = j->t[T_LSE].t;
+    a.sinks = j->t[T_SINKS].t;
+    a.max_logit = j->t[T_MAX_LOGIT].t;
+    a.bias = j->t[T_BIAS].t;
+    if (j->c->dropout > 0) {
+        a.dropout_seed = DROPOUT_SEED;
+        a.sequence_ids = j->seq.numbers;
+    }
     a.context = &j->context;
     if (!job_ok(j, cp_attention_saved_size(j->layer, &j->seq.s, &bytes), "cp_attention_saved_size"))
         return 0;
@@ -335,6 +403,11 @@ static inline int job_backward(job *j) {
     a.dq = j->t[T_DQ].t;
     a.dk = j->t[T_DK].t;
     a.dv = j->t[T_DV].t;
+    a.sinks = j->t[T_SINKS].t;
+    a.d_sinks = j->t[T_D_SINKS].t;
+    a.bias = j->t[T_BIAS].t;
+    a.d_bias = j->t[T_D_BIAS].t;
+    a.sequence_ids = j->c->dropout > 0 ? j->seq.numbers : NULL;
     a.saved = j->saved.given;
     a.saved_bytes = j->saved.bytes;
     a.workspace = j->workspace.given;
@@ -342,9 +415,12 @@ static inline int job_backward(job *j) {
     return job_ok(j, cp_attention_backward(j->layer, &a, gpu_stream()), "cp_attention_backward");
 }
 
-/* Floats of the five global results of a case, one after another. */
+/* A rank's own numbers per head, beside the results that all ranks have parts of: whether it is there, d_sinks, max_logit. */
+enum { NUMBERS = 1 + 2 * MOST_HEADS };
+
+/* Floats of the five global results of a case, one after another, of the numbers of every rank, and of the gradient of the bias. */
 static inline size_t results_size(const test_case *c) {
-    size_t n = 0;
+    size_t dims[4], n = MOST_RANKS * NUMBERS + bias_dims(c, dims);
     int r;
     for (r = 0; r < RESULTS; r++)
         n += result_size(c, r);
@@ -371,6 +447,16 @@ static inline void job_results(job *j, float *global) {
                     global[(j->rows[side][row] * l->shape[2] + head) * l->shape[3] + d] += local_get(l, row, head, d);
         global += result_size(j->c, r);
     }
+    global += j->rank * NUMBERS;
+    global[0] = 1;
+    for (i = 0; i < 2; i++)
+        for (head = 0; head < j->t[T_D_SINKS + i].shape[2]; head++)
+            global[1 + (size_t)i * MOST_HEADS + head] = local_get(&j->t[T_D_SINKS + i], 0, head, 0);
+    global += (MOST_RANKS - j->rank) * NUMBERS;
+    for (row = 0; row < j->t[T_D_BIAS].shape[0] * j->t[T_D_BIAS].shape[1]; row++)
+        for (head = 0; head < j->t[T_D_BIAS].shape[2]; head++)
+            for (d = 0; d < j->t[T_D_BIAS].shape[3]; d++)
+                global[job_bias_row(j, row, head) + d] += local_get(&j->t[T_D_BIAS], row, head, d);
     for (i = 0; i < TENSORS; i++)
         if (!local_intact(&j->t[i])) {
             fprintf(stderr, "rank %d: %s: tensor %d: bytes outside of its elements were written\n", j->rank, j->c->name, i);

@@ -134,13 +134,19 @@ template <class F> void on_ranks(std::uint32_t size, F body) {
         t.join();
 }
 
-double worst(const Rows &a, const Rows &b) {
+double worst(const std::vector<float> &a, const std::vector<float> &b) {
     double most = 0;
-    for (std::size_t i = 0; i < a.x.size(); i++) {
-        double d = std::fabs(static_cast<double>(a.x[i]) - b.x[i]);
-        most = d >= 0 && d <= most ? most : d;
+    for (std::size_t i = 0; i < a.size(); i++) {
+        double d = std::fabs(static_cast<double>(a[i]) - b[i]);
+        if (std::isnan(d))
+            return INFINITY;
+        most = d > most ? d : most;
     }
     return most;
+}
+
+double worst(const Rows &a, const Rows &b) {
+    return worst(a.x, b.x);
 }
 
 // To whole sequences and back, with a tensor of fewer heads.
@@ -260,6 +266,11 @@ void errors() {
     THROWS(invalid_argument, "\"xp\" is no axis", cp::mesh_members(mesh, "xp", 5));
     EXPECT((cp::comm_types_per_layer("a2a allgather", 4)[3] == cp::CommType::all_gather));
     THROWS(invalid_argument, "got 2 names for 3 layers", cp::comm_types_per_layer("a2a p2p", 3));
+    cp_schedule_config ranks{};
+    ranks.ranks = 3, ranks.tokens_per_rank = 8;
+    const auto schedule = cp::schedule_samples(ranks, {20, 3, 2});
+    EXPECT(schedule.second == 1 && schedule.first[0].first_rank == 0 && schedule.first[0].rank_count == 3);
+    THROWS(invalid_argument, "lengths[1]: got 0", cp::schedule_samples(ranks, {20, 0}));
     cp::AttentionConfig odd = small();
     odd.head_dim_qk = 12;
     THROWS(invalid_argument, "head_dim_qk: got 12", cp::Attention attention(odd));
@@ -341,6 +352,105 @@ void packed_and_list() {
         EXPECT(a.out.x[i] == a.v.x[i] && a.out.x[5 * heads * dim + i] == a.v.x[5 * kv_heads * dim + i]);
 }
 
+// Soft-cap, ALiBi, a bias, dropout, sinks and largest scores at once: on any number of ranks what one rank computes.
+cp::AttentionConfig scores(cp::Reach reach) {
+    cp::AttentionConfig c = small();
+    c.softcap = 2;
+    c.dropout = 0.25f;
+    c.alibi_slopes = {0.5f, 0.25f, 0.125f, 0.0625f};
+    c.sinks = c.max_logit = reach;
+    c.bias = CP_BIAS | CP_BIAS_HEADS | CP_BIAS_QUERIES | CP_BIAS_GRADIENT;
+    return c;
+}
+
+struct Numbers {
+    std::vector<float> sinks = {0.5f, -1, 0.25f, 2}, d_sinks, max_logit;
+    Rows bias, d_bias; // a row for every query: [heads, keys]
+
+    explicit Numbers(const Rows &b) : bias(b), d_bias(b.x.size() / static_cast<std::size_t>(b.width), b.width) {}
+
+    static cp::Tensor pairs(const Rows &b) {
+        return cp::Tensor(b.x.data(), cp::DType::f32, {1, heads, static_cast<std::int64_t>(b.x.size()) / b.width, b.width / heads},
+                          {0, b.width / heads, b.width, 1});
+    }
+
+    // Forward and backward on this rank, of a sequence of n.
+    void step(cp::Attention &attention, const All &a, std::size_t n) {
+        d_sinks.assign(heads, NAN);
+        max_logit.assign(heads, NAN);
+        cp::Sequences s = cp::Sequences::dense(1, static_cast<std::uint32_t>(n)).numbered({7});
+        cp::Context context;
+        cp::ForwardTensors f = a.forward();
+        cp::BackwardTensors b = a.backward();
+        f.sinks = b.sinks = cp::Tensor(sinks, {heads});
+        f.max_logit = cp::Tensor(max_logit, {heads});
+        b.d_sinks = cp::Tensor(d_sinks, {heads});
+        f.bias = b.bias = pairs(bias);
+        b.d_bias = pairs(d_bias);
+        f.dropout_seed = UINT64_C(0x123456789abcdef);
+        attention.forward(s, f, context);
+        attention.backward(s, b, context);
+    }
+};
+
+void equal_one_rank_with_scores(cp::CommType comm, cp::Reach reach) {
+    const std::size_t n = 37;
+    const std::uint32_t size = 3;
+    All right = inputs(n), got(n), in = inputs(n), plain = alone(n);
+    const Rows bias = Rows::wave(n, heads * static_cast<std::int64_t>(n), 5);
+    Numbers of_one(bias);
+    Rows d_bias(n, bias.width);
+    cp::Attention one(scores(cp::Reach::group));
+    of_one.step(one, right, n);
+    EXPECT(worst(right.out, plain.out) > 0.1);
+    std::vector<float> d_sinks(heads, 0), max_logit(heads, -INFINITY);
+    on_ranks(size, [&](cp::Group group) {
+        auto mine = cp::partition_tokens(cp::Partition::zigzag, cp::Format::dense, cp::Sequences::dense(1, n), size, group.rank());
+        All a(mine.size());
+        a.q = in.q.pick(mine);
+        a.k = in.k.pick(mine);
+        a.v = in.v.pick(mine);
+        a.d_out = in.d_out.pick(mine);
+        cp::Attention attention(scores(reach));
+        attention.set_group(group, comm);
+        Numbers numbers(bias.pick(mine));
+        numbers.step(attention, a, n);
+        std::lock_guard<std::mutex> lock(mutex);
+        got.out.put(mine, a.out);
+        got.lse.put(mine, a.lse);
+        got.dq.put(mine, a.dq);
+        got.dk.put(mine, a.dk);
+        got.dv.put(mine, a.dv);
+        d_bias.put(mine, numbers.d_bias);
+        for (std::size_t h = 0; h < heads; h++) {
+            d_sinks[h] = reach == cp::Reach::group ? numbers.d_sinks[h] : d_sinks[h] + numbers.d_sinks[h];
+            max_logit[h] = max_logit[h] >= numbers.max_logit[h] ? max_logit[h] : numbers.max_logit[h];
+        }
+    });
+    EXPECT(worst(right.out, got.out) < 1e-5);
+    EXPECT(worst(right.lse, got.lse) < 1e-5);
+    EXPECT(worst(right.dq, got.dq) < 1e-5);
+    EXPECT(worst(right.dk, got.dk) < 1e-5);
+    EXPECT(worst(right.dv, got.dv) < 1e-5);
+    EXPECT(worst(of_one.d_sinks, d_sinks) < 1e-5);
+    EXPECT(worst(of_one.max_logit, max_logit) < 1e-5);
+    EXPECT(worst(of_one.d_bias, d_bias) < 1e-5);
+}
+
+void score_errors() {
+    cp::AttentionConfig c = scores(cp::Reach::rank);
+    c.alibi_slopes.pop_back();
+    THROWS(invalid_argument, "alibi_slopes: got 3, need one for each of 4", cp::Attention attention(c));
+    c = small();
+    c.dropout = 1;
+    THROWS(invalid_argument, "dropout: got 1", cp::Attention::require_support(c, cp::CommConfig(), 2));
+    THROWS(invalid_argument, "numbers of sequences: got 2 numbers, need 1", cp::Sequences::dense(1, 8).numbered({1, 2}));
+    All a = inputs(8);
+    cp::Attention attention(scores(cp::Reach::rank));
+    cp::Context context;
+    THROWS(invalid_argument, "args.sinks: got NULL", attention.forward(cp::Sequences::dense(1, 8), a.forward(), context));
+}
+
 // What a DLPack producer hands over, without DLPack's header.
 struct FakeDLTensor {
     void *data;
@@ -378,10 +488,13 @@ int main() {
     for (std::uint32_t size = 1; size <= 4; size++)
         for (cp::CommType comm : comms)
             equal_one_rank(size, comm, size % 2 == 0);
+    equal_one_rank_with_scores(cp::CommType::p2p, cp::Reach::group);
+    equal_one_rank_with_scores(cp::CommType::a2a, cp::Reach::rank);
     for (std::uint32_t size = 1; size <= 5; size++)
         trade_and_back(size);
     groups();
     errors();
+    score_errors();
     disagreement();
     packed_and_list();
     tensors();

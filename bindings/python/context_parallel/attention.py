@@ -6,7 +6,7 @@ from ctypes import byref, c_size_t, c_void_p
 import numpy as np
 
 from . import _abi, _device
-from ._arrays import ALIGN, aligned, buffer, describe, is_array, is_foreign, is_tensor, new
+from ._arrays import ALIGN, aligned, buffer, describe, is_array, is_foreign, is_tensor, new, on_host
 from ._lib import Error, Handle, argument_error, check, lib, number
 from .partition import Sequences, choice, partition_code
 
@@ -50,8 +50,8 @@ class Attention:
     multiples of 8 up to 256. dtype: "float32", "bfloat16", "float16", or NumPy's or torch's. causal: no query sees a later key. bottom_right: the
     mask's diagonal ends in the last query and last key. window: (keys seen before, keys seen after the diagonal), None: no limit. format: the axes of
     the arrays, "bshd", "sbhd", "bhsd" or "thd" (packed); the LSE is [batch, heads, seq], packed [heads, tokens]. partition: "zigzag",
-    "contiguous", "striped", "balanced" or "list". softmax_scale: None is 1/sqrt(head_dim). save: with a2a, forward keeps the head-split tensors for backward.
-    wire_fp32: partial gradients travel as fp32.
+    "contiguous", "striped", "balanced" or "list". softmax_scale: None is 1/sqrt(head_dim). save: with a2a, forward keeps the head-split tensors for
+    backward. wire_fp32: partial gradients travel as fp32. max_tokens_per_rank: most rows a rank ever holds, 0: no limit. threads: 0 is CP_THREADS, or 1.
 
     softcap: scores x become softcap·tanh(x/softcap). alibi: a slope for every query head, or True for those of the paper (alibi_slopes). dropout: the
     probability of dropping a weight; forward takes the seed. head_offset: number of query head 0 in the whole model, for dropout, where tensor
@@ -59,7 +59,7 @@ class Attention:
     gradient on every rank; "rank": this rank's part, to be summed over ranks with other gradients. max_logit: "group" or "rank": forward also
     leaves the largest visible score of every query head in context.max_logit. bias: an additive bias [batch, heads, queries, keys] comes with every
     forward: "bhss", "1hss", "b1ss", "11ss" or "111s", where 1 is one for all; queries are this rank's, keys those of the whole padded sequence.
-    bias_gradient: backward returns its gradient too (not of "111s"). max_tokens_per_rank: most rows a rank ever holds, 0: no limit. threads: 0 is CP_THREADS, or 1.
+    bias_gradient: backward returns its gradient too (not of "111s").
 
     device: where arrays are and work is done: "cpu", "cuda:0", ("cuda", 0), a torch.device; "cuda" is torch's current one. On CUDA dtype is bfloat16 or
     float16, and there are: deterministic: equal bits run after run, at some cost in speed; sm_margin: multiprocessors left to others; max_segments: most
@@ -99,6 +99,11 @@ class Attention:
     def has_sinks(self):
         """Does every query head have a sink?"""
         return self._sinks
+
+    @property
+    def has_bias_gradient(self):
+        """Does backward return the gradient of a bias?"""
+        return self._d_bias
 
     @property
     def _cuda(self):
@@ -169,7 +174,8 @@ class Attention:
         return out, lse, Context(pod, sequences, self._ranks, (q, k, v, out, lse), saved, sinks, max_logit, numbers, bias)
 
     def backward(self, context, d_out, *, dq=None, dk=None, dv=None, workspace=None, stream=None, d_sinks=None, d_bias=None):
-        """Gradients (dq, dk, dv), then d_sinks where there are sinks and d_bias where the bias has a gradient, from that of out. On the group that the forward used, whatever is attached now. Collective over it, as forward is."""
+        """Gradients (dq, dk, dv), then d_sinks where there are sinks and d_bias where the bias has a gradient, from that of out. On the group that the
+        forward used, whatever is attached now. Collective over it, as forward is."""
         wrong = []
         args = _abi.cp_backward_args()
         q = k = v = out = lse = saved = sinks = bias = None
@@ -360,7 +366,10 @@ def _config(*, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=Fa
         bias=0 if bias is None else choice("bias", bias, _BIASES) | (_abi.CP_BIAS_GRADIENT if bias_gradient and bias != "111s" else 0),
     )
     if alibi is not None and alibi is not False:
-        slopes = np.ascontiguousarray(alibi_slopes(heads) if alibi is True else alibi, dtype=np.float32)
+        try:
+            slopes = np.array(alibi_slopes(heads) if alibi is True else on_host(alibi), dtype=np.float32, order="C")
+        except (TypeError, ValueError) as error:
+            raise argument_error(f"alibi: {error}") from error
         if slopes.shape != (heads,):
             raise argument_error(f"alibi: got slopes of shape {slopes.shape}, need ({heads},): one for each query head")
         made.alibi_slopes = slopes.ctypes.data
@@ -375,6 +384,8 @@ def _reach(name, value):
 def alibi_slopes(heads):
     """The slopes of the ALiBi paper (arXiv 2108.12409): 2^(-8/n), 2^(-16/n), … for n heads; if n is no power of two, those of the power below, then every
     second one of the power above."""
+    if number("heads", heads) == 0:
+        raise argument_error("heads: got 0, need at least 1")
     below = 1 << (heads.bit_length() - 1)
     slopes = [2.0 ** (-8.0 * (i + 1) / below) for i in range(below)]
     slopes += [2.0 ** (-4.0 * (i + 1) / below) for i in range(0, 2 * (heads - below), 2)]

@@ -15,8 +15,9 @@ from ctypes import byref, c_double, c_size_t, c_uint64
 import numpy as np
 
 from . import _abi
+from ._arrays import on_host
 from ._lib import argument_error, check, lib, number
-from .partition import _SIDES, _from_rows, _rows_first, choice, partition_code
+from .partition import _SIDES, Sequences, _from_rows, _rows_first, choice, partition_code, partition_tokens
 
 _MEANS = {"token": _abi.CP_LOSS_PER_TOKEN, "replica": _abi.CP_LOSS_PER_REPLICA}
 _GRADIENTS = {"summed": _abi.CP_GRADIENTS_SUMMED, "averaged": _abi.CP_GRADIENTS_AVERAGED}
@@ -58,14 +59,17 @@ def positions(partition, format, sequences, ranks, rank, side="q"):
 
 
 def rope_rows(partition, format, sequences, ranks, rank, side="q"):
-    """The rows that `rank` takes of a table of rotary frequencies: its positions, and row 0 for padding, where it does not matter."""
+    """The rows that `rank` takes of a table of rotary frequencies: its positions, and row 0 for padding, where it does not matter.
+
+    For one unpadded sequence and zigzag these are the two slices of Megatron's get_pos_emb_on_this_cp_rank.
+    """
     return np.maximum(positions(partition, format, sequences, ranks, rank, side), 0)
 
 
 def local_cu_seqlens(partition, format, sequences, ranks, rank, side="q"):
     """The rank's own cu_seqlens and cu_seqlens_padded: running sums, from 0, of the tokens and of the rows it holds of every sequence.
 
-    Its rows are in the order of the sequences, but for partition="list" with another order.
+    Its rows are in the order of the sequences, but for partition="list" with another order. TransformerEngine's get_cu_seqlens_on_cp_rank.
     """
     fixed = (*_dealing(partition, format, sequences, ranks), number("rank", rank), choice("side", side, _SIDES))
     tokens, rows = _asked(lib.cp_partition_lengths, fixed, np.uint32, lists=2)
@@ -75,7 +79,7 @@ def local_cu_seqlens(partition, format, sequences, ranks, rank, side="q"):
 
 def shift_tokens(partition, format, sequences, ranks, rank, shift=1, side="q"):
     """For every row of `rank` the token `shift` after it in its sequence (before, if negative), numbered as partition_tokens does; -1 where
-    there is none and for padding. It crosses the borders of chunks and ranks, never those of sequences."""
+    there is none and for padding. It crosses the borders of chunks and ranks, never those of sequences: Megatron's roll_tensor, for any lengths."""
     fixed = (*_dealing(partition, format, sequences, ranks), number("rank", rank), choice("side", side, _SIDES), _shift(shift))
     return _indices(_asked(lib.cp_partition_shift, fixed, np.uint32)[0])
 
@@ -176,6 +180,46 @@ def _collect(function, group, rows, out, partition, sequences, format, side, shi
         out_rows=len(out),
     )
     group._handle.call(function, byref(args))
+
+
+# What a batch says about itself, by the beginning of the name.
+_METADATA = ("cu_seqlens", "max_seqlen", "local_cp_size", "total_tokens", "qkv_format", "hybrid_cp_group", "cp_group")
+
+
+def get_batch_on_this_cp_rank(batch, ranks, rank, partition="zigzag"):
+    """This rank's part of a batch: a dict of arrays (NumPy, torch), as Megatron's function of this name, for any lengths and any partition.
+
+    With "cu_seqlens" in it the batch is packed: arrays are [tokens, …] or [1, tokens, …], and tokens lie as "cu_seqlens_padded" says, if that is there.
+    Without, every array is [batch, seq, …] and is cut along seq; "attention_mask" is [batch, 1, seq, keys] and is cut along its queries. Lengths
+    about the batch (cu_seqlens*, max_seqlen*, …), None and what is no array stay as they are. A group of another size for this batch (hybrid or
+    dynamic context parallelism) is only other `ranks` and `rank`; ranks=1 changes nothing.
+    """
+    cu = batch.get("cu_seqlens")
+    if cu is not None:
+        cu, padded = (None if c is None else on_host(c).reshape(-1) for c in (cu, batch.get("cu_seqlens_padded")))
+        sequences = Sequences.packed(cu, padded=padded)
+        total = int((cu if padded is None else padded)[-1])
+        mine = {total: partition_tokens(partition, "thd", sequences, ranks, rank)}
+    else:
+        mine = {}
+
+    def part(name, value):
+        if value is None or not hasattr(value, "shape") or name.startswith(_METADATA):
+            return value
+        if cu is None:
+            axis = 2 if name == "attention_mask" else 1
+        else:
+            axis = 0 if len(value.shape) == 1 else 1
+        if len(value.shape) <= axis:
+            raise argument_error(f"batch[{name!r}]: got shape {tuple(value.shape)}, its axis {axis} is cut")
+        length = value.shape[axis]
+        if length not in mine:
+            if cu is not None:
+                raise argument_error(f"batch[{name!r}]: got {length} tokens, cu_seqlens say {total}")
+            mine[length] = partition_tokens(partition, "bshd", Sequences.dense(1, length), ranks, rank)
+        return value[(slice(None),) * axis + (mine[length],)]
+
+    return {name: part(name, value) for name, value in batch.items()}
 
 
 def loss_weights(partition, format, sequences, ranks, rank, shift=1):

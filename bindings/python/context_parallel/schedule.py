@@ -1,8 +1,9 @@
 """Which samples of a batch run on which ranks, and on how many: hybrid and dynamic context parallelism.
 
     made = schedule_samples([61440, 9000, 3000, 700], ranks=8, tokens_per_rank=8192)
-    made.sample_id_groups()[micro_batch][rank]      # ids of the samples that the rank runs, in order: Megatron's shape
-    micro_batch, first_rank, rank_count, pack = made.placements[sample]
+    for micro_batch, first_rank, rank_count, samples in made.packs(rank):
+        ...                                         # one forward and backward of these samples, packed, on these ranks
+    made.sample_id_groups()[micro_batch][rank]      # the same as Megatron has it: ids of the samples that the rank runs, in order
 """
 
 from collections import namedtuple
@@ -17,6 +18,8 @@ from .partition import choice
 
 # Seconds per (query, key) pair, per token, per token that other ranks hold, per pack and further rank, per pack: include/context_parallel.h.
 ScheduleCost = namedtuple("ScheduleCost", "pair token wire rank call")
+
+Pack = namedtuple("Pack", "micro_batch first_rank rank_count samples")
 
 _SCHEDULERS = {
     "nested": _abi.CP_SCHEDULER_NESTED,
@@ -37,14 +40,25 @@ class Schedule:
         self._config, self._lengths = config, lengths
         self.placements, self.micro_batches = placements, micro_batches
 
+    def packs(self, rank=None):
+        """All packs, or those of a rank, in the order in which ranks run them: Pack(micro_batch, first_rank, rank_count, samples), the longest sample first."""
+        micro_batch, first, count, pack = self.placements.T.astype(np.int64)
+        # The last key counts most: micro-batch, widest range, first rank, pack, longest sample.
+        order = np.lexsort((-self._lengths.astype(np.int64), pack, first, -count, micro_batch))
+        made, last = [], None
+        for sample, placement in zip(order.tolist(), self.placements[order].tolist()):
+            if placement != last:
+                made.append(Pack(*placement[:3], []))
+            made[-1].samples.append(sample)
+            last = placement
+        return [p for p in made if rank is None or p.first_rank <= rank < p.first_rank + p.rank_count]
+
     def sample_id_groups(self):
         """[micro-batch][rank] → list of sample ids, in the order in which the rank runs them; a sample's cp size is the number of ranks that list it."""
         groups = [[[] for _ in range(self._config.ranks)] for _ in range(self.micro_batches)]
-        micro_batch, first, count, pack = self.placements.T.astype(np.int64)
-        # The last key counts most: micro-batch, widest range, first rank, pack, longest sample.
-        for sample in np.lexsort((-self._lengths.astype(np.int64), pack, first, -count, micro_batch)).tolist():
-            for rank in range(first[sample], first[sample] + count[sample]):
-                groups[micro_batch[sample]][rank].append(sample)
+        for pack in self.packs():
+            for rank in range(pack.first_rank, pack.first_rank + pack.rank_count):
+                groups[pack.micro_batch][rank] += pack.samples
         return groups
 
     def time(self):

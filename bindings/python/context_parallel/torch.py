@@ -3,6 +3,7 @@
 import torch
 
 from . import trade
+from ._lib import argument_error
 
 __all__ = ["attention", "heads_to_sequence", "sequence_to_heads"]
 
@@ -16,6 +17,8 @@ def attention(layer, q, k, v, sequences, *, return_lse=False, sinks=None, dropou
     collective: all ranks must run their backwards in the same order, which they do when they build the same graph. On CUDA it works on torch's
     current stream and never waits for the device.
     """
+    if bias is not None and bias.requires_grad and not layer.has_bias_gradient:
+        raise argument_error('bias: requires a gradient, which the layer has not: made with bias="111s" or bias_gradient=False')
     out, lse = _Attention.apply(q, k, v, sinks, bias, layer, sequences, dropout_seed, sequence_ids)
     return (out, lse) if return_lse else out
 
@@ -25,8 +28,8 @@ class _Attention(torch.autograd.Function):
     def forward(ctx, q, k, v, sinks, bias, layer, sequences, dropout_seed, sequence_ids):
         out, lse, context = layer.forward(q, k, v, sequences, sinks=sinks, dropout_seed=dropout_seed, sequence_ids=sequence_ids, bias=bias)
         # autograd keeps the tensors, so that it sees if one is changed in place; the context keeps the rest.
-        ctx.save_for_backward(*context.tensors)
-        context.tensors = None
+        ctx.save_for_backward(*context.tensors, sinks, bias)
+        context.tensors = context.sinks = context.bias = None
         ctx.layer, ctx.context = layer, context
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -36,7 +39,9 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, d_out, _):
         if not _usable(d_out):
             d_out = d_out.contiguous()  # autograd hands out expanded tensors, as after sum().
-        context = ctx.context.with_tensors(ctx.saved_tensors)
+        *tensors, sinks, bias = ctx.saved_tensors
+        context = ctx.context.with_tensors(tensors)
+        context.sinks, context.bias = sinks, bias
         dq, dk, dv, *others = ctx.layer.backward(context, d_out)
         d_sinks = others.pop(0) if ctx.layer.has_sinks else None
         return dq, dk, dv, d_sinks, *(others or [None]), None, None, None, None

@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parents[3]
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 EPSILON = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 LSE_BOUND = 1e-5
+SEED = 0x0123456789ABCDEF  # key of the corpus' dropout
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,12 @@ class Case:
     right: int | None
     partition: str
     scale: float | None
+    softcap: float | None
+    alibi: bool
+    bias: str | None  # its axes [batch, heads, queries, keys], 1 where one is for all
+    dropout: float
+    sinks: str | None
+    max_logit: str | None
 
     def side(self, side):
         return self.q if side == "q" else self.k
@@ -61,11 +68,15 @@ class Case:
             found[first : first + length] = True
         return found
 
+    def after_diagonal(self, seq):
+        """How many keys a key is after the diagonal of a query: [query, key]."""
+        i, j = np.ogrid[: self.q[seq].len, : self.k[seq].len]
+        return j - i - (self.k[seq].len - self.q[seq].len if self.bottom_right else 0)
+
     def sees(self, seq):
         """Who sees whom in one sequence: [query, key]. This is the definition of the mask."""
-        i, j = np.ogrid[: self.q[seq].len, : self.k[seq].len]
-        after = j - i - (self.k[seq].len - self.q[seq].len if self.bottom_right else 0)
-        allowed = np.ones(np.broadcast_shapes(i.shape, j.shape), bool)
+        after = self.after_diagonal(seq)
+        allowed = np.ones(after.shape, bool)
         if self.causal:
             allowed &= after <= 0
         if self.left is not None:
@@ -73,6 +84,35 @@ class Case:
         if self.right is not None and not self.causal:
             allowed &= after <= self.right
         return allowed
+
+    def slopes(self):
+        """ALiBi: a slope for every query head."""
+        return np.float32(2) ** -(1 + np.arange(self.heads, dtype=np.float32) % 6) if self.alibi else np.zeros(self.heads, np.float32)
+
+    def sequence_ids(self):
+        """The caller's numbers of the sequences."""
+        return [7 * seq + 3 for seq in range(len(self.q))]
+
+    def keeps(self, seq, head):
+        """Which weights dropout keeps: [query, key]."""
+        i, j = np.ogrid[: self.q[seq].len, : self.k[seq].len]
+        words = philox(SEED, (j // 4, i, head, self.sequence_ids()[seq]))
+        return np.choose(j % 4, words) >= np.floor(np.float64(np.float32(self.dropout)) * 2**32)
+
+    def bias_shape(self):
+        """Of the global bias."""
+        padded = [max(e.padded for e in side) for side in (self.q, self.k)]
+        extents = (len(self.q), self.heads, self.tokens("q") if self.format == "thd" else padded[0], padded[1])
+        return tuple(1 if axis == "1" else n for axis, n in zip(self.bias, extents))
+
+    def bias_block(self, bias, seq, head):
+        """One head of one sequence of a global bias, or of what is shaped like it, true tokens only: a view, [query, key]; of one query if that is for all."""
+        q, k = self.q[seq], self.k[seq]
+        rows = slice(None)
+        if self.bias[2] != "1":
+            first = q.before + (sum(e.padded for e in self.q[:seq]) if self.format == "thd" else 0)
+            rows = slice(first, first + q.len)
+        return bias[seq if self.bias[0] != "1" else 0, head if self.bias[1] != "1" else 0, rows, k.before : k.before + k.len]
 
     def factor(self):
         """The softmax scale: an fp32 number."""
@@ -112,7 +152,9 @@ class Case:
         """The Attention layer that computes this case."""
         settings = dict(
             heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim_qk, head_dim_v=self.dim_v, dtype=dtype, causal=self.causal,
-            bottom_right=self.bottom_right, window=(self.left, self.right), format=self.format, partition=self.partition, softmax_scale=self.scale)  # fmt: skip
+            bottom_right=self.bottom_right, window=(self.left, self.right), format=self.format, partition=self.partition, softmax_scale=self.scale,
+            softcap=self.softcap, alibi=self.slopes() if self.alibi else None,
+            bias=self.bias, dropout=self.dropout, sinks=self.sinks, max_logit=self.max_logit)  # fmt: skip
         return cp.Attention(**{**settings, **options})
 
 
@@ -142,9 +184,10 @@ def _case(row):
     limit = lambda name: None if row[name] == "-" else int(row[name])
     flag = lambda name: {"0": False, "1": True}[row[name]]
     numbers = (int(row[name]) for name in ("heads", "kv_heads", "dim_qk", "dim_v"))
-    scale = None if row["scale"] == "-" else float(row["scale"])
+    maybe = lambda name, kind=float: None if row[name] == "-" else kind(row[name])
+    score = (maybe("softcap"), flag("alibi"), maybe("bias", str), maybe("dropout") or 0.0, maybe("sinks", str), maybe("max_logit", str))
     return Case(row["name"], tuple(row["tags"].split()), row["format"], side("q"), side("k"), *numbers, flag("causal"), flag("bottom_right"),
-                limit("window_left"), limit("window_right"), row["partition"], scale)  # fmt: skip
+                limit("window_left"), limit("window_right"), row["partition"], maybe("scale"), *score)  # fmt: skip
 
 
 def mix(n):
@@ -153,6 +196,17 @@ def mix(n):
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return z ^ (z >> np.uint64(31))
+
+
+def philox(key, counter):
+    """Philox4x32-10 (Salmon et al., SC 2011): four arrays of random words for a counter of four arrays."""
+    x = [np.asarray(word, np.uint64) for word in counter]
+    low, weyl = 0xFFFFFFFF, (0x9E3779B9, 0xBB67AE85)
+    for turn in range(10):
+        k = [np.uint64(((key >> 32 * i) + turn * weyl[i]) & low) for i in range(2)]
+        a, b = x[0] * np.uint64(0xD2511F53), x[2] * np.uint64(0xCD9E8D57)
+        x = [b >> np.uint64(32) ^ x[1] ^ k[0], b & np.uint64(low), a >> np.uint64(32) ^ x[3] ^ k[1], a & np.uint64(low)]
+    return np.broadcast_arrays(*x)
 
 
 def elements(id, count):
@@ -164,7 +218,7 @@ def elements(id, count):
 
 @functools.lru_cache(maxsize=8)
 def inputs(case, dtype):
-    """Global Q, K, V, dO as [token, head, dim] in storage type; padding is NaN."""
+    """Global Q, K, V, dO as [token, head, dim] in storage type; padding is NaN. Sinks: fp32. The bias, NaN where nobody uses it."""
     made = {}
     query, key = ("q", case.heads), ("k", case.kv_heads)
     wide = (("q", *query, case.dim_qk), ("k", *key, case.dim_qk), ("v", *key, case.dim_v), ("d_out", *query, case.dim_v))
@@ -172,6 +226,14 @@ def inputs(case, dtype):
         values = elements(id, case.tokens(side) * heads * dim).reshape(-1, heads, dim)
         values[~case.is_true(side)] = np.nan
         made[name] = values.astype(DTYPES[dtype])
+    made["sinks"] = elements(5, case.heads)
+    if case.bias:
+        shape = case.bias_shape()
+        used = np.zeros(shape, bool)
+        for seq in range(len(case.q)):
+            for head in range(case.heads if case.q[seq].len else 0):
+                case.bias_block(used, seq, head)[...] = True
+        made["bias"] = np.where(used, elements(6, used.size).reshape(shape), np.float32(np.nan)).astype(DTYPES[dtype])
     return made
 
 
@@ -180,82 +242,121 @@ SHAPES = {"out": ("q", "heads", "dim_v"), "dq": ("q", "heads", "dim_qk"), "dk": 
 
 @dataclass
 class Reference:
-    right: dict  # name -> [token, head, dim], float64; "lse": [token, head]
+    right: dict  # name -> [token, head, dim], float64; "lse": [token, head]; "d_sinks", "max_logit": [head]; "d_bias"
     terms: dict  # the same sums with every term made positive
     plain: dict
     seen: np.ndarray  # which key tokens any query sees
+    looks: np.ndarray  # which query tokens see something
 
 
 @functools.lru_cache(maxsize=8)
 def reference(case, dtype):
     given = inputs(case, dtype)
     empty = lambda: {name: np.zeros((case.tokens(side), getattr(case, h), getattr(case, d))) for name, (side, h, d) in SHAPES.items()}
-    made = Reference(empty(), empty(), empty(), np.zeros(case.tokens("k"), bool))
+    made = Reference(empty(), empty(), empty(), np.zeros(case.tokens("k"), bool), np.zeros(case.tokens("q"), bool))
     made.right["lse"] = np.full((case.tokens("q"), case.heads), -np.inf)
+    made.right["max_logit"], made.right["d_sinks"], made.terms["d_sinks"] = np.full(case.heads, -np.inf), np.zeros(case.heads), np.zeros(case.heads)
+    if case.bias:
+        for part in (made.right, made.terms, made.plain):
+            part["d_bias"] = np.zeros(case.bias_shape())
+    sinks = given["sinks"] if case.sinks else np.full(case.heads, -np.inf, np.float32)
     for seq, ((first_q, len_q), (first_k, len_k)) in enumerate(zip(case.spans("q"), case.spans("k"))):
+        made.right["lse"][first_q : first_q + len_q] = sinks
         if len_q == 0 or len_k == 0:
             continue
         rows, keys = slice(first_q, first_q + len_q), slice(first_k, first_k + len_k)
         sees = case.sees(seq)
-        made.seen[keys] = sees.any(axis=0)
+        made.seen[keys], made.looks[rows] = sees.any(axis=0), sees.any(axis=1)
         for head in range(case.heads):
             kv = head // (case.heads // case.kv_heads)
             at = {"out": (rows, head), "dq": (rows, head), "dk": (keys, kv), "dv": (keys, kv), "lse": (rows, head)}
             one = [given[name][at[place]] for name, place in (("q", "out"), ("k", "dk"), ("v", "dk"), ("d_out", "out"))]
-            right, terms = _exact(*(x.astype(np.float64) for x in one), sees, float(case.factor()))
-            plain = _plain(*(x.astype(np.float32) for x in one), sees, case.factor(), DTYPES[dtype])
+            kept = case.keeps(seq, head) if case.dropout else np.ones(sees.shape, bool)
+            shift = -abs(case.after_diagonal(seq)) * case.slopes()[head].astype(np.float64)
+            if case.bias:
+                shift = shift + case.bias_block(given["bias"], seq, head).astype(np.float64)
+            score = (sees, kept, shift, sinks[head], case)
+            right, terms = _exact(*(x.astype(np.float64) for x in one), *score)
+            plain = _plain(*(x.astype(np.float32) for x in one), *score, DTYPES[dtype])
             made.right["lse"][at["lse"]] = right.pop("lse")
-            for name in SHAPES:
-                made.right[name][at[name]] += right[name]
-                made.terms[name][at[name]] += terms[name]
-                made.plain[name][at[name]] += plain[name]
-    for name in SHAPES:
+            made.right["max_logit"][head] = max(made.right["max_logit"][head], right.pop("max_logit"))
+            made.right["d_sinks"][head] += right.pop("d_sinks")
+            made.terms["d_sinks"][head] += terms.pop("d_sinks")
+            for part, values in ((made.right, right), (made.terms, terms), (made.plain, plain)):
+                dx = values.pop("dx")
+                if case.bias:
+                    case.bias_block(part["d_bias"], seq, head)[...] += dx if case.bias[2] != "1" else dx.sum(axis=0)
+                for name in SHAPES:
+                    part[name][at[name]] += values[name]
+    for name in made.plain:
         made.plain[name] = made.plain[name].astype(np.float32).astype(DTYPES[dtype]).astype(np.float64)
     return made
 
 
-def _exact(q, k, v, d_out, sees, scale):
-    """One head of one sequence in float64."""
-    blind = ~sees.any(axis=1)
-    scores = np.where(sees, scale * (q @ k.T), -np.inf)
-    top = np.where(blind, 0, scores.max(axis=1))
+def _scores(q, k, scale, sees, shift, softcap):
+    """Scores, and their derivatives by scale·q·k, in the type of q."""
+    scores, slopes = scale * (q @ k.T), q.dtype.type(1)
+    if softcap:
+        cap = q.dtype.type(softcap)
+        t = np.tanh(scores / cap)
+        scores, slopes = cap * t, 1 - t * t
+    return np.where(sees, scores + shift.astype(q.dtype), q.dtype.type(-np.inf)), slopes
+
+
+def _exact(q, k, v, d_out, sees, kept, shift, sink, case):
+    """One head of one sequence in float64. shift: what ALiBi and the bias add."""
+    scale, sink = float(case.factor()), float(sink)
+    scores, slopes = _scores(q, k, scale, sees, shift, None if case.softcap is None else np.float32(case.softcap))
+    top = np.maximum(scores.max(axis=1), sink)
+    blind = top == -np.inf
+    top = np.where(blind, 0, top)
     with np.errstate(divide="ignore"):
-        lse = top + np.log(np.exp(scores - top[:, None]).sum(axis=1))
+        lse = top + np.log(np.exp(scores - top[:, None]).sum(axis=1) + np.exp(sink - top))
     p = np.where(sees, np.exp(scores - np.where(blind, 0, lse)[:, None]), 0)
-    out = p @ v
-    ds = scale * p * (d_out @ v.T - (out * d_out).sum(axis=1)[:, None])
-    ds_terms = abs(scale) * p * (abs(d_out) @ abs(v).T + abs(out * d_out).sum(axis=1)[:, None])
-    right = {"out": out, "lse": lse, "dq": ds @ k, "dk": ds.T @ q, "dv": p.T @ d_out}
-    return right, {"out": p @ abs(v), "dq": ds_terms @ abs(k), "dk": ds_terms.T @ abs(q), "dv": p.T @ abs(d_out)}
+    kept = kept / (1 - float(np.float32(case.dropout)))
+    out = (kept * p) @ v
+    delta, delta_terms = (out * d_out).sum(axis=1), abs(out * d_out).sum(axis=1)
+    of_sink = np.exp(sink - np.where(blind, 0, lse))
+    dx = p * (kept * (d_out @ v.T) - delta[:, None])
+    dx_terms = p * (kept * (abs(d_out) @ abs(v).T) + delta_terms[:, None])
+    ds, ds_terms = scale * slopes * dx, abs(scale) * slopes * dx_terms
+    right = {"out": out, "lse": lse, "dq": ds @ k, "dk": ds.T @ q, "dv": (kept * p).T @ d_out, "dx": dx, "d_sinks": -(of_sink * delta).sum()}
+    terms = {"out": (kept * p) @ abs(v), "dq": ds_terms @ abs(k), "dk": ds_terms.T @ abs(q), "dv": (kept * p).T @ abs(d_out)}
+    return {**right, "max_logit": scores.max()}, {**terms, "dx": dx_terms, "d_sinks": (of_sink * delta_terms).sum()}
 
 
-def _plain(q, k, v, d_out, sees, scale, dtype):
+def _plain(q, k, v, d_out, sees, kept, shift, sink, case, dtype):
     """What a careful single-rank implementation computes: fp32, with P and dS rounded to the storage type before the products."""
     rounded = lambda x: x.astype(dtype).astype(np.float32)
-    blind = ~sees.any(axis=1)
-    scores = np.where(sees, scale * (q @ k.T), np.float32(-np.inf))
-    top = np.where(blind, np.float32(0), scores.max(axis=1))
+    scale = case.factor()
+    scores, slopes = _scores(q, k, scale, sees, shift, case.softcap)
+    top = np.maximum(scores.max(axis=1), sink)
+    blind = top == -np.inf
+    top = np.where(blind, np.float32(0), top)
+    kept = kept * (1 / (1 - np.float32(case.dropout)))
     p = np.exp(scores - top[:, None])
-    total = np.where(blind, np.float32(1), p.sum(axis=1))
-    out = rounded((rounded(p) @ v) / total[:, None])
+    total = np.where(blind, np.float32(1), p.sum(axis=1) + np.exp(sink - top))
+    out = rounded((rounded(kept * p) @ v) / total[:, None])
     p = np.where(sees, np.exp(scores - (top + np.log(total))[:, None]), np.float32(0))
-    ds = rounded(p * (d_out @ v.T - (out * d_out).sum(axis=1)[:, None]))
-    return {"out": out, "dq": scale * (ds @ k), "dk": scale * (ds.T @ q), "dv": rounded(p).T @ d_out}
+    dx = p * (kept * (d_out @ v.T) - (out * d_out).sum(axis=1)[:, None])
+    ds = rounded(dx * slopes)
+    return {"dx": dx, "out": out, "dq": scale * (ds @ k), "dk": scale * (ds.T @ q), "dv": rounded(kept * p).T @ d_out}
 
 
 def check(case, dtype, got):
-    """Global results against the contract: name -> [token, head, dim], lse [token, head]. Returns the largest error as a share of its bound."""
+    """Global results against the contract: name -> [token, head, dim], lse [token, head], d_sinks and max_logit [head]. Returns the largest error as a
+    share of its bound."""
     ref, worst = reference(case, dtype), 0.0
-    alive_q = np.isfinite(ref.right["lse"])
+    finite = np.isfinite(ref.right["lse"])
     lse = got["lse"].astype(np.float64)
-    assert np.all(lse[~alive_q] == -np.inf), f"{case.name} {dtype} lse: not -inf where nothing is seen"
-    error = abs(lse[alive_q] - ref.right["lse"][alive_q])
+    assert np.all(lse[~finite] == -np.inf), f"{case.name} {dtype} lse: not -inf where nothing is seen"
+    error = abs(lse[finite] - ref.right["lse"][finite])
     assert np.all(error <= LSE_BOUND), f"{case.name} {dtype} lse: off by {error.max()}"
     for name, (side, _, _) in SHAPES.items():
         values = got[name].astype(np.float64)
         assert values.shape == ref.right[name].shape, (name, values.shape, ref.right[name].shape)
         for head in range(values.shape[1]):
-            alive = alive_q[:, head] if side == "q" else ref.seen
+            alive = ref.looks if side == "q" else ref.seen
             where = f"{case.name} {dtype} {name} head {head}"
             assert np.all(values[~alive, head] == 0), f"{where}: not 0 where there is padding or nothing to see"
             live = np.flatnonzero(alive)
@@ -268,4 +369,22 @@ def check(case, dtype, got):
                 error = norm(values - ref.right[name])
                 assert error <= bound, f"{where} rows {rows[0]}..{rows[-1]}: error {error:.3e}, allowed {bound:.3e}"
                 worst = max(worst, error / bound) if bound else worst
+    for name, wanted in (("d_sinks", case.sinks), ("max_logit", case.max_logit)):
+        if wanted is None:
+            continue
+        right = ref.right[name]
+        bound = (EPSILON[dtype] + 1e-6) * ref.terms[name] if name == "d_sinks" else np.full(case.heads, LSE_BOUND)
+        error = np.where(got[name] == right, 0, abs(got[name] - right))
+        assert np.all(error <= bound), f"{case.name} {dtype} {name}: got {got[name]}, right is {right}, allowed ±{bound}"
+        worst = max([worst, *(error[bound > 0] / bound[bound > 0])])
+    if case.bias and case.bias[2] != "1":
+        flat = lambda x: np.asarray(x, np.float64).reshape(-1, case.bias_shape()[3])
+        values, right, terms, plain = (flat(x) for x in (got["d_bias"], ref.right["d_bias"], ref.terms["d_bias"], ref.plain["d_bias"]))
+        assert np.all(values[terms == 0] == 0), f"{case.name} {dtype} d_bias: not 0 where nobody uses it"
+        for first in range(0, len(right), 64):
+            norm = lambda x: np.linalg.norm(x[first : first + 64])
+            bound = 3 * norm(plain - right) + 4 * EPSILON[dtype] * norm(right) + 1e-7 * norm(terms)
+            error = norm(values - right)
+            assert error <= bound, f"{case.name} {dtype} d_bias row {first}: error {error:.3e}, allowed {bound:.3e}"
+            worst = max(worst, error / bound) if bound else worst
     return worst

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from corpus import LSE_BOUND, cases, check, elements, inputs, mix, reference
+from corpus import LSE_BOUND, cases, check, elements, inputs, mix, philox, reference
 from ranks import strided
 
 pytestmark = pytest.mark.fast
@@ -27,7 +27,16 @@ def test_golden_list_partition():
     case = cases()["causal_101_list"]
     dealt = {s[1] // 5: rank for rank, of_rank in enumerate(case.stretches(3, "q")) for s in of_rank if s[0] == 1}
     assert [dealt[b] for b in range(7)] == [1, 0, 1, 1, 1, 0, 2]
-    assert len(cases()) == 93
+    assert len(cases()) == 118
+
+
+def test_golden_random_words():
+    """The known answers published with Random123 (kat_vectors, philox4x32 10)."""
+    of = lambda key, *counter: [int(word) for word in philox(key, counter)]
+    assert of(0, 0, 0, 0, 0) == [0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8]
+    assert of(2**64 - 1, *[2**32 - 1] * 4) == [0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD]
+    pi = (0x299F31D0A4093822, 0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344)
+    assert of(*pi) == [0xD16CFE09, 0x94FDCCEB, 0x5001E420, 0x24126EA1]
 
 
 def test_padding_is_nan():
@@ -48,6 +57,14 @@ def test_the_metric_notices():
             bad[name][at, 0] += error
             with pytest.raises(AssertionError, match=name):
                 check(case, dtype, bad)
+
+
+def test_the_yardstick_is_small():
+    """Plain attention's error is what others are measured by: a mistake in one of the two would excuse everything."""
+    for case in (cases()[name] for name in ("causal_33", "softcap", "alibi", "dropout", "sinks_blind", "bias_1hss", "bias_documents", "bias_and_everything")):
+        ref = reference(case, "float32")
+        for name, plain in ref.plain.items():
+            assert np.linalg.norm(plain - ref.right[name]) <= 16 * 2.0**-24 * np.linalg.norm(ref.terms[name]), (case.name, name)
 
 
 def test_strided_has_gaps():

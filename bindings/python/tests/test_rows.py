@@ -198,3 +198,26 @@ def test_dense_through_a_group():
         np.testing.assert_array_equal(labels, cp.scatter(want, mine, "bs"))
     for group in groups:
         group.close()
+
+
+def test_get_batch_on_this_cp_rank(torch):
+    ids, mask = np.arange(2 * 24).reshape(2, 24), np.arange(2 * 24 * 24).reshape(2, 1, 24, 24)
+    batch = {"tokens": ids, "attention_mask": mask, "labels": None, "max_seqlen": np.array([24])}
+    for ranks in (2, 3, 4):
+        for rank in range(ranks):
+            made = cp.get_batch_on_this_cp_rank(batch, ranks, rank)
+            # Megatron: view(2P, S/2P), chunks r and 2P-1-r.
+            pick = [rank, 2 * ranks - 1 - rank]
+            np.testing.assert_array_equal(made["tokens"], ids.reshape(2, 2 * ranks, -1)[:, pick].reshape(2, -1))
+            np.testing.assert_array_equal(made["attention_mask"], mask.reshape(2, 1, 2 * ranks, -1, 24)[:, :, pick].reshape(2, 1, -1, 24))
+            assert made["labels"] is None and made["max_seqlen"][0] == 24
+    # Packed, with padding, as torch tensors.
+    lengths = {"cu_seqlens": torch.tensor([0, 5, 14]), "cu_seqlens_padded": torch.tensor([0, 8, 24])}
+    packed = {"tokens": torch.arange(24)[None], "position_ids": torch.arange(24), **lengths}
+    made = cp.get_batch_on_this_cp_rank(packed, 2, 0)
+    assert made["tokens"].tolist() == [[0, 1, 6, 7, 8, 9, 10, 11, 20, 21, 22, 23]] and made["position_ids"].tolist() == made["tokens"][0].tolist()
+    assert made["cu_seqlens"] is packed["cu_seqlens"]
+    whole = [cp.get_batch_on_this_cp_rank(packed, 3, r, "balanced")["position_ids"].tolist() for r in range(3)]
+    assert sorted(sum(whole, [])) == list(range(24))
+    raises(Status.INVALID_ARGUMENT, "tokens|7", cp.get_batch_on_this_cp_rank, {**packed, "tokens": torch.arange(7)}, 2, 0)
+    raises(Status.INVALID_ARGUMENT, "labels|(3,)", cp.get_batch_on_this_cp_rank, {"labels": np.zeros(3)}, 2, 0)

@@ -6,6 +6,7 @@ import pytest
 import context_parallel as cp
 from context_parallel import Status
 from corpus import ROOT
+from ranks import everywhere
 
 pytestmark = pytest.mark.fast
 
@@ -65,6 +66,40 @@ def test_ours_runs_every_sample_once_within_memory():
         assert 0 < bound <= seconds
         theirs = cp.schedule_samples(lengths, ranks, tokens_per_rank, "dynamic") if ranks.bit_count() == 1 else made
         assert seconds <= theirs.time()[0]
+
+
+def test_attention_runs_by_the_schedule():
+    """Five ranks run their packs, each on its own group, forward and backward: as one rank with every sample alone."""
+    lengths, heads, dim = [300, 200, 150, 90, 70, 60, 33, 30, 20, 9, 5, 1], 2, 16
+    starts = np.cumsum([0, *lengths])
+    random = np.random.default_rng(3)
+    q, k, v, d_out = random.standard_normal((4, starts[-1], heads, dim), np.float32)
+    made = cp.schedule_samples(lengths, ranks=5, tokens_per_rank=128, cost=cp.ScheduleCost(1e-9, 1e-6, 1e-7, 0, 1e-7))
+    assert {pack.rank_count for pack in made.packs()} >= {1, 2, 3} and any(len(pack.samples) > 1 for pack in made.packs())
+
+    def layer():
+        return cp.Attention(heads=heads, head_dim=dim, dtype="float32", causal=True, format="thd")
+
+    found = np.full((4, *q.shape), np.nan, np.float32)
+
+    def work(group):
+        attention = layer()
+        attention.set_group(group)
+        for pack in made.packs(group.rank):
+            assert pack.first_rank <= group.rank < pack.first_rank + pack.rank_count
+            attention.set_group(group.subset(range(pack.first_rank, pack.first_rank + pack.rank_count)), "all_gather")
+            sequences = cp.Sequences.packed(np.cumsum([0, *(lengths[i] for i in pack.samples)]))
+            mine = cp.partition_tokens("zigzag", "thd", sequences, pack.rank_count, group.rank - pack.first_rank)
+            rows = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in pack.samples])[mine]
+            assert len(rows) <= 128
+            out, _, context = attention.forward(q[rows], k[rows], v[rows], sequences)
+            found[:, rows] = out, *attention.backward(context, d_out[rows])
+
+    everywhere(cp.Group.threads(5, timeout=60), work)
+    alone, sequences = layer(), cp.Sequences.packed(starts)
+    out, _, context = alone.forward(q, k, v, sequences)
+    for got, wanted in zip(found, (out, *alone.backward(context, d_out))):
+        np.testing.assert_allclose(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 def test_cost_by_hand():

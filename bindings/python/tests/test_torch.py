@@ -5,7 +5,7 @@ import pytest
 
 import context_parallel as cp
 from context_parallel import Status
-from corpus import DTYPES, cases, check
+from corpus import DTYPES, cases, check, philox
 from ranks import collect, everywhere, give_back, run_case, thread_groups
 from test_interface import raises
 
@@ -35,7 +35,7 @@ class AsArray:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["causal_101_sbhd", "pad_left", "thd_padded_between", "gqa_8_2"])
+@pytest.mark.parametrize("name", ["causal_101_sbhd", "pad_left", "thd_padded_between", "gqa_8_2", "everything"])
 def test_tensors(torch, name, dtype):
     case, groups = cases()[name], thread_groups(3)
 
@@ -140,6 +140,72 @@ def test_gradients_equal_sdpa(torch, comm):
         cp.gather_rows(gradient, rows, grad.numpy(), "bsh")
     np.testing.assert_allclose(gradient, whole.grad.numpy(), rtol=2e-3, atol=2e-3)
     np.testing.assert_allclose(sum(f[3] for f in found).numpy(), own.grad.numpy(), rtol=2e-3, atol=2e-2)
+
+
+def test_sinks_and_scores_equal_torch(torch):
+    """Gradients with sinks, soft-cap, ALiBi, a bias and dropout against the same in float64 with torch's own autograd: whole on every rank, or in parts."""
+    from context_parallel.torch import attention
+
+    given = [*tensors(torch), torch.tensor([0.3, -0.7, 1.1, -0.2]), torch.randn(1, 4, 21, 21)]
+    seed, numbers, p = 7, [4, 9], 0.25
+    q, k, v, d_out, sinks, bias = (x.double().requires_grad_() for x in given)
+    i, j = np.ogrid[:21, :21]
+    words = [[philox(seed, (j // 4, i, head, number)) for head in range(4)] for number in numbers]
+    kept = torch.from_numpy(np.array([[np.choose(j % 4, w) >= p * 2**32 for w in of_batch] for of_batch in words]))
+    scores = torch.einsum("bihd,bjhd->bhij", q, k.repeat_interleave(2, dim=2)) / 4
+    scores = 2 * torch.tanh(scores / 2) - torch.from_numpy(cp.alibi_slopes(4)).double()[:, None, None] * torch.from_numpy(abs(i - j)) + bias
+    scores = scores.masked_fill(torch.from_numpy(j > i), -torch.inf)
+    weights = torch.softmax(torch.cat([scores, sinks[:, None, None].expand(2, 4, 21, 1)], dim=-1), dim=-1)[..., :-1]
+    whole = torch.einsum("bhij,bjhd->bihd", weights * kept / (1 - p), v.repeat_interleave(2, dim=2))
+    (whole * d_out).sum().backward()
+
+    def work(group, comm, reach):
+        rows = cp.partition_tokens("zigzag", "bshd", SEQ, group.size, group.rank)
+        mine = [torch.from_numpy(cp.scatter(x.numpy(), rows)).requires_grad_() for x in given[:4]]
+        own, pairs = given[4].clone().requires_grad_(), given[5][:, :, rows[: len(rows) // 2]].requires_grad_()
+        layer = cp.Attention(**CONFIG, softcap=2.0, alibi=True, dropout=p, sinks=reach, bias="1hss")
+        layer.set_group(group, comm)
+        out = attention(layer, *mine[:3], SEQ, sinks=own, dropout_seed=seed, sequence_ids=numbers, bias=pairs)
+        (out * mine[3].detach()).sum().backward()
+        return rows, [out.detach(), *(x.grad for x in mine[:3])], own.grad, pairs.grad
+
+    close = dict(rtol=1e-4, atol=1e-5)
+    for comm, reach in (("p2p", "group"), ("all_gather", "rank"), ("a2a", "group"), ("a2a+p2p", "rank")):
+        groups = thread_groups(4)
+        found = everywhere(groups, lambda group: work(group, comm, reach))
+        give_back(groups)
+        for index, right in enumerate((whole.detach(), q.grad, k.grad, v.grad)):
+            got = np.full(right.shape, np.nan, np.float32)
+            for rows, results, *_ in found:
+                cp.gather_rows(got, rows, results[index].numpy())
+            np.testing.assert_allclose(got, right.numpy(), **close, err_msg=f"{comm} {index}")
+        for rows, _, _, got in found:
+            torch.testing.assert_close(got.double(), bias.grad[:, :, rows[: len(rows) // 2]], **close)
+        of_sinks = [grad.double() for _, _, grad, _ in found]
+        for got in of_sinks if reach == "group" else [sum(of_sinks)]:
+            torch.testing.assert_close(got, sinks.grad, **close)
+
+
+@pytest.mark.parametrize("name, shape, config", [("sinks", (4,), dict(sinks="rank")), ("bias", (1, 1, 21, 21), dict(bias="11ss"))])
+def test_autograd_sees_changes_of_scores(torch, name, shape, config):
+    from context_parallel.torch import attention
+
+    q, k, v, _ = (x.requires_grad_() for x in tensors(torch))
+    given = torch.zeros(shape)
+    out = attention(cp.Attention(**CONFIG, **config), q, k, v, SEQ, **{name: given})
+    given.add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_a_bias_without_gradient_is_refused(torch):
+    from context_parallel.torch import attention
+
+    layer, given = cp.Attention(**CONFIG, bias="111s"), torch.zeros(1, 1, 1, 21)
+    q, k, v, _ = (x.requires_grad_() for x in tensors(torch))
+    raises(Status.INVALID_ARGUMENT, "bias|gradient|111s", attention, layer, q, k, v, SEQ, bias=given.clone().requires_grad_())
+    attention(layer, q, k, v, SEQ, bias=given).sum().backward()
+    assert q.grad is not None
 
 
 def test_backward_of_expanded_gradients(torch):
