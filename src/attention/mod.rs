@@ -217,7 +217,29 @@ pub struct Attention {
     /// Where the last forward ran: a rank whose context is unreadable is most likely waited for there.
     forwarded: Option<u64>,
     fitted: Fitted,
+    /// Problems of earlier calls.
+    recent: RefCell<HashMap<u64, Recent>>,
+    /// Parent groups that have agreed on the configuration.
+    agreed: Vec<usize>,
     dealt: Dealt,
+}
+
+/// A problem that a call made.
+struct Recent {
+    comm: Comm,
+    ranks: u32,
+    partition: Partition,
+    problem: Arc<Problem>,
+}
+
+/// Problems that a layer remembers.
+const RECENT_PROBLEMS: usize = 1024;
+
+/// Names a group and communication of a layer.
+fn attachment(group: &Group, comm: Comm) -> u64 {
+    let mut h = Fnv::default();
+    (group.id(), group.parent_address(), comm).hash(&mut h);
+    h.finish()
 }
 
 #[derive(Clone)]
@@ -275,6 +297,8 @@ impl Attention {
             current: 0,
             forwarded: None,
             fitted: Fitted::default(),
+            recent: RefCell::default(),
+            agreed: Vec::new(),
             dealt: Dealt::default(),
         };
         a.clear_group();
@@ -311,9 +335,18 @@ impl Attention {
     /// A `comm` that could not be read comes as an error: it is posted to the other ranks, who would wait otherwise.
     pub fn set_group(&mut self, group: &Group, comm: Result<Comm>) -> Result<()> {
         group.usable()?;
+        // Switching back is a look-up: it allocates nothing.
+        if let Ok(comm) = &comm {
+            let id = attachment(group, *comm);
+            let agreed = !group.is_parent() || self.agreed.contains(&group.parent_address());
+            if agreed && self.known.contains_key(&id) {
+                self.current = id;
+                return Ok(());
+            }
+        }
         let fits = self.engine.fits(group).and(comm);
         let fits = fits.and_then(|comm| self.config.supports(comm, group.size()).map(|()| comm));
-        let new = !self.known.values().any(|a| a.group.same_parent(group) && a.group.is_parent());
+        let new = !self.agreed.contains(&group.parent_address());
         let comm = if group.is_parent() && new {
             let mut h = Fnv::default();
             (format!("{:?}", self.config), fits.as_ref().ok()).hash(&mut h);
@@ -321,6 +354,9 @@ impl Attention {
         } else {
             fits?
         };
+        if group.is_parent() && new {
+            self.agreed.push(group.parent_address());
+        }
         self.attach(group.clone(), comm);
         Ok(())
     }
@@ -331,13 +367,40 @@ impl Attention {
     }
 
     fn attach(&mut self, group: Group, comm: Comm) {
-        let mut h = Fnv::default();
-        (group.id(), group.parent_address(), comm).hash(&mut h);
-        self.current = h.finish();
+        self.current = attachment(&group, comm);
         self.known.insert(self.current, Attached { group, comm });
     }
 
+    /// The problem of a call; of one that was asked before, the same, without an allocation.
     fn problem_for(
+        &self,
+        at: &Attached,
+        seqs: &[Sequence],
+        partition: &Partition,
+    ) -> Result<Arc<Problem>> {
+        let mut h = Fnv::default();
+        (at.comm, at.group.size(), seqs, partition).hash(&mut h);
+        let key = h.finish();
+        let same = |r: &Recent| {
+            (r.comm, r.ranks) == (at.comm, at.group.size())
+                && r.problem.seqs == seqs
+                && r.partition == *partition
+        };
+        if let Some(recent) = self.recent.borrow().get(&key).filter(|r| same(r)) {
+            return Ok(recent.problem.clone());
+        }
+        let problem = self.new_problem(at, seqs.to_vec(), partition)?;
+        let mut recent = self.recent.borrow_mut();
+        if recent.len() >= RECENT_PROBLEMS {
+            recent.clear();
+        }
+        let (comm, ranks) = (at.comm, at.group.size());
+        let partition = partition.clone();
+        recent.insert(key, Recent { comm, ranks, partition, problem: problem.clone() });
+        Ok(problem)
+    }
+
+    fn new_problem(
         &self,
         at: &Attached,
         seqs: Vec<Sequence>,
@@ -362,9 +425,16 @@ impl Attention {
     pub fn problem(&self, seqs: Vec<Sequence>, list: Option<Partition>) -> Result<Arc<Problem>> {
         self.problem_for(
             &self.known[&self.current],
-            seqs,
+            &seqs,
             list.as_ref().unwrap_or(&self.config.partition),
         )
+    }
+
+    /// What a pass over these sequences runs, K and V being dense: from the caches, if it was asked before.
+    pub fn prepared(&self, seqs: &[Sequence], pass: Pass) -> Result<Arc<Prepared>> {
+        let at = &self.known[&self.current];
+        let problem = self.problem_for(at, seqs, &self.config.partition)?;
+        Ok(at.group.prepare(&problem, pass, self.options(&at.group, false), self.target()))
     }
 
     /// This rank's plan.
@@ -506,7 +576,7 @@ impl Attention {
             let args = args?;
             let problem = self.problem_for(
                 &at,
-                args.seqs.clone(),
+                &args.seqs,
                 args.list.as_ref().unwrap_or(&self.config.partition),
             )?;
             let hash = problem.fingerprint();

@@ -24,5 +24,6 @@ mod plans_svg;
 mod plans_time;
 mod ranks;
 mod review;
+mod support;
 mod tidy;
 mod trade;

@@ -3,6 +3,7 @@
 //! The table that `memory_is_proportional_to_the_rows` prints is the README's.
 
 use crate::oracle::{Inputs, element};
+use crate::plans_random::Random;
 use crate::ranks::{Layout, OUTPUTS, Shard, TENSORS, on_threads};
 use context_parallel::attention::{Args, Attention, Comm, Config};
 use context_parallel::backend::cpu::{Cpu, Simd};
@@ -18,7 +19,7 @@ use std::alloc::{GlobalAlloc, Layout as Shape, System};
 use std::cell::Cell;
 use std::io::Write;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Counts what threads with a tag allocate, whoever frees it.
 struct Counting;
@@ -26,8 +27,8 @@ struct Counting;
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// 0 is nobody, 1 … 16 are ranks, the last one is the test of the allocator.
-const TAGS: usize = 18;
+/// 0 is nobody, 1 … 16 are ranks, then switching groups; the last one is the test of the allocator.
+const TAGS: usize = 19;
 static HELD: [AtomicUsize; TAGS] = [const { AtomicUsize::new(0) }; TAGS];
 static PEAK: [AtomicUsize; TAGS] = [const { AtomicUsize::new(0) }; TAGS];
 
@@ -333,4 +334,71 @@ fn memory_is_proportional_to_the_rows() {
             assert!(ratio <= allowed, "pass {pass}: P {} to {p}: {ratio:.3} of the memory", p / 2);
         }
     }
+}
+
+/// Ten thousand random subsets of 64 ranks, of any size and order: no communicator is made for one, and a layer that goes from one to another finds
+/// the plan of its call without allocating a byte.
+#[test]
+fn switching_groups_allocates_nothing() {
+    const RANKS: u32 = 64;
+    const SUBSETS: usize = 10_000;
+    let tag = TAGS - 2;
+    let transport = local_group(RANKS).swap_remove(0);
+    let parent = Group::new(transport, Duration::from_secs(1));
+    let mut random = Random::new(7);
+    let subsets: Vec<Group> = (0..SUBSETS)
+        .map(|_| {
+            let mut ranks: Vec<u32> = (0..RANKS).filter(|r| *r == 0 || random.one_in(2)).collect();
+            for i in (1..ranks.len()).rev() {
+                ranks.swap(i, random.within(0, i as u32) as usize);
+            }
+            parent.subset(&ranks).unwrap()
+        })
+        .collect();
+    let config = Config {
+        score: Score::default(),
+        heads: 8,
+        kv_heads: 2,
+        dim_qk: 64,
+        dim_v: 64,
+        dtype: DType::Bf16,
+        scale: 0.0,
+        mask: Mask::CAUSAL,
+        packed: true,
+        partition: Partition::Zigzag,
+        wire: Wire::Storage,
+        max_rows: 0,
+        save: false,
+        deterministic: false,
+        max_segments: 0,
+    };
+    let mut layer = Attention::new(config, Cpu::new(1, Simd::detect()).unwrap()).unwrap();
+    let documents: Vec<Sequence> = [3000, 500, 1200, 70, 2400].map(Sequence::square).into();
+    let mut times = Vec::with_capacity(SUBSETS);
+    for group in &subsets {
+        layer.set_group(group, Ok(Comm::of(CommType::P2p))).unwrap();
+        layer.prepared(&documents, Pass::Forward).unwrap();
+    }
+    let ((), peak) = peak_of(tag, || {
+        for group in &subsets {
+            let start = Instant::now();
+            layer.set_group(group, Ok(Comm::of(CommType::P2p))).unwrap();
+            let prepared = layer.prepared(&documents, Pass::Forward).unwrap();
+            times.push(start.elapsed());
+            assert_eq!(prepared.plan.problem.ranks, group.size());
+            assert_eq!(prepared.plan.rank, group.rank());
+        }
+    });
+    assert_eq!(peak, 0, "bytes allocated while switching");
+    times.sort_unstable();
+    let us = |d: Duration| d.as_secs_f64() * 1e6;
+    let mean = us(times.iter().sum::<Duration>()) / SUBSETS as f64;
+    let _ = writeln!(
+        std::io::stdout(),
+        "{SUBSETS} switches between subsets of {RANKS} ranks, 5 documents: 0 bytes allocated; set_group and finding the plan: mean {mean:.1} µs, median {:.1}, 99th percentile {:.1}",
+        us(times[SUBSETS / 2]),
+        us(times[SUBSETS * 99 / 100])
+    );
+    // The goal is 20; a shared machine may be slow, an accidental search is far slower.
+    assert!(us(times[SUBSETS / 2]) < 400.0);
 }

@@ -126,7 +126,7 @@ impl Run {
     }
 
     /// Runs, and compares with the oracle: the largest error of each tensor as a share of what is allowed.
-    fn check(&self) -> Result<[f64; 5], String> {
+    pub fn check(&self) -> Result<[f64; 5], String> {
         self.compare(self.run()?)
     }
 

@@ -19,7 +19,7 @@ mod metric;
 mod plain;
 mod selftest;
 
-pub use case::{Case, SEED, cases, number};
+pub use case::{Case, Dealing, Format, SEED, cases, number};
 pub use inputs::{Inputs, decode, element, encode, gather, inputs, mix, scatter};
 pub use leakage::leakage;
 pub use metric::{Reference, Tensor, reference};

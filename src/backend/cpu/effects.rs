@@ -294,16 +294,11 @@ fn keep_body(f: &Formula, lanes: &Lanes, keys: &[u32], kept: &mut Kept) {
         // Rows that are no token have weight 0 whatever is kept.
         if key / 4 != block {
             block = key / 4;
-            for lane in 0..LANES {
-                let four = words(
-                    f.seed,
-                    lanes.sequence[lane],
-                    lanes.head[lane],
-                    lanes.position[lane],
-                    block,
-                );
-                for (i, word) in four.into_iter().enumerate() {
-                    random[i][lane] = word;
+            let all = lanes.sequence.iter().zip(&lanes.head).zip(&lanes.position);
+            for (lane, ((sequence, head), position)) in all.enumerate() {
+                let four = words(f.seed, *sequence, *head, *position, block);
+                for (row, word) in random.iter_mut().zip(four) {
+                    row[lane] = word;
                 }
             }
         }
