@@ -9,7 +9,7 @@ use super::tile::KEYS;
 use crate::backend::{Effects, View};
 use crate::dtype::DType;
 use crate::partition::Segment;
-use crate::score::{drop_below, words};
+use crate::score::{Seed, drop_below, words};
 
 /// A row that is no token: padding, or keys that no slice covers.
 const NONE: u32 = u32::MAX;
@@ -168,7 +168,11 @@ impl Formula {
             below: drop_below(score.dropout),
             grow: 1.0 / (1.0 - score.dropout),
             bias: score.bias.is_some(),
-            seed: effects.seed,
+            seed: match effects.seed {
+                Seed::Value(seed) => seed,
+                // Layers refuse it: the CPU cannot read device memory.
+                Seed::At(_) => 0,
+            },
             simd,
         }
     }
