@@ -260,6 +260,9 @@ pub fn fill(cu: &[u64], padded: &[u64], rule: &TailRule) -> Result<Pack> {
     }
     let mut longest = padded.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0);
     if let Some(slots) = rule.slots {
+        if slots > 1 << 24 {
+            return bad(format!("slots: got {slots}, allowed at most {}", 1 << 24));
+        }
         if cu.len() - 1 > slots as usize {
             let dummy = if tail > 0 && rule.tail == Tail::AppendDummy {
                 ", the dummy included"

@@ -405,6 +405,11 @@ fn validate_list(p: &Problem, lists: &[Vec<crate::partition::Stretch>], side: Si
 /// Batch entries share the rows of a bias only if a rank holds the same positions of each.
 fn validate_entries_alike(lists: &[Vec<crate::partition::Stretch>], entries: u32) -> Result<()> {
     for (rank, list) in lists.iter().enumerate() {
+        if !list.is_sorted_by_key(|s| s.seq) {
+            return Err(Error::argument(format!(
+                "bias: shared by batch entries, but the partition list of rank {rank} does not name one entry after another"
+            )));
+        }
         let of =
             |seq: u32| list.iter().filter(move |s| s.seq == seq).map(|s| (s.start, s.step, s.len));
         if let Some(entry) = (1..entries).find(|e| !of(*e).eq(of(0))) {

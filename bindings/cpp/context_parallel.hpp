@@ -737,25 +737,15 @@ class Attention {
     void forward(const Sequences &sequences, const ForwardTensors &t, Context &context, Stream stream = nullptr) {
         cp_sequences s = sequences.raw();
         cp_forward_args a = detail::sized<cp_forward_args>();
-        a.sequences = &s;
-        a.q = t.q.raw();
-        a.k = t.k.raw();
-        a.v = t.v.raw();
-        a.out = t.out.raw();
-        a.lse = t.lse.raw();
-        a.sinks = t.sinks.raw();
+        fill(a, s, sequences, t);
         a.max_logit = t.max_logit.raw();
-        a.bias = t.bias.raw();
         a.dropout_seed = t.dropout_seed;
-        a.sequence_ids = sequences.ids();
         // Sequences that make no sense are told to all ranks by forward itself, so they are no error yet.
         std::size_t saved = 0;
         if (cp_attention_saved_size(handle_, &s, &saved) != CP_OK)
             saved = 0;
         a.saved = context.reserve(saved, cuda_);
         a.saved_bytes = context.saved_bytes_;
-        a.workspace = workspace_;
-        a.workspace_bytes = workspace_bytes_;
         a.context = &context.raw_;
         check(cp_attention_forward(handle_, &a, stream));
     }
@@ -764,26 +754,16 @@ class Attention {
     void backward(const Sequences &sequences, const BackwardTensors &t, Context &context, Stream stream = nullptr) {
         cp_sequences s = sequences.raw();
         cp_backward_args a = detail::sized<cp_backward_args>();
-        a.sequences = &s;
+        fill(a, s, sequences, t);
         a.context = &context.raw_;
-        a.q = t.q.raw();
-        a.k = t.k.raw();
-        a.v = t.v.raw();
-        a.out = t.out.raw();
-        a.lse = t.lse.raw();
         a.d_out = t.d_out.raw();
         a.dq = t.dq.raw();
         a.dk = t.dk.raw();
         a.dv = t.dv.raw();
-        a.sinks = t.sinks.raw();
         a.d_sinks = t.d_sinks.raw();
-        a.bias = t.bias.raw();
         a.d_bias = t.d_bias.raw();
-        a.sequence_ids = sequences.ids();
         a.saved = context.saved();
         a.saved_bytes = context.saved_bytes_;
-        a.workspace = workspace_;
-        a.workspace_bytes = workspace_bytes_;
         check(cp_attention_backward(handle_, &a, stream));
     }
 
@@ -791,6 +771,22 @@ class Attention {
     cp_attention *get() const noexcept { return handle_; }
 
   private:
+    /// What both passes have.
+    template <class Args, class Tensors>
+    void fill(Args &a, const cp_sequences &s, const Sequences &sequences, const Tensors &t) const {
+        a.sequences = &s;
+        a.q = t.q.raw();
+        a.k = t.k.raw();
+        a.v = t.v.raw();
+        a.out = t.out.raw();
+        a.lse = t.lse.raw();
+        a.sinks = t.sinks.raw();
+        a.bias = t.bias.raw();
+        a.sequence_ids = sequences.ids();
+        a.workspace = workspace_;
+        a.workspace_bytes = workspace_bytes_;
+    }
+
     cp_attention *handle_ = nullptr;
     void *workspace_ = nullptr;
     std::size_t workspace_bytes_ = 0;
@@ -853,10 +849,8 @@ class Trade {
         cp_sequences s = sequences.raw();
         cp_trade_args a = detail::sized<cp_trade_args>();
         std::vector<cp_tensor> rows, heads;
-        for (const Tensor &t : local)
-            rows.push_back(t.raw());
-        for (const Tensor &t : whole)
-            heads.push_back(t.raw());
+        for (const Tensor &t : local) rows.push_back(t.raw());
+        for (const Tensor &t : whole) heads.push_back(t.raw());
         rows.resize(std::max(rows.size(), heads.size())); // tensors that are missing are refused, on all ranks
         heads.resize(rows.size());
         a.sequences = &s;
@@ -887,9 +881,8 @@ inline std::vector<std::uint32_t> mesh_members(const cp_mesh &mesh, const std::s
 inline std::vector<CommType> comm_types_per_layer(const std::string &names, std::size_t layers) {
     std::vector<cp_comm_type> codes(layers > 0 ? layers : 1);
     check(cp_comm_types_per_layer(names.c_str(), layers, codes.data()));
-    std::vector<CommType> types;
-    for (cp_comm_type code : codes)
-        types.push_back(static_cast<CommType>(code));
+    std::vector<CommType> types(codes.size());
+    std::transform(codes.begin(), codes.end(), types.begin(), [](cp_comm_type code) { return static_cast<CommType>(code); });
     return types;
 }
 

@@ -18,10 +18,10 @@ use crate::partition::{Partition, Side};
 use crate::plan::account::{ALIGN, Account, account};
 use crate::plan::{Kind, Options, Pass, Plan, Slot, Tensor, fewest_stages};
 use crate::problem::{CommType, Fnv, Problem, Sequence, Wire};
-use crate::score::{Score, Seed};
+use crate::score::{BiasShape, Score, Seed};
 pub use engine::{AllocFn, Allocator, FreeFn};
 use engine::{Engine, Lease};
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -219,6 +219,8 @@ pub struct Attention {
     fitted: Fitted,
     /// Problems of earlier calls.
     recent: RefCell<HashMap<u64, Recent>>,
+    /// How often problems were asked for.
+    asked: Cell<u64>,
     /// Parent groups that have agreed on the configuration.
     agreed: Vec<usize>,
     dealt: Dealt,
@@ -229,11 +231,13 @@ struct Recent {
     comm: Comm,
     ranks: u32,
     partition: Partition,
+    /// When last.
+    asked: u64,
     problem: Arc<Problem>,
 }
 
-/// Problems that a layer remembers.
-const RECENT_PROBLEMS: usize = 1024;
+/// Problems that a layer remembers: those of the subsets that it switches between. A new one takes the place of the one not asked for longest.
+const RECENT_PROBLEMS: usize = 64;
 
 /// Names a group and communication of a layer.
 fn attachment(group: &Group, comm: Comm) -> u64 {
@@ -298,6 +302,7 @@ impl Attention {
             forwarded: None,
             fitted: Fitted::default(),
             recent: RefCell::default(),
+            asked: Cell::new(0),
             agreed: Vec::new(),
             dealt: Dealt::default(),
         };
@@ -386,17 +391,21 @@ impl Attention {
                 && r.problem.seqs == seqs
                 && r.partition == *partition
         };
-        if let Some(recent) = self.recent.borrow().get(&key).filter(|r| same(r)) {
+        let now = self.asked.get() + 1;
+        self.asked.set(now);
+        if let Some(recent) = self.recent.borrow_mut().get_mut(&key).filter(|r| same(r)) {
+            recent.asked = now;
             return Ok(recent.problem.clone());
         }
         let problem = self.new_problem(at, seqs.to_vec(), partition)?;
         let mut recent = self.recent.borrow_mut();
         if recent.len() >= RECENT_PROBLEMS {
-            recent.clear();
+            let oldest = recent.iter().min_by_key(|(_, r)| r.asked).map(|(key, _)| *key);
+            oldest.and_then(|key| recent.remove(&key));
         }
         let (comm, ranks) = (at.comm, at.group.size());
         let partition = partition.clone();
-        recent.insert(key, Recent { comm, ranks, partition, problem: problem.clone() });
+        recent.insert(key, Recent { comm, ranks, partition, asked: now, problem: problem.clone() });
         Ok(problem)
     }
 
@@ -494,8 +503,22 @@ impl Attention {
             &self.config.score,
         );
         let packed = if at.group.same_pieces() { self.most_packed(&full) } else { 0 };
-        let (gathering, bound) = (gathering + tables + packed, bound + tables + packed);
+        let shared = self.most_shared_bias(&full, rows);
+        let (gathering, bound) =
+            (gathering + tables + packed + shared, bound + tables + packed + shared);
         Ok(cap.map_or(bound, |cap| bound.min(cap.saturating_add(gathering))))
+    }
+
+    /// Most bytes of a bias gradient that batch entries share, before they are summed: one sequence has none, and of several the longest has at most
+    /// half the keys.
+    fn most_shared_bias(&self, full: &Problem, rows: u32) -> usize {
+        let shared = |b: &BiasShape| b.gradient && !b.batch && !full.packed && full.inner > 1;
+        full.score.bias.filter(shared).map_or(0, |bias| {
+            let heads = if bias.heads { full.heads as usize } else { 1 };
+            // Every message slot of it is rounded up for itself.
+            rows as usize * heads * (full.bias_columns() as usize).div_ceil(2) * 4
+                + (4 + 2 * full.inner as usize) * ALIGN
+        })
     }
 
     /// Most bytes of what is packed so that messages are cut alike: own keys for a stage are no more than what arrives in one, members' rows

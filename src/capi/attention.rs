@@ -417,7 +417,9 @@ unsafe fn backward_args(
 
 /// A tensor that is there exactly where the layer asks for it.
 fn optional<'a>(given: Named_<'a>, wanted: bool, list: &mut Vec<Named_<'a>>) -> Result<()> {
-    let (name, null) = (crate::attention::name(given.0), given.1.data.is_null());
+    // Without rows a tensor may be at NULL; one that is not given has no shape either.
+    let (name, null) =
+        (crate::attention::name(given.0), given.1.data.is_null() && given.1.ndim == 0);
     match (wanted, null) {
         (true, false) => list.push(given),
         (false, true) => {}

@@ -358,6 +358,11 @@ unsafe fn dense_lengths(s: &cp_sequences, n: usize) -> Result<Vec<Sequence>> {
     // Keys of the same padded length are as queries wherever nothing else is said.
     let seq_k = if s.seq_k == 0 { s.seq_q } else { s.seq_k };
     // Before lists of that length are made.
+    if n > MOST_ENTRIES {
+        return Err(Error::unsupported(format!(
+            "sequences.count: got {n}, allowed 1 … {MOST_ENTRIES}"
+        )));
+    }
     if n as u64 * u64::from(s.seq_q.max(seq_k)) > u64::from(u32::MAX) {
         return Err(Error::unsupported(format!(
             "sequences.count: got {n} entries of {} tokens; at most 2^32 - 1 tokens in all are addressed",
@@ -561,6 +566,9 @@ pub fn bias(name: &str, t: &cp_tensor, place: Place, dtype: DType) -> Result<(Vi
     place.check(name, t)?;
     view(name, t, dtype, &[0, 2, 1, 3], "[batch, heads, queries, keys]", true)
 }
+
+/// Most batch entries: more are a mistake, and their list would not fit into memory.
+const MOST_ENTRIES: usize = 1 << 24;
 
 /// The dimensions that a bias has.
 fn bias_shape(flags: u32) -> Result<Option<BiasShape>> {

@@ -8,7 +8,7 @@ use context_parallel::plan::{
     Kind, Lane, Message, Op, Options, Pass, Plan, Rows, Slot, SlotInfo, Step, Tensor, Value,
 };
 use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
-use context_parallel::score::{Reach, Score};
+use context_parallel::score::{BiasShape, Reach, Score};
 use std::collections::{BTreeMap, HashSet};
 use std::sync::Arc;
 
@@ -20,7 +20,8 @@ fn good_plans() -> Vec<Vec<Plan>> {
     let padded = Extent { before: 1, len: 7, padded: 10 };
     let batch = vec![Sequence { q: padded, k: padded }, Sequence::square(10)];
     let whole = Some(Reach::Group);
-    let score = Score { softcap: 2.0, sinks: whole, max_logit: whole, ..Score::default() };
+    let bias = Some(BiasShape { batch: false, heads: true, queries: true, gradient: true });
+    let score = Score { softcap: 2.0, sinks: whole, max_logit: whole, bias, ..Score::default() };
     let mut out = Vec::new();
     for (p, options) in [
         (ring.clone(), plain),
@@ -558,6 +559,49 @@ fn numbers_that_are_not_reduced() {
             true
         },
         &["nobody wrote", "is not the sum"],
+    );
+}
+
+/// A feature whose slot is missing would not be computed, and nobody would notice.
+#[test]
+fn features_that_are_left_out() {
+    let kinds = [
+        Slot::caller(Tensor::Sinks),
+        Slot::caller(Tensor::Bias),
+        Slot::of(Kind::Team, Tensor::Bias),
+        Slot::of(Kind::Acc, Tensor::Top),
+    ];
+    every(
+        "a slot that is missing",
+        |plans| (0..plans.len()).flat_map(|r| (0..kinds.len()).map(move |k| (r, k))).collect(),
+        |plans, (rank, kind)| {
+            let before = plans[rank].slots.len();
+            plans[rank].slots.retain(|s| s.slot != kinds[kind]);
+            before != plans[rank].slots.len()
+        },
+        &["no slot"],
+    );
+    every(
+        "the sum instead of the largest, or the reverse",
+        steps(|s| matches!(s.op, Op::Reduce { .. })),
+        |plans, (rank, index)| {
+            let Op::Reduce { max, .. } = &mut plans[rank].steps[index].op else { panic!() };
+            *max = !*max;
+            true
+        },
+        &["the wrong way"],
+    );
+    every(
+        "queries that are said to be padding",
+        |plans| {
+            let with = plans.iter().enumerate().filter_map(|(r, p)| Some((r, p.origins.as_ref()?)));
+            with.flat_map(|(r, o)| (0..o.queries.len()).map(move |s| (r, s))).collect()
+        },
+        |plans, (rank, segment): (usize, usize)| {
+            plans[rank].origins.as_mut().unwrap().queries.remove(segment);
+            !plans[rank].share.q.is_empty()
+        },
+        &["the plan says"],
     );
 }
 

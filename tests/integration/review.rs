@@ -2,7 +2,8 @@
 
 use crate::layers::{Batch, PATIENCE, comm, config, equal_alone, layer, one, ranks};
 use crate::ranks::{Layout, on_threads};
-use context_parallel::attention::{Comm, Config};
+use context_parallel::attention::{Attention, Comm, Config};
+use context_parallel::backend::cpu::{Cpu, Simd};
 use context_parallel::capi::abi::*;
 use context_parallel::capi::about::cp_last_error;
 use context_parallel::capi::attention::*;
@@ -10,9 +11,11 @@ use context_parallel::capi::group::*;
 use context_parallel::capi::partition::cp_partition_tokens;
 use context_parallel::error::{Error, Result, Status};
 use context_parallel::group::Group;
-use context_parallel::partition::{Partition, Stretch};
+use context_parallel::holding::holding;
+use context_parallel::partition::{Partition, Side, Stretch};
 use context_parallel::plan::{Pass, Tensor};
 use context_parallel::problem::{CommType, Sequence};
+use context_parallel::score::{BiasShape, Score};
 use context_parallel::transport::bootstrap::{Kind, init_from_allgather};
 use context_parallel::transport::local::local_group;
 use std::ffi::CStr;
@@ -346,4 +349,37 @@ fn errors_while_a_thread_ends() {
         unsafe { cp_group_barrier(std::ptr::null_mut()) };
     });
     thread.join().unwrap();
+}
+
+/// The bound is of one sequence; batch entries that share a bias have sums which that has not.
+#[test]
+fn the_bound_holds_for_a_shared_bias() {
+    for (ranks, heads, shared_by_heads) in
+        [(4, 2, false), (4, 1, true), (8, 3, false), (3, 2, false)]
+    {
+        let bias =
+            BiasShape { batch: false, heads: !shared_by_heads, queries: true, gradient: true };
+        let score = Score { bias: Some(bias), ..Score::default() };
+        let config = Config { heads, kv_heads: heads, score, packed: false, ..config() };
+        for rank in 0..ranks {
+            let transport = local_group(ranks).swap_remove(rank as usize);
+            let all: Vec<u32> = (0..ranks).collect();
+            let group = Group::new(transport, Duration::from_secs(1)).subset(&all).unwrap();
+            let mut layer =
+                Attention::new(config.clone(), Cpu::new(1, Simd::Scalar).unwrap()).unwrap();
+            layer.set_group(&group, Ok(Comm::of(CommType::A2a))).unwrap();
+            for (entries, len) in [(1, 8), (2, 4), (4, 4), (3, 24)] {
+                let problem = layer.problem(vec![Sequence::square(len); entries], None).unwrap();
+                let rows = holding(&problem, rank, Side::Query).rows;
+                let most =
+                    (0..ranks).map(|r| holding(&problem, r, Side::Query).rows).max().unwrap();
+                let need = layer.account(&problem, Pass::Backward).workspace as usize;
+                let bound = layer.workspace_bound(most).unwrap();
+                assert!(
+                    need <= bound,
+                    "P {ranks} rank {rank} ({rows} rows), {heads} heads, {entries} × {len}: {need} bytes, the bound says {bound}"
+                );
+            }
+        }
+    }
 }

@@ -365,6 +365,8 @@ def _config(*, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=Fa
         max_logit=_reach("max_logit", max_logit),
         bias=0 if bias is None else choice("bias", bias, _BIASES) | (_abi.CP_BIAS_GRADIENT if bias_gradient and bias != "111s" else 0),
     )
+    if alibi is True and head_offset:
+        raise argument_error("alibi: True is for a layer with all heads of the model; with head_offset give the slopes of its heads")
     if alibi is not None and alibi is not False:
         try:
             slopes = np.array(alibi_slopes(heads) if alibi is True else on_host(alibi), dtype=np.float32, order="C")

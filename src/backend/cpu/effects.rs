@@ -432,6 +432,9 @@ compiled!(pair, pair_body, (panel: &Panel, keys: usize, p_lanes: &mut [u32], ds_
 /// The softmax of a row and its sink: (factor for the un-normalised output, LSE).
 pub fn with_sink(max: f32, sum: f32, sink: f32) -> (f32, f32) {
     let top = max.max(sink);
+    if top == f32::NEG_INFINITY && sum == 0.0 {
+        return (0.0, top); // a sink of −∞ is none
+    }
     let own = if max == f32::NEG_INFINITY { 0.0 } else { (max - top).exp() };
     let total = sum * own + (sink - top).exp();
     (own / total, top + total.ln())
@@ -472,5 +475,7 @@ mod tests {
         assert!((f64::from(factor) * total / 2f64.exp() - 1.0).abs() < 1e-6);
         assert!((f64::from(lse) - total.ln()).abs() < 1e-6);
         assert_eq!(with_sink(2.0, 3.0, f32::NEG_INFINITY).1, 2.0 + 3f32.ln());
+        let none = with_sink(f32::NEG_INFINITY, 0.0, f32::NEG_INFINITY);
+        assert_eq!(none, (0.0, f32::NEG_INFINITY));
     }
 }

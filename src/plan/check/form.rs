@@ -98,6 +98,7 @@ fn meaning(plan: &Plan, step: &Step) -> Result<(), String> {
             Ok(())
         }
         Op::Attend { slices, .. } | Op::AttendBackward { slices, .. } => {
+            score_slots(plan, &step.op)?;
             same_rows(plan, &step.op, slices)?;
             if !slices.is_sorted_by_key(|s| (s.q, s.k)) {
                 return Err("slices are not sorted by (q, k)".into());
@@ -112,6 +113,9 @@ fn meaning(plan: &Plan, step: &Step) -> Result<(), String> {
                 true => Ok(()),
                 false => Err(format!("{terms:?} and {delta:?} have other rows or heads")),
             }
+        }
+        Op::Reduce { dst, max, .. } if *max != (dst.tensor == Tensor::MaxLogit) => {
+            Err(format!("{dst:?} is reduced the wrong way"))
         }
         Op::Reduce { src, dst, dst_head, .. } => {
             let (from, to) = (find(plan, *src)?, find(plan, *dst)?);
@@ -142,6 +146,32 @@ fn meaning(plan: &Plan, step: &Step) -> Result<(), String> {
             if *value == empty { Ok(()) } else { Err(format!("{slot:?} must be {empty:?}")) }
         }
     }
+}
+
+/// What scores depend on is there: the executor takes a slot that is not there for a feature that is not asked for.
+fn score_slots(plan: &Plan, op: &Op) -> Result<(), String> {
+    let score = &plan.problem.score;
+    let has = |slot: Slot| plan.slots.iter().any(|s| s.slot == slot);
+    let finishes = matches!(op, Op::Attend { last: Some(_), .. });
+    for (what, asked, there) in [
+        ("bias", score.bias.is_some(), plan.bias().is_some()),
+        (
+            "gradient of the bias",
+            matches!(op, Op::AttendBackward { .. }) && score.bias.is_some_and(|b| b.gradient),
+            plan.d_bias().is_some(),
+        ),
+        ("sinks", finishes && score.sinks.is_some(), has(Slot::caller(Tensor::Sinks))),
+        (
+            "largest scores",
+            finishes && score.max_logit.is_some(),
+            has(Slot::of(Kind::Acc, Tensor::Top)),
+        ),
+    ] {
+        if asked && !there {
+            return Err(format!("has no slot for the {what}"));
+        }
+    }
+    Ok(())
 }
 
 /// Everything with a row per query has as many, and no slice goes beyond them.

@@ -331,12 +331,23 @@ fn origins(
         }
         tokens
     };
+    // Rows that see nothing too: those of tokens have a sink, those of padding have none.
+    let all_rows = plan.info(q.0).rows;
     let keys = origins.keys.get(stage as usize).ok_or("a stage whose tokens are not known")?;
     let q_told = told(&origins.queries, plan.info(q.0).rows, Side::Query);
     let k_told = told(keys, plan.info(k).rows, Side::Key);
-    let q_rows = slices.iter().flat_map(|s| s.q..s.q + s.q_len).map(|row| (q, row, &q_told));
+    let q_rows = (0..all_rows).map(|row| (q, row, &q_told));
     let k_rows = slices.iter().flat_map(|s| s.k..s.k + s.k_len);
     let k_rows = k_rows.map(|row| ((k, Tensor::K), row, &k_told));
+    for ((slot, _), row, told) in q_rows.chain(k_rows) {
+        let token = memory.of(slot).read(row, 0)? as u32;
+        if told[row as usize] != token {
+            return Err(format!(
+                "{slot:?} row {row} is token {token}, the plan says {}",
+                told[row as usize]
+            ));
+        }
+    }
     // A bias for every query: that of the right query, and head.
     if let (Some(slot), Some(true)) = (plan.bias(), plan.problem.score.bias.map(|b| b.queries)) {
         let info = plan.info(slot);
@@ -346,18 +357,12 @@ fn origins(
             for head in 0..info.heads {
                 let want = identity(Tensor::Bias, first + head, q_told[row as usize]);
                 if memory.of(slot).read(row, head)? != want {
-                    return Err(format!("{slot:?} row {row} head {head} is another query's bias"));
+                    let (head_is, token) = (first + head, q_told[row as usize]);
+                    return Err(format!(
+                        "{slot:?} row {row} head {head} is not Bias of head {head_is}, token {token}"
+                    ));
                 }
             }
-        }
-    }
-    for ((slot, _), row, told) in q_rows.chain(k_rows) {
-        let token = memory.of(slot).read(row, 0)? as u32;
-        if told[row as usize] != token {
-            return Err(format!(
-                "{slot:?} row {row} is token {token}, the plan says {}",
-                told[row as usize]
-            ));
         }
     }
     Ok(())
