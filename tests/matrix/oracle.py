@@ -172,7 +172,7 @@ class Oracle:
             if name in got:
                 values, right = got[name].astype(np.float64), self.small[name]
                 error = abs(values - right)
-                found[name] = ((error / bound).max(), np.linalg.norm(error) / np.linalg.norm(right), (error / (tolerance + tolerance * abs(right))).max())
+                found[name] = ((error / bound).max(), relative(error, right), (error / (tolerance + tolerance * abs(right))).max())
         return found
 
 
@@ -185,6 +185,11 @@ def share(error, bound):
     return np.where((error == 0) & (bound == 0), 0, error / np.where(bound == 0, np.finfo(float).tiny, bound))
 
 
+def relative(error, right):
+    length = np.linalg.norm(right)
+    return np.linalg.norm(error) / length if length else np.inf if error.any() else 0.0
+
+
 def judge(values, right, bound, alive, tolerance):
     live, starts = block_rows(alive)
     values, right = values.astype(np.float64), right.astype(np.float64)
@@ -192,7 +197,7 @@ def judge(values, right, bound, alive, tolerance):
         return np.inf, np.inf, np.inf
     values, right = values[live], right[live]
     error = values - right
-    return share(norms(error, starts), bound).max(), np.linalg.norm(error) / np.linalg.norm(right), (abs(error) / (tolerance + tolerance * abs(right))).max()
+    return share(norms(error, starts), bound).max(), relative(error, right), (abs(error) / (tolerance + tolerance * abs(right))).max()
 
 
 def judge_bias(values, right, bound, tolerance):
@@ -202,8 +207,7 @@ def judge_bias(values, right, bound, tolerance):
         return np.inf, np.inf, np.inf
     right[unused] = 0
     error, starts = values - right, np.arange(0, len(right), ROWS)
-    length = np.linalg.norm(right)
-    return share(norms(error, starts), bound).max(), np.linalg.norm(error) / length if length else 0, (abs(error) / (tolerance + tolerance * abs(right))).max()
+    return share(norms(error, starts), bound).max(), relative(error, right), (abs(error) / (tolerance + tolerance * abs(right))).max()
 
 
 def pieces(case):

@@ -100,7 +100,7 @@ def refusal(run, seq):
     case = run.setup.case
     offered, why = cp.query_support(
         run.ranks, run.comm, heads=case.heads, kv_heads=case.kv_heads, head_dim=case.dim_qk, head_dim_v=case.dim_v, dtype=run.setup.dtype, causal=case.causal,
-        window=(case.left, case.right), format=case.format, bias=case.bias, sinks=case.sinks, max_logit=case.max_logit,
+        window=(case.left, case.right), format=case.format, partition=case.partition, bias=case.bias, sinks=case.sinks, max_logit=case.max_logit,
         **({"inner_size": 2} if run.comm == "a2a+p2p" else {}))  # fmt: skip
     if offered:
         return None

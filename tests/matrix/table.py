@@ -1,5 +1,5 @@
 """What TransformerEngine tests of its context parallelism (tests/pytorch/attention/test_attention_with_cp.py, model_configs_flash_attn and
-model_configs_fused_attn), as data, and the cases that come of it."""
+model_configs_fused_attn; tests/jax/test_distributed_fused_attn.py) and Megatron of its packed sequences, as data, and the cases that come of it."""
 
 import itertools
 import zlib
@@ -55,7 +55,21 @@ FUSED = {
     "5_0": (2, 1024, 16, 16, 256, 256, True, None),
     "5_1": (2, 1024, 16, 16, 256, 256, True, (128, 0)),
 }
-TABLES = {"flash": FLASH, "fused": FUSED}
+# JAX: its shapes for 4 ranks (128·2P and 256·2P tokens), key heads as many and an eighth; with a window of 20 its ring deals tokens in stripes.
+JAX_SHAPES = {"1": (2, 1024, 8, 128), "2": (4, 2048, 16, 64)}
+JAX_MASKS = {"causal": (True, None), "full": (False, None), "w20": (True, (20, 0), {"partition": "striped"}), "w5": (True, (5, 0))}
+JAX = {
+    f"{shape}_{group}_{mask}": (b, s, heads, heads // group, dim, dim, *of_mask[:2], {"documents": 5, **(*of_mask, {})[2]})
+    for shape, (b, s, heads, dim) in JAX_SHAPES.items() for group in (1, 8) for mask, of_mask in JAX_MASKS.items()
+} | {"d256": (2, 1024, 16, 16, 256, 256, True, None, {"documents": 5})}  # fmt: skip
+# Megatron compares packed with dense sequences of these lengths. Two more of its sets, with one of 65,536 and of 65,535, are too long for the oracle.
+MEGATRON = {
+    "1": (3, 2039, 64, 4, 64, 64, True, None, {"lengths": (2039, 1013, 509)}),
+    "2": (3, 31, 16, 4, 64, 64, True, None, {"lengths": (17, 31, 11)}),
+    "3": (3, 4093, 32, 8, 128, 128, True, None, {"lengths": (4093, 127, 257)}),
+}
+TABLES = {"flash": FLASH, "fused": FUSED, "jax": JAX, "megatron": MEGATRON}
+FORMATS = {"flash": ("bshd", "sbhd", "thd", "thd-dense"), "fused": ("bshd", "sbhd", "thd"), "jax": ("bshd", "thd"), "megatron": ("thd",)}
 
 
 @dataclass(frozen=True)
@@ -115,28 +129,28 @@ def case(family, id, kind, seq):
     if kind == "dense":
         extents = (Extent(0, length, length),) * batch
     else:
-        # A multiple of 8 is one of 2P for P = 2 and P = 4, so that both have one oracle. Lengths without padding of their own are drawn again.
+        # JAX: documents of a pack. A multiple of 8 is one of 2P for P = 2 and P = 4, so that both have one oracle. Lengths without padding of their own are drawn again.
         random = np.random.default_rng([SEED, zlib.crc32(f"{family} {id} lengths".encode())])
-        lens = []
-        while len(lens) < batch:
+        lens = [max(shrunk(n), min(n, 40)) for n in extra.get("lengths", ())]
+        while len(lens) < extra.get("documents", batch):
             drawn = int(random.integers(0, length + 1))
             if drawn % 8:
                 lens.append(drawn)
         padded = [-(-n // 8) * 8 for n in lens]
         extents = tuple(Extent(0, n if kind == "thd" else p, p) for n, p in zip(lens, padded))
     return Case(f"{family}_{id}-{kind}-{seq}", (), "bshd" if kind == "dense" else "thd", extents, extents, heads, kv_heads, dim_qk, dim_v, causal, False,
-                left, right, "zigzag", None, None, False, extra.get("bias"), 0.0, "group" if "sinks" in extra else None, extra.get("max_logit"))  # fmt: skip
+                left, right, extra.get("partition", "zigzag"), None, None, False, extra.get("bias"), 0.0, "group" if "sinks" in extra else None, extra.get("max_logit"))  # fmt: skip
 
 
 def runs(seq, sample=False):
     """All cases, those of one oracle in a row. sample: for every configuration four cases that together hold every communication type, format and storage
     type, turned from one configuration to the next so that all pairs of the three appear."""
     for number, (family, id) in enumerate((family, id) for family, rows in TABLES.items() for id in rows):
-        formats = ("bshd", "sbhd", "thd") + (("thd-dense",) if family == "flash" else ())
+        formats, dtypes = FORMATS[family], DTYPES if family in ("flash", "fused") else DTYPES[:1]
         learnable = (*TABLES[family][id], {})[8].get("sinks") == "learnable"
-        wanted = set(itertools.product(formats, COMMS, DTYPES))
+        wanted = set(itertools.product(formats, COMMS, dtypes))
         if sample:
-            wanted = {(formats[(i + number) % len(formats)], COMMS[(i + number // 4) % 4], DTYPES[(i // 2 + number) % 2]) for i in range(4)}
+            wanted = {(formats[(i + number) % len(formats)], COMMS[(i + number // 4) % 4], dtypes[(i // 2 + number) % len(dtypes)]) for i in range(4)}
         for kind, dtype in itertools.product(("dense", "thd", "thd-dense"), DTYPES):
             mine = [format for format in formats if (format if format.startswith("thd") else "dense") == kind]
             setup = None
