@@ -237,6 +237,10 @@
 // The whole group's: the same number on every rank, for one more exchange of some bytes.
 #define CP_REACH_GROUP 2
 
+// cp_forward_args.flags: dropout_seed is the address of the seed, a uint64_t in device memory that the kernels of forward and backward read when they
+// run: a graph draws another mask in every replay for which it is written before. On CUDA, with dropout. Forward and backward must find the same.
+#define CP_FORWARD_SEED_AT 1
+
 // Forward.
 #define CP_PASS_FORWARD 0
 
@@ -876,15 +880,15 @@ typedef struct cp_context {
     uint64_t attached;
     // Forward's dropout seed.
     uint64_t dropout_seed;
-    // 0.
-    uint64_t reserved;
+    // CP_FORWARD_SEED_AT if that is an address; the rest 0.
+    uint64_t flags;
 } cp_context;
 
 // Arguments of cp_attention_forward. S is the local sequence: what the partition gives this rank.
 typedef struct cp_forward_args {
     // sizeof(cp_forward_args).
     uint32_t struct_size;
-    // Must be 0.
+    // CP_FORWARD_SEED_AT or 0.
     uint32_t flags;
     // The sequences. [in]
     const struct cp_sequences *sequences;
@@ -913,7 +917,7 @@ typedef struct cp_forward_args {
     struct cp_tensor sinks;
     // With max_logit: `[heads]` fp32, ndim 1; -inf where nothing is seen. [out]
     struct cp_tensor max_logit;
-    // With dropout: the seed, equal on all ranks.
+    // With dropout: the seed, equal on all ranks; with CP_FORWARD_SEED_AT its address.
     uint64_t dropout_seed;
     // With dropout: a number for every sequence, `[count]`, equal on all ranks: equal numbers drop alike, wherever and with whatever else they
     // are computed. NULL = index in the call.

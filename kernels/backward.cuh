@@ -14,12 +14,15 @@
 #include "bounds.cuh"
 #include "params.h"
 #include "ptx.cuh"
+#include "score.cuh"
 #include "tile.cuh"
 
 // BM×BN: query rows × keys of a tile. WARPS warps; of them lie along the query rows S_M in S and dP, DQ_M in dQ, and along the keys KEYS in dK
-// and dV. A product's rows and columns per warp are multiples of 16. STAGES: tiles of Q and of dO in shared memory, 1 or 2.
-template <int BM_, int BN_, int DQK_, int DV_, int WARPS_, int S_M_, int KEYS_, int DQ_M_, int Q_STAGES_, int DO_STAGES_>
+// and dV. A product's rows and columns per warp are multiples of 16. STAGES: tiles of Q and of dO in shared memory, 1 or 2. SCORE: with what
+// score.cuh adds to scores and weights.
+template <int BM_, int BN_, int DQK_, int DV_, int WARPS_, int S_M_, int KEYS_, int DQ_M_, int Q_STAGES_, int DO_STAGES_, bool SCORE_ = false>
 struct BackwardShape {
+    static constexpr bool SCORE = SCORE_;
     static constexpr int BM = BM_, BN = BN_, DQK = DQK_, DV = DV_, WARPS = WARPS_, THREADS = 32 * WARPS_;
     static constexpr int S_M = S_M_, S_N = WARPS / S_M, KEYS = KEYS_, DIMS = WARPS / KEYS, DQ_M = DQ_M_, DQ_N = WARPS / DQ_M;
     static constexpr int Q_STAGES = Q_STAGES_, DO_STAGES = DO_STAGES_;
@@ -38,8 +41,8 @@ struct BackwardShape {
     static constexpr int AT_K = 0, AT_V = AT_K + K::BYTES, AT_Q = AT_V + V::BYTES, AT_DO = AT_Q + Q_STAGES * Q::BYTES;
     static constexpr int AT_P = AT_DO + DO_STAGES * DO::BYTES, AT_DS = AT_P + S::BYTES;
     static constexpr int AT_LSE = AT_DS + S::BYTES, AT_DELTA = AT_LSE + BM * 4, AT_KEYS = AT_DELTA + BM * 4, AT_DQ = AT_KEYS + BM * 4;
-    static constexpr int AT_TURN = AT_DQ + 2 * BM * 8, AT_WORK = AT_TURN + 2 * 16;
-    static constexpr int SHARED = AT_WORK + 32;
+    static constexpr int AT_TURN = AT_DQ + 2 * BM * 8, AT_WORK = AT_TURN + 2 * 16, AT_TOKENS = AT_WORK + 32;
+    static constexpr int SHARED = AT_TOKENS + (SCORE ? BM * (int)sizeof(Token) : 0);
 };
 
 // acc += A·B. A: M blocks of rows, from a tile that holds it as [m][k]; B: N blocks of columns, from one that holds [n][k]; K blocks deep.
@@ -163,6 +166,7 @@ struct Backward {
     DEVICE float* lse_row(uint32_t row) const { return (float*)(shared + C::AT_LSE) + row; }
     DEVICE float* delta_row(uint32_t row) const { return (float*)(shared + C::AT_DELTA) + row; }
     DEVICE uint32_t* keys_row(uint32_t row) const { return (uint32_t*)(shared + C::AT_KEYS) + row; }
+    DEVICE Token* token_row(uint32_t row) const { return (Token*)(shared + C::AT_TOKENS) + row; }
     DEVICE int64_t* dq_row(uint32_t stage, uint32_t row) const { return (int64_t*)(shared + C::AT_DQ) + stage * C::BM + row; }
 
     // Deterministic: the counter of a query tile, and what it must be before the adds.
@@ -214,9 +218,10 @@ struct Backward {
         float delta;
         uint32_t keys;   // that it sees, relative to the tile: first | number << 16
         int64_t dq;      // element offset of its dQ; −1: none
+        Token token;     // SCORE
     };
     DEVICE Row load_row(const QueryTile& at) const {
-        Row x{__builtin_huge_valf(), 0.0f, 0, -1};
+        Row x{__builtin_huge_valf(), 0.0f, 0, -1, Token{0, 0, 0}};
         uint32_t row = at.row + thread;
         cp_part part = load_part(p.parts, at.part);
         if (row < part.begin || row >= part.end) return x;
@@ -234,6 +239,7 @@ struct Backward {
         x.delta = load_constant((const float*)p.delta.ptr + element_offset(p.delta, row, at.head));
         x.keys = (range.lo - tile.row) | (range.hi - range.lo) << 16;
         x.dq = element_offset(p.dq, row, at.head);
+        if constexpr (C::SCORE) x.token = load_token(p, row);
         return x;
     }
     DEVICE void store_turn(const QueryTile& at, uint32_t stage) const {
@@ -247,6 +253,7 @@ struct Backward {
         *delta_row(thread) = x.delta;
         *keys_row(thread) = x.keys;
         *dq_row(stage, thread) = x.dq;
+        if constexpr (C::SCORE) *token_row(thread) = x.token;
     }
 
     static constexpr int SM = C::BM / C::S_M / 16, SN = C::BN / C::S_N / 16;  // blocks of S per warp
@@ -303,6 +310,97 @@ struct Backward {
                     for (int n = 0; n < 2 * DN; n++)
 #pragma unroll
                         for (int e = 2 * h; e < 2 * h + 2; e++) d[m][n][e] = s[m][2 * c + n][e] * (d[m][n][e] - delta);
+                }
+            store_bits<T, typename C::S>(shared + C::AT_DS, d, row, col + c * 16, lane);
+        }
+    }
+
+    // The same with what score.cuh adds: P' = kept·P / (1 − p) and dS = P ∘ (kept·dP / (1 − p) − delta) ∘ (derivative of the soft-cap). P' is stored
+    // before dP is there; until then P·derivative stays in registers, and a bit per score that says what is kept.
+    DEVICE void finish_scores(const QueryTile& at, const unsigned char* q, const unsigned char* d_out, bool full) const {
+        static_assert(!C::SCORE || SN * 8 <= 32, "a bit per score");
+        const uint32_t thread = opaque(this->thread), warp = thread / 32, lane = thread % 32;
+        const uint32_t row = warp % C::S_M * (SM * 16), col = warp / C::S_M * (SN * 16);
+        const uint32_t first = col + lane % 4 * 2, last = work().tile.row + work().tile.rows - 1;  // keys past it are hidden
+        float s[SM][2 * SN][4];
+        clear(s);
+        multiply_nt<T, typename C::Q, typename C::K, SM, SN, C::DQK / 16>(s, q, shared + C::AT_K, row, col, lane);
+#pragma unroll
+        for (int m = 0; m < SM; m++)
+#pragma unroll
+            for (int n = 0; n < 2 * SN; n++)
+#pragma unroll
+                for (int e = 0; e < 4; e++) s[m][n][e] *= p.scale;
+        if (p.softcap != 0.0f) {
+#pragma unroll
+            for (int m = 0; m < SM; m++)
+#pragma unroll
+                for (int n = 0; n < 2 * SN; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) s[m][n][e] = soft_cap(s[m][n][e], p.softcap, p.softcap_inverse);
+        }
+        uint32_t kept[SM];
+#pragma unroll
+        for (int m = 0; m < SM; m++) kept[m] = 0xffffffffu;
+        if (p.drop_below != 0) {
+            const uint64_t seed = dropout_seed(p);
+            const uint32_t number = model_head(p, at.head);
+#pragma unroll
+            for (int m = 0; m < SM; m++) {
+                kept[m] = 0;
+                const Token queries[2] = {*token_row(row + m * 16 + lane / 4), *token_row(row + m * 16 + 8 + lane / 4)};
+#pragma unroll 1
+                for (uint32_t n = 0; n < 2 * SN; n++) {
+                    const uint32_t key = work().tile.row + first + n * 8;
+                    const uint32_t position = load_position(p, min(key, last)), next = load_position(p, min(key + 1, last));
+#pragma unroll
+                    for (int h = 0; h < 2; h++) kept[m] |= kept_pair(p, seed, number, queries[h], position, next) << (4 * n + 2 * h);
+                }
+            }
+        }
+        const float slope = slope_of(p, at.head);
+#pragma unroll
+        for (int m = 0; m < SM; m++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const uint32_t r = row + m * 16 + h * 8 + lane / 4, keys = *keys_row(r);
+                const float lse = *lse_row(r);
+                const Token token = *token_row(r);
+#pragma unroll
+                for (int n = 0; n < 2 * SN; n++) {
+                    float weights[2];
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        float& x = s[m][n][2 * h + e];
+                        // 1 − tanh²; without a soft-cap its inverse is 0.
+                        const float t = x * p.softcap_inverse, derivative = 1.0f - t * t;
+                        if (slope != 0.0f) x -= slope * distance(load_position(p, min(work().tile.row + first + (n * 8 + e), last)), token);
+                        const bool seen = full || first + (n * 8 + e) - (keys & 0xffff) < keys >> 16;
+                        const float weight = exp2_approx(seen ? x * LOG2_E - lse : -__builtin_huge_valf());
+                        weights[e] = kept[m] >> (4 * n + 2 * h + e) & 1 ? weight * p.grow : 0.0f;
+                        x = weight * derivative;
+                    }
+                    *(uint32_t*)(shared + C::AT_P + C::S::offset2(r, first + n * 8)) = pack2<T>(weights[0], weights[1]);
+                }
+            }
+#pragma unroll
+        for (int c = 0; c < SN; c += DN) {
+            float d[SM][2 * DN][4];
+            clear(d);
+            sync_warp();  // as in `run`
+            multiply_nt<T, typename C::DO, typename C::V, SM, DN, C::DV / 16>(d, d_out, shared + C::AT_V, row, col + c * 16, lane);
+#pragma unroll
+            for (int m = 0; m < SM; m++)
+#pragma unroll
+                for (int h = 0; h < 2; h++) {
+                    const float delta = *delta_row(row + m * 16 + h * 8 + lane / 4);
+#pragma unroll
+                    for (int n = 0; n < 2 * DN; n++)
+#pragma unroll
+                        for (int e = 2 * h; e < 2 * h + 2; e++) {
+                            const float grow = kept[m] >> (4 * (2 * c + n) + e) & 1 ? p.grow : 0.0f;
+                            d[m][n][e] = s[m][2 * c + n][e] * (d[m][n][e] * grow - delta);
+                        }
                 }
             store_bits<T, typename C::S>(shared + C::AT_DS, d, row, col + c * 16, lane);
         }
@@ -417,7 +515,11 @@ struct Backward {
             const unsigned char* d_out = shared + C::AT_DO + (C::DO_STAGES == 2 ? stage : 0) * C::DO::BYTES;
             cp_async_wait<0>();
             sync_block();  // this tile is there, and no one reads the one before any more
-            scores(q, d_out, full);
+            if constexpr (C::SCORE) {
+                finish_scores(at, q, d_out, full);
+            } else {
+                scores(q, d_out, full);
+            }
             sync_block();  // P and dS are there; lse, delta and keys are read
             multiply_tn<T, typename C::S, typename C::DO, KM, VN, C::BM / 16>(dv, shared + C::AT_P, d_out, keys, dims * VN, lane);
             // Behind the first products, when s and dP are gone from the registers: the next tile.
@@ -470,5 +572,12 @@ DEVICE void backward(const cp_attention_params& p) {
         using Shape = BackwardShape<q_rows, k_rows, dqk, dv, warps, s_m, keys, dq_m, q_stages, do_stages>;                     \
         static_assert(Shape::SHARED == CP_BACKWARD_SHARED(dqk, dv, q_rows, k_rows, q_stages, do_stages), "shapes.h");          \
         static_assert(Shape::SHARED <= limit * 1024, "shared memory");                                                         \
+        backward<T, Shape>(p);                                                                                                 \
+    }
+#define CP_BACKWARD_KERNEL_SCORE(name, T, dqk, dv, q_rows, k_rows, warps, s_m, keys, dq_m, q_stages, do_stages)                \
+    extern "C" __global__ void __launch_bounds__(warps * 32, 1) name(const __grid_constant__ cp_attention_params p) {          \
+        using Shape = BackwardShape<q_rows, k_rows, dqk, dv, warps, s_m, keys, dq_m, q_stages, do_stages, true>;               \
+        static_assert(Shape::SHARED == CP_BACKWARD_SHARED_SCORE(dqk, dv, q_rows, k_rows, q_stages, do_stages), "shapes.h");    \
+        static_assert(Shape::SHARED <= 99 * 1024, "shared memory");                                                            \
         backward<T, Shape>(p);                                                                                                 \
     }

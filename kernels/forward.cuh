@@ -12,11 +12,13 @@
 #include <math.h>
 
 #include "bounds.cuh"
+#include "score.cuh"
 #include "shapes.h"
 #include "softmax.cuh"
 #include "tile.cuh"
 
-template <class T, int DQK, int DV, int BM, int BN, int WARPS>
+// SCORE: with what score.cuh adds to scores and weights, sinks, and the largest score of every row.
+template <class T, int DQK, int DV, int BM, int BN, int WARPS, bool SCORE>
 struct Forward {
     static constexpr int THREADS = WARPS * 32;
     static constexpr int WM = BM / WARPS;  // rows of a warp
@@ -130,12 +132,18 @@ struct Forward {
         TileLoader<BN, DV, THREADS> v;
         // |scale·log2(e)|, or 1 for 0: flip() does the rest. On bits, so that it stays in a register of the whole warp.
         const uint32_t magnitude = __float_as_uint(p.scale_log2) & 0x7fffffffu;
-        const float scale_log2 = __uint_as_float(magnitude == 0 ? 0x3f800000u : magnitude);
+        // With SCORE they become scores of scale 1 before anything else happens to them.
+        const float scale_log2 = SCORE ? LOG2_E : __uint_as_float(magnitude == 0 ? 0x3f800000u : magnitude);
+        Token tokens[M][2];
+        uint32_t kept[M] = {};
+        if constexpr (SCORE) {
+            load_tokens(tile, tokens);
+        }
 
         sync_block();  // all warps are done with the work before
         q.start(p.q, head(), tile.row, thread);
         q.load(q_tile, p.q, tile.row, tile.row + tile.rows, p.q_used, p.dim_qk, thread);
-        if (p.scale_log2 <= 0.0f) {
+        if (!SCORE && p.scale_log2 <= 0.0f) {
             cp_async_commit();
             cp_async_wait<0>();
             sync_block();
@@ -165,8 +173,8 @@ struct Forward {
                 cp_async_commit();
             }
             if (pending) {
-                softmax.meet(scores, out, scale_log2);
-                multiply_values(scores, v_tile, scale_log2);
+                softmax.meet(scores, out, scale_log2, SCORE && p.flags & CP_LARGEST ? 0.0f : softmax.SLACK);
+                multiply_values(scores, v_tile, scale_log2, kept);
             }
             if (more) {
                 if (turn) {
@@ -182,6 +190,11 @@ struct Forward {
                 // What this warp's rows see of the tile: nothing, or something, or all. Finer than the part's own full_begin, full_end.
                 const KeyRange range = ranges[lane % WM];
                 pending = any_lane(range.lo < key + BN && range.hi > key);
+                if constexpr (SCORE) {
+                    if (pending) {
+                        finish_scores(scores, tokens, kept, key, part.end - 1);
+                    }
+                }
                 if (any_lane(range.lo > key || range.hi < key + BN)) {
                     hide(scores, ranges, key, lane);
                 }
@@ -219,6 +232,90 @@ struct Forward {
         sync_warp();
     }
 
+    // The tokens of a lane's rows.
+    DEVICE void load_tokens(const cp_tile& tile, Token (&tokens)[M][2]) {
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int r = row_of(m, h);
+                tokens[m][h] = inside(tile, r) ? load_token(p, tile.row + warp * WM + r) : Token{CP_NO_TOKEN, 0, 0};
+            }
+        }
+    }
+
+    // Scores q·k get their final values; bit 4·n + i of `kept`: dropout keeps the weight of scores[m][n][i]. Keys past `last` are hidden afterwards.
+    DEVICE void finish_scores(float (&scores)[M][N][4], const Token (&tokens)[M][2], uint32_t (&kept)[M], uint32_t key, uint32_t last) {
+        static_assert(!SCORE || N * 4 <= 32, "a bit per score");
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    scores[m][n][i] *= p.scale;
+                }
+            }
+        }
+        if (p.softcap != 0.0f) {
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        scores[m][n][i] = soft_cap(scores[m][n][i], p.softcap, p.softcap_inverse);
+                    }
+                }
+            }
+        }
+        const uint32_t first = key + lane % 4 * 2;
+        if (p.alibi != 0) {
+            const float slope = slope_of(p, head());
+#pragma unroll
+            for (int n = 0; n < N; n++) {
+#pragma unroll
+                for (int e = 0; e < 2; e++) {
+                    const uint32_t position = load_position(p, min(first + (n * 8 + e), last));
+#pragma unroll
+                    for (int m = 0; m < M; m++) {
+#pragma unroll
+                        for (int h = 0; h < 2; h++) {
+                            scores[m][n][2 * h + e] -= slope * distance(position, tokens[m][h]);
+                        }
+                    }
+                }
+            }
+        }
+        if (p.drop_below != 0) {
+            const uint64_t seed = dropout_seed(p);
+            const uint32_t number = model_head(p, head());
+#pragma unroll
+            for (int m = 0; m < M; m++) {
+                kept[m] = 0;
+            }
+#pragma unroll 1
+            for (int n = 0; n < N; n++) {
+                const uint32_t position = load_position(p, min(first + n * 8, last)), next = load_position(p, min(first + n * 8 + 1, last));
+#pragma unroll
+                for (int m = 0; m < M; m++) {
+#pragma unroll
+                    for (int h = 0; h < 2; h++) {
+                        kept[m] |= kept_pair(p, seed, number, tokens[m][h], position, next) << (4 * n + 2 * h);
+                    }
+                }
+            }
+        }
+    }
+
+    // Four weights, of which the lowest bits say which are kept. The sum has them all.
+    DEVICE static void drop(float (&x)[4], uint32_t kept) {
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            x[i] = kept >> i & 1 ? x[i] : 0.0f;
+        }
+    }
+
     // scores = Q·Kᵀ
     DEVICE void multiply_keys(float (&scores)[M][N][4], const unsigned char* q_tile, const unsigned char* k_tile) {
         const uint32_t q_lane = QTile::lane_across(warp * WM, lane), k_lane = KTile::lane_down(0, lane);
@@ -250,7 +347,7 @@ struct Forward {
     }
 
     // out += P·V, P = softmax of the scores, made 16 columns at a time
-    DEVICE void multiply_values(float (&scores)[M][N][4], const unsigned char* v_tile, float scale_log2) {
+    DEVICE void multiply_values(float (&scores)[M][N][4], const unsigned char* v_tile, float scale_log2, const uint32_t (&kept)[M]) {
         const uint32_t v_lane = VTile::lane_across(0, lane);
 #pragma unroll
         for (int k = 0; k < BN / 16; k++) {
@@ -259,6 +356,12 @@ struct Forward {
             for (int m = 0; m < M; m++) {
                 softmax.weigh(scores[m][2 * k], m, scale_log2);
                 softmax.weigh(scores[m][2 * k + 1], m, scale_log2);
+                if constexpr (SCORE) {
+                    if (p.drop_below != 0) {
+                        drop(scores[m][2 * k], kept[m] >> (8 * k));
+                        drop(scores[m][2 * k + 1], kept[m] >> (8 * k + 4));
+                    }
+                }
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const float(&x)[4] = scores[m][2 * k + i / 2];
@@ -326,14 +429,28 @@ struct Forward {
         unsigned char* const staged = shared + warp * WM * QTile::STRIDE;
         const cp_tile tile = this->tile();
         const int64_t out_at = offset_of_lane(tile, p.out), lse_at = offset_of_lane(tile, p.lse);
+        [[maybe_unused]] const int64_t top_at = SCORE && p.top.ptr != 0 ? offset_of_lane(tile, p.top) : 0;
         sync_warp();
 #pragma unroll
         for (int m = 0; m < M; m++) {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const int r = row_of(m, h);
+                float factor = p.grow;
+                if constexpr (SCORE) {
+                    const int64_t top = offset_of_row(top_at, r);
+                    if (p.top.ptr != 0 && inside(tile, r) && lane % 4 == 0) {
+                        store_global((float*)p.top.ptr + top, softmax.sum[m][h] == 0.0f ? -INFINITY : softmax.max[m][h] / LOG2_E);
+                    }
+                    if (p.sinks.ptr != 0 && inside(tile, r) && load_token(p, tile.row + warp * WM + r).position != CP_NO_TOKEN) {
+                        factor *= softmax.join(m, h, load_constant((const float*)p.sinks.ptr + (p.q_first + head()) * p.sinks.stride_head) * LOG2_E);
+                    }
+                }
                 const float sum = softmax.sum[m][h];
-                const float scale = sum == 0.0f ? 0.0f : 1.0f / sum;  // a row that saw nothing: 0
+                float scale = sum == 0.0f ? 0.0f : 1.0f / sum;  // a row that saw nothing: 0
+                if constexpr (SCORE) {
+                    scale *= factor;
+                }
 #pragma unroll
                 for (int d = 0; d < D; d++) {
                     uint32_t* to = (uint32_t*)(staged + OutTile::offset2(r, d * 8 + lane % 4 * 2));
@@ -362,5 +479,11 @@ struct Forward {
 #define CP_FORWARD_KERNEL(name, T, dqk, dv, q_rows, k_rows, warps)                                                \
     extern "C" __global__ void __launch_bounds__(warps * 32, 2) name(const __grid_constant__ cp_attention_params p) { \
         SHARED_MEMORY(shared);                                                                                    \
-        Forward<T, dqk, dv, q_rows, k_rows, warps>(p, shared).run();                                              \
+        Forward<T, dqk, dv, q_rows, k_rows, warps, false>(p, shared).run();                                       \
+    }
+// One: the same limit for twice the warps.
+#define CP_FORWARD_KERNEL_SCORE(name, T, dqk, dv, q_rows, k_rows, warps)                                          \
+    extern "C" __global__ void __launch_bounds__(warps * 32, 1) name(const __grid_constant__ cp_attention_params p) { \
+        SHARED_MEMORY(shared);                                                                                    \
+        Forward<T, dqk, dv, q_rows, k_rows, warps, true>(p, shared).run();                                        \
     }

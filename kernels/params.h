@@ -43,10 +43,24 @@ struct cp_tile {
     uint32_t part, parts;  // index and number of the parts; 0 parts: nothing is seen
 };
 
+// A query row's token: its position in its sequence, and which of the sequences that is; padding has position CP_NO_TOKEN.
+#define CP_NO_TOKEN 0xffffffffu
+struct cp_token {
+    uint32_t position, sequence;
+};
+
+// A sequence: the key position on the diagonal of its query position 0; the caller's number for it.
+struct cp_sequence {
+    int32_t diagonal;
+    uint32_t number;
+};
+
 // cp_attention_params.flags
 #define CP_FIRST 1u          // forward: start from the empty state instead of reading it
 #define CP_LAST 2u           // forward: normalise and write out and lse instead of leaving the state
 #define CP_DETERMINISTIC 4u  // backward: dQ is added in the order of the tiles
+#define CP_LARGEST 8u        // forward, *_score: the state's maximum is the true one in all steps, so that the last can write top
+#define CP_SEED_AT 16u       // *_score: dropout_seed is the address of the seed, so that every replay of a graph may draw another mask
 
 // One attend step. Forward uses q, k, v, acc_*, out, lse; backward q, k, v, d_out, lse, delta, dq, dk, dv.
 // Work number w of the grid: forward tile w / heads, head w % heads; backward tile w / kv_heads, key head w % kv_heads, for all query heads
@@ -66,11 +80,18 @@ struct cp_attention_params {
     uint32_t dim_qk, dim_v;                  // true dimensions, multiples of 8; the kernel's own are the next compiled ones
     uint32_t flags;
     float scale, scale_log2;  // softmax scale; the same times log2(e)
+    float softcap, softcap_inverse;  // here and below, for kernels *_score only (score.cuh): 0: none; 1 / softcap
+    uint32_t drop_below;             // dropout: weights whose random word is less become 0; 0: none
+    float grow;                      // 1 / (1 − p), what the others are multiplied by
+    uint32_t head_offset;            // dropout: added to the global number of a query head
+    uint64_t dropout_seed;
+    uint64_t q_tokens, k_positions, sequences;  // cp_token[] and uint32_t[], one per row; cp_sequence[]
+    uint64_t alibi;                             // float per global query head; null: none
+    cp_view sinks;                              // fp32, row 0, by global query head; null ptr: none
+    cp_view top;                                // forward with CP_LAST and CP_LARGEST: fp32, the largest visible score of a row; null ptr: not asked for
     // Places of features that are not computed yet; all zero.
-    float softcap, dropout, reserved_f;
-    uint64_t dropout_seed, sinks, alibi;
     cp_view bias, d_bias;
-    uint64_t d_sinks, max_logit, k_scale, v_scale;
+    uint64_t k_scale, v_scale;
     uint64_t reserved[4];
 };
 
@@ -88,6 +109,19 @@ struct cp_rows_params {
     uint32_t src_head, dst_head, heads, dim;
     uint32_t add;    // copy: add in fp32 (dst_type is CP_F32)
     uint32_t value;  // fill: bits of an fp32 number, −∞ or 0
+};
+
+// terms[r, h] = −exp(sinks[h] − lse)·delta for all rows, 0 where the LSE is −∞ (cp_sink_terms). All fp32.
+struct cp_sink_params {
+    cp_view sinks, lse, delta, terms;
+    uint32_t row_count, heads;
+};
+
+// dst[dst_row, dst_head + h] = the sum over all rows r of src[r, h], or the largest (cp_reduce). Both fp32.
+struct cp_reduce_params {
+    cp_view src, dst;
+    uint32_t row_count, heads, dst_row, dst_head;
+    uint32_t largest, reserved;
 };
 
 // delta[r, h] = Σ_d out·d_out for all rows (cp_delta).

@@ -73,6 +73,12 @@ DEVICE float log2_approx(float x) {
     return y;
 }
 
+DEVICE float reciprocal_approx(float x) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Two numbers rounded to the storage type (nearest, ties to even), `low` in the lower half.
 template <class T>
 DEVICE uint32_t pack2(float low, float high);

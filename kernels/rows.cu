@@ -1,4 +1,4 @@
-// Kernels on rows of tensors: copy and convert, add, fill, and the row sums of O∘dO. All are bound by memory.
+// Kernels on rows of tensors: copy and convert, add, fill, the row sums of O∘dO, gradients of sinks, and sums over rows. All are bound by memory.
 #include "rows.cuh"
 
 // The run that row `index` of all rows belongs to: the last that starts at or before it. Neighbouring rows mostly share one.
@@ -165,4 +165,39 @@ extern "C" __global__ void __launch_bounds__(256, 4) cp_delta(cp_delta_params p)
     } else {
         sum_rows<f16_t>(p);
     }
+}
+
+// Units of a pair: 1.
+extern "C" __global__ void __launch_bounds__(256, 4) cp_sink_terms(cp_sink_params p) {
+    for (row_pairs pair(p.row_count, p.heads, 1); pair.valid(); pair.next()) {
+        float lse = load_global((const float*)p.lse.ptr + element_offset(p.lse, pair.row, pair.head)), term = 0.0f;
+        if (lse != -__builtin_huge_valf()) {  // else the row is padding, and its delta perhaps NaN
+            float sink = load_global((const float*)p.sinks.ptr + element_offset(p.sinks, 0, pair.head));
+            term = -exp2_approx((sink - lse) * 1.4426950408889634f) * load_global((const float*)p.delta.ptr + element_offset(p.delta, pair.row, pair.head));
+        }
+        store_global((float*)p.terms.ptr + element_offset(p.terms, pair.row, pair.head), term);
+    }
+}
+
+// Grid: a block of 256 threads per head; 32 bytes of dynamic shared memory. The order of the sums is fixed: every thread its rows in order,
+// then the lanes of a warp, then the warps.
+extern "C" __global__ void __launch_bounds__(256, 4) cp_reduce(cp_reduce_params p) {
+    SHARED_MEMORY(shared);
+    float* const of_warp = (float*)shared;
+    const uint32_t head = blockIdx.x, thread = threadIdx.x;
+    const float* const src = (const float*)p.src.ptr;
+    float x = p.largest ? -__builtin_huge_valf() : 0.0f;
+    for (uint32_t row = thread; row < p.row_count; row += 256) {
+        float y = load_global(src + element_offset(p.src, row, head));
+        x = p.largest ? fmaxf(x, y) : x + y;
+    }
+    for (int other = 16; other > 0; other /= 2) {
+        float y = shuffle_xor(x, other);
+        x = p.largest ? fmaxf(x, y) : x + y;
+    }
+    if (thread % 32 == 0) of_warp[thread / 32] = x;
+    sync_block();
+    if (thread != 0) return;
+    for (uint32_t warp = 1; warp < 8; warp++) x = p.largest ? fmaxf(x, of_warp[warp]) : x + of_warp[warp];
+    store_global((float*)p.dst.ptr + element_offset(p.dst, p.dst_row, p.dst_head + head), x);
 }

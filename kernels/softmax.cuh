@@ -34,10 +34,10 @@ struct RunningSoftmax {
     }
 
     // Takes note of scores q·k (hidden ones −∞): `out` belongs to the maximum and is scaled when that changes. The maximum follows only when a
-    // score exceeds it by SLACK: any number near the true one serves, and so `out` is rarely touched. scale_log2 > 0.
+    // score exceeds it by SLACK: any number near the true one serves, and so `out` is rarely touched. With 0 it is the true one. scale_log2 > 0.
+    static constexpr float SLACK = 8.0f;
     template <int N, int D>
-    DEVICE void meet(const float (&scores)[M][N][4], float (&out)[M][D][4], float scale_log2) {
-        const float SLACK = 8.0f;
+    DEVICE void meet(const float (&scores)[M][N][4], float (&out)[M][D][4], float scale_log2, float slack = SLACK) {
         float top[M][2];
         bool grows = false;
 #pragma unroll
@@ -50,7 +50,7 @@ struct RunningSoftmax {
                     most = fmaxf(most, fmaxf(scores[m][n][2 * h], scores[m][n][2 * h + 1]));
                 }
                 top[m][h] = quad_max(most) * scale_log2;
-                grows = grows || top[m][h] > max[m][h] + SLACK;
+                grows = grows || top[m][h] > max[m][h] + slack;
             }
         }
         if (any_lane(grows)) {
@@ -65,6 +65,14 @@ struct RunningSoftmax {
             x[e] = exp2_approx(fmaf(x[e], scale_log2, -max[m][e / 2]));
             sum[m][e / 2] += x[e];
         }
+    }
+
+    // One more weight in the finished sum of a row, that of no key: 2^sink. Returns the factor for the row's output; the maximum may be another.
+    DEVICE float join(int m, int h, float sink) {
+        const float higher = fmaxf(max[m][h], sink), shrink = exp2_approx(max[m][h] - higher);
+        max[m][h] = higher;
+        sum[m][h] = sum[m][h] * shrink + exp2_approx(sink - higher);
+        return shrink;
     }
 
     // The maximum becomes at least `top`.

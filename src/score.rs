@@ -15,6 +15,21 @@ use crate::error::{Error, Result};
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
 
+/// The key of dropout's random words.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Seed {
+    /// Given.
+    Value(u64),
+    /// Read when the kernels run from this address in device memory, so that every replay of a graph may draw another mask. Only on CUDA.
+    At(u64),
+}
+
+impl Default for Seed {
+    fn default() -> Seed {
+        Seed::Value(0)
+    }
+}
+
 /// How far a number per head is summed up: over what this rank computed, or over all ranks of the group.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub enum Reach {

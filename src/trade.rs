@@ -4,7 +4,7 @@
 use crate::attention::engine::{Engine, Lease};
 use crate::backend::View;
 use crate::backend::cpu::{Cpu, Simd};
-use crate::backend::cuda::Cuda;
+use crate::backend::cuda::{Cuda, Scores};
 use crate::balance::Dealt;
 use crate::driver::{self, CUstream};
 use crate::dtype::DType;
@@ -60,7 +60,7 @@ impl Tool {
         };
         let cuda = Cuda::new(device.clone())?;
         // Row kernels are the same for all shapes.
-        let shape = cuda.supports(DType::Bf16, 64, 64)?;
+        let shape = cuda.supports(DType::Bf16, 64, 64, Scores::Plain)?;
         let engine = Engine::on_device(cuda, None)?;
         let target = Target::Device { shape, deterministic: false };
         Ok(Tool { engine, target, dealt: Dealt::default() })

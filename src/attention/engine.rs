@@ -2,7 +2,7 @@
 
 use super::Config;
 use crate::backend::cpu::Cpu;
-use crate::backend::cuda::{Cuda, Shape, Staging};
+use crate::backend::cuda::{Cuda, Scores, Shape, Staging};
 use crate::driver::{self, CUstream, Device, DeviceBuffer, Event};
 use crate::error::{Error, Result, Status};
 use crate::exec::device::{self, DeviceLink, Target};
@@ -120,7 +120,9 @@ impl Engine {
 
 impl OnDevice {
     fn shape(&self, config: &Config) -> &'static Shape {
-        let shape = self.cuda.supports(config.dtype, config.dim_qk, config.dim_v);
+        let Config { dtype, dim_qk, dim_v, .. } = *config;
+        let shape = Scores::of(&config.score)
+            .and_then(|scores| self.cuda.supports(dtype, dim_qk, dim_v, scores));
         shape.expect("asked when the layer was made")
     }
 

@@ -4,7 +4,7 @@ pub(crate) mod engine;
 
 use crate::backend::View;
 use crate::backend::cpu::Cpu;
-use crate::backend::cuda::{Cuda, check_view};
+use crate::backend::cuda::{Cuda, Scores, check_view};
 use crate::balance::Dealt;
 use crate::driver::{self, CUstream};
 use crate::dtype::DType;
@@ -18,7 +18,7 @@ use crate::partition::{Partition, Side};
 use crate::plan::account::{ALIGN, Account, account};
 use crate::plan::{Kind, Options, Pass, Plan, Slot, Tensor, fewest_stages};
 use crate::problem::{CommType, Fnv, Problem, Sequence, Wire};
-use crate::score::Score;
+use crate::score::{Score, Seed};
 pub use engine::{AllocFn, Allocator, FreeFn};
 use engine::{Engine, Lease};
 use std::cell::RefCell;
@@ -202,7 +202,7 @@ pub struct Context {
     /// Which group and communication the layer was attached to.
     pub attached: u64,
     /// Key of forward's dropout.
-    pub seed: u64,
+    pub seed: Seed,
 }
 
 /// A layer. One thread at a time.
@@ -263,7 +263,7 @@ pub struct Args {
     /// Caller's saved buffer.
     pub saved: Option<(*mut u8, usize)>,
     /// Key of dropout's random words: in backward forward's.
-    pub seed: u64,
+    pub seed: Seed,
     /// The caller's numbers for the sequences, for dropout; empty: their indices.
     pub ids: Vec<u32>,
     /// On CUDA the stream that the call is work on; null is the legacy default stream. Null on the CPU.
@@ -282,12 +282,8 @@ impl Attention {
         cuda: Cuda,
         allocator: Option<Allocator>,
     ) -> Result<Attention> {
-        cuda.supports(config.dtype, config.dim_qk, config.dim_v)?;
-        if !config.score.is_plain() {
-            return Err(Error::unsupported(
-                "softcap, alibi_slopes, dropout, sinks, max_logit: not on CUDA yet; on the CPU they are",
-            ));
-        }
+        let Config { dtype, dim_qk, dim_v, .. } = config;
+        cuda.supports(dtype, dim_qk, dim_v, Scores::of(&config.score)?)?;
         let solo = Group::solo_on(cuda.device());
         Attention::with(config, Engine::on_device(cuda, allocator)?, solo)
     }
@@ -495,6 +491,7 @@ impl Attention {
             4 * full.ranks as usize,
             full.inner as usize,
             [rows as usize * full.inner as usize, total as usize],
+            &self.config.score,
         );
         let packed = if at.group.same_pieces() { self.most_packed(&full) } else { 0 };
         let (gathering, bound) = (gathering + tables + packed, bound + tables + packed);
@@ -531,7 +528,7 @@ impl Attention {
     /// All memory in the arguments is valid for its shapes.
     pub unsafe fn forward(&mut self, args: Result<Args>) -> Result<Context> {
         let id = self.current;
-        let seed = args.as_ref().map_or(0, |args| args.seed);
+        let seed = args.as_ref().map_or(Seed::default(), |args| args.seed);
         // SAFETY: the caller's promise.
         let problem = unsafe { self.pass(Pass::Forward, id, None, args)? };
         self.forwarded = Some(id);
@@ -627,7 +624,12 @@ impl Attention {
         (hash, self.config.save).hash(&mut h);
         // One mask of dropout for all ranks.
         if let (Ok((.., args)), true) = (&ready, self.config.score.dropout > 0.0) {
-            (args.seed, &args.ids).hash(&mut h);
+            // Addresses differ; what is there is read later.
+            let seed = match args.seed {
+                Seed::Value(seed) => Some(seed),
+                Seed::At(_) => None,
+            };
+            (seed, &args.ids).hash(&mut h);
         }
         let header = Header { call, hash: h.finish() };
         let (hash, prepared, workspace, args) = at.group.agree(header, ready)?;
@@ -672,6 +674,11 @@ impl Attention {
             for (tensor, view) in &t.views {
                 check_view(name(*tensor), view)?;
             }
+        } else if let Seed::At(address) = t.seed {
+            return Err(Error::argument(format!(
+                "dropout_seed: got the address {address:#x}, allowed on CUDA only (rank {})",
+                group.parent_rank()
+            )));
         }
         for (tensor, shape) in &t.shapes {
             let local = i64::from(rows[usize::from(tensor.key_side())]);

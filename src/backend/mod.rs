@@ -6,7 +6,7 @@ pub mod cuda;
 use crate::dtype::DType;
 use crate::mask::Slice;
 use crate::partition::Segment;
-use crate::score::Score;
+use crate::score::{Score, Seed};
 
 /// A tensor in memory, logically `[rows, heads, dim]`, `dim` contiguous. Rows of a caller's `[batch, seq, heads, dim]` tensor are
 /// numbered `batch · rows_per_batch + position`, so bshd, sbhd and bhsd differ only in strides. Strides are in elements.
@@ -127,7 +127,7 @@ pub struct Effects<'a> {
     /// Per sequence: the key position on the diagonal of query position 0.
     pub diagonals: &'a [i32],
     /// Key of the dropout's random words.
-    pub seed: u64,
+    pub seed: Seed,
     /// Per sequence the caller's number for it, for dropout; empty: its index.
     pub ids: &'a [u32],
     /// One row, a sink for every global query head, fp32.

@@ -422,6 +422,10 @@ pub struct cp_comm_config {
     pub memory_cap_bytes: u64,
 }
 
+/// cp_forward_args.flags: dropout_seed is the address of the seed, a uint64_t in device memory that the kernels of forward and backward read when they
+/// run: a graph draws another mask in every replay for which it is written before. On CUDA, with dropout. Forward and backward must find the same.
+pub const CP_FORWARD_SEED_AT: u32 = 1;
+
 /// Forward's note to backward. Plain data; copy it as you like.
 #[repr(C)]
 #[derive(Clone, Copy)]
@@ -432,8 +436,8 @@ pub struct cp_context {
     pub attached: u64,
     /// Forward's dropout seed.
     pub dropout_seed: u64,
-    /// 0.
-    pub reserved: u64,
+    /// CP_FORWARD_SEED_AT if that is an address; the rest 0.
+    pub flags: u64,
 }
 
 /// Arguments of cp_attention_forward. S is the local sequence: what the partition gives this rank.
@@ -442,7 +446,7 @@ pub struct cp_context {
 pub struct cp_forward_args {
     /// sizeof(cp_forward_args).
     pub struct_size: u32,
-    /// Must be 0.
+    /// CP_FORWARD_SEED_AT or 0.
     pub flags: u32,
     /// The sequences. [in]
     pub sequences: *const cp_sequences,
@@ -471,7 +475,7 @@ pub struct cp_forward_args {
     pub sinks: cp_tensor,
     /// With max_logit: `[heads]` fp32, ndim 1; -inf where nothing is seen. [out]
     pub max_logit: cp_tensor,
-    /// With dropout: the seed, equal on all ranks.
+    /// With dropout: the seed, equal on all ranks; with CP_FORWARD_SEED_AT its address.
     pub dropout_seed: u64,
     /// With dropout: a number for every sequence, `[count]`, equal on all ranks: equal numbers drop alike, wherever and with whatever else they
     /// are computed. NULL = index in the call.

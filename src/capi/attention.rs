@@ -4,19 +4,19 @@ use super::abi::*;
 use super::decode::{self, Place};
 use super::group::cp_group;
 use super::guard::{
-    Opaque, create, destroy, enter, extensible, guard, object, output, report, zero,
+    Opaque, create, destroy, enter, extensible, guard, known_flags, object, output, report, zero,
 };
-use crate::attention::{Args, Attention, Context};
+use crate::attention::{Args, Attention, Config, Context};
 use crate::backend::View;
 use crate::backend::cpu::{Cpu, Simd};
-use crate::backend::cuda::Cuda;
+use crate::backend::cuda::{Cuda, Scores};
 use crate::driver::{CUstream, Device};
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
 use crate::partition::Partition;
 use crate::plan::{Pass, Tensor, json};
 use crate::problem::Problem;
-use crate::score::BiasShape;
+use crate::score::{BiasShape, Seed};
 use libc::{c_char, c_void};
 use std::sync::{Arc, Mutex, MutexGuard, TryLockError};
 
@@ -102,9 +102,11 @@ pub unsafe extern "C" fn cp_query_support(
         let config = asked.config;
         match asked.place {
             Place::Cpu => thread_count(asked.threads).map(|_| ())?,
-            Place::Cuda(ordinal) => Cuda::new(Device::get(ordinal)?)?
-                .supports(config.dtype, config.dim_qk as _, config.dim_v as _)
-                .map(|_| ())?,
+            Place::Cuda(ordinal) => {
+                let Config { dtype, dim_qk, dim_v, .. } = config;
+                let cuda = Cuda::new(Device::get(ordinal)?)?;
+                cuda.supports(dtype, dim_qk, dim_v, Scores::of(&config.score)?).map(|_| ())?
+            }
         }
         if ranks == 0 {
             return Err(Error::argument("ranks: got 0, need at least 1"));
@@ -267,8 +269,13 @@ pub unsafe extern "C" fn cp_attention_forward(
                 context.write(cp_context {
                     problem: made.problem,
                     attached: made.attached,
-                    dropout_seed: made.seed,
-                    reserved: 0,
+                    dropout_seed: match made.seed {
+                        Seed::Value(seed) | Seed::At(seed) => seed,
+                    },
+                    flags: match made.seed {
+                        Seed::Value(_) => 0,
+                        Seed::At(_) => CP_FORWARD_SEED_AT.into(),
+                    },
                 })
             };
         }
@@ -286,7 +293,7 @@ unsafe fn forward_args(
     let stream = stream_of(layer, stream)?;
     // SAFETY: the caller's promise.
     let a = unsafe { extensible("args", args)? };
-    zero("args.flags", a.flags.into())?;
+    known_flags("args.flags", a.flags, CP_FORWARD_SEED_AT)?;
     if !a.context.is_null() {
         output("args.context", a.context)?;
     }
@@ -298,6 +305,7 @@ unsafe fn forward_args(
     optional((Tensor::Bias, &a.bias), score.bias.is_some(), &mut inputs)?;
     if score.dropout == 0.0 {
         zero("args.dropout_seed: without dropout", a.dropout_seed)?;
+        zero("args.flags: without dropout", a.flags.into())?;
     }
     let workspace = buffer("workspace", a.workspace, a.workspace_bytes)?;
     let saved = buffer("saved", a.saved, a.saved_bytes)?;
@@ -307,7 +315,20 @@ unsafe fn forward_args(
     };
     // SAFETY: the caller's promise.
     let ids = unsafe { sequence_ids(layer, a.sequence_ids, args.seqs.len())? };
-    Ok((Args { stream, seed: a.dropout_seed, ids, ..args }, a.context))
+    Ok((Args { stream, seed: seed(a.dropout_seed, a.flags.into())?, ids, ..args }, a.context))
+}
+
+/// The seed as forward's arguments and the context hold it.
+fn seed(value: u64, flags: u64) -> Result<Seed> {
+    if flags & u64::from(CP_FORWARD_SEED_AT) == 0 {
+        return Ok(Seed::Value(value));
+    }
+    if value == 0 || !value.is_multiple_of(8) {
+        return Err(Error::argument(format!(
+            "dropout_seed: got the address {value:#x}, must not be NULL and a multiple of 8"
+        )));
+    }
+    Ok(Seed::At(value))
 }
 
 /// Gradients of Q, K and V. Finds the group and communication that the forward used in `context`, whatever is attached now.
@@ -354,7 +375,11 @@ unsafe fn backward_args(
     } else {
         // SAFETY: not null and aligned; readable by the caller's promise.
         let c = unsafe { a.context.read() };
-        Ok(Context { problem: c.problem, attached: c.attached, seed: c.dropout_seed })
+        seed(c.dropout_seed, c.flags).map(|seed| Context {
+            problem: c.problem,
+            attached: c.attached,
+            seed,
+        })
     };
     let ranks = context
         .as_ref()
@@ -477,7 +502,17 @@ unsafe fn pass_args(
     }
     debug_assert!(views.iter().all(|(t, v)| *t != Tensor::Lse || v.dtype == DType::F32));
     let stream = std::ptr::null_mut();
-    Ok(Args { seqs, list, views, shapes, workspace, saved, seed: 0, ids: Vec::new(), stream })
+    Ok(Args {
+        seqs,
+        list,
+        views,
+        shapes,
+        workspace,
+        saved,
+        seed: Seed::default(),
+        ids: Vec::new(),
+        stream,
+    })
 }
 
 /// On CUDA NULL is the legacy default stream, as everywhere.

@@ -5,14 +5,15 @@
 
 use super::{Memory, PerSequence, Slots, Stats, bind, fill_messages};
 use crate::backend::cuda::{
-    AttendWork, Cuda, RowsWork, Shape, SliceLimits, Staging, TableBuilder, backward_bound,
-    forward_bound, runs_bound,
+    AttendWork, Cuda, RowsWork, Sequences, Shape, SliceLimits, Staging, TableBuilder, TokenWork,
+    backward_bound, forward_bound, runs_bound, tokens_bound,
 };
-use crate::backend::{CopyRows, View};
+use crate::backend::{CopyRows, Reduce, View};
 use crate::driver::{self, CUdeviceptr, CUstream, Event};
 use crate::error::{Error, Result};
 use crate::plan::account::ALIGN;
 use crate::plan::{self, Lane, Op, Plan, Rows, Slot, Value};
+use crate::score::Score;
 use crate::transport;
 use crate::transport::device::{DeviceTransport, Step};
 
@@ -32,7 +33,7 @@ pub enum Target {
 
 impl Target {
     /// Most bytes of the work lists of `steps` attend steps, each of at most `segments` slices over `rows` query and `keys` key rows, where a row
-    /// is in at most `per_row` of them, and of as many copies of as many runs.
+    /// is in at most `per_row` of them, and of as many copies of as many runs; with features of scores also which tokens the rows are.
     pub fn most_tables(
         self,
         steps: usize,
@@ -40,6 +41,7 @@ impl Target {
         per_row: usize,
         inner: usize,
         [rows, keys]: [usize; 2],
+        score: &Score,
     ) -> usize {
         let Target::Device { shape, deterministic } = self else { return 0 };
         let per_row = per_row.min(segments);
@@ -49,7 +51,11 @@ impl Target {
         // A stage gathers, clears, converts and sums keys and values; the head exchange copies up to six tensors in and three out, for every
         // member and perhaps packed; padding cuts a document's rows in two.
         let copies = (8 * steps + 2 * 9 * inner) * runs_bound(2 * segments);
-        steps * forward.max(backward) + copies
+        let tokens = match score.needs_origins() {
+            true => tokens_bound(steps, [rows, keys], score.slopes.len()),
+            false => 0,
+        };
+        steps * forward.max(backward) + copies + tokens
     }
 }
 
@@ -58,6 +64,8 @@ pub struct Tables {
     blob: Vec<u8>,
     /// One per step.
     works: Vec<Work>,
+    /// Where the caller's numbers for sequences go.
+    sequences: Sequences,
     /// Where the blob goes, after the slots.
     at: usize,
     /// Where the counters of the deterministic order are, after the blob.
@@ -79,18 +87,22 @@ impl Tables {
         let mut builder = TableBuilder::new(shape.forward(), shape.backward());
         let rows = |slot: &Slot| plan.info(*slot).rows;
         let heads = plan.share.q.len();
+        let mut tokens = Tokens::new(plan);
         let mut counters = 0;
         let mut works = Vec::with_capacity(plan.steps.len());
         for step in &plan.steps {
             works.push(match &step.op {
                 Op::Attend { q, k, slices, first, last } => {
                     let always = *first || last.is_some();
-                    Work::Attend(builder.forward(slices, rows(q), rows(k), always))
+                    let work = builder.forward(slices, rows(q), rows(k), always);
+                    let tokens = tokens.step(step.stage, [rows(q), rows(k)], &mut builder);
+                    Work::Attend(AttendWork { tokens, ..work })
                 }
                 Op::AttendBackward { q, k, slices, .. } => {
                     let work = builder.backward(slices, rows(q), rows(k), deterministic);
                     counters = counters.max(work.counters(heads) * size_of::<u32>());
-                    Work::Attend(work)
+                    let tokens = tokens.step(step.stage, [rows(q), rows(k)], &mut builder);
+                    Work::Attend(AttendWork { tokens, ..work })
                 }
                 Op::Copy { runs, .. } => Work::Rows(builder.runs(runs)),
                 Op::Fill { rows, .. } => {
@@ -103,7 +115,7 @@ impl Tables {
         let at = slots;
         let after = at + blob.len().next_multiple_of(ALIGN);
         let bytes = after + counters.next_multiple_of(ALIGN);
-        Some(Tables { blob, works, at, counters: after, bytes })
+        Some(Tables { blob, works, sequences: tokens.sequences, at, counters: after, bytes })
     }
 
     /// Bytes of the lists in host memory.
@@ -114,6 +126,43 @@ impl Tables {
     /// Bytes of workspace, slots included.
     pub fn workspace(&self) -> usize {
         self.bytes
+    }
+}
+
+/// The tables of tokens while a plan's are built: of queries once, of keys once per stage.
+struct Tokens<'a> {
+    plan: &'a Plan,
+    work: Option<TokenWork>,
+    sequences: Sequences,
+    keys: Vec<Option<u64>>,
+}
+
+impl Tokens<'_> {
+    fn new(plan: &Plan) -> Tokens<'_> {
+        let stages = plan.origins.as_ref().map_or(0, |o| o.keys.len());
+        Tokens { plan, work: None, sequences: Sequences::default(), keys: vec![None; stages] }
+    }
+
+    /// Those of an attend step; none if no score depends on them.
+    fn step(
+        &mut self,
+        stage: u32,
+        [q_rows, k_rows]: [u32; 2],
+        builder: &mut TableBuilder,
+    ) -> Option<TokenWork> {
+        let origins = self.plan.origins.as_ref()?;
+        let work = *self.work.get_or_insert_with(|| {
+            let mut of = PerSequence::default();
+            of.fill(self.plan);
+            let slopes = &self.plan.problem.score.slopes;
+            let (work, sequences) = builder.tokens(&origins.queries, q_rows, &of.diagonals, slopes);
+            self.sequences = sequences;
+            work
+        });
+        let stage = stage as usize;
+        let positions = || builder.positions(&origins.keys[stage], k_rows);
+        let keys = *self.keys[stage].get_or_insert_with(positions);
+        Some(TokenWork { keys, ..work })
     }
 }
 
@@ -135,6 +184,8 @@ pub struct Scratch {
     events: Vec<Event>,
     views: Vec<View>,
     sequences: PerSequence,
+    /// The table of sequences with the numbers of a call.
+    numbers: Vec<u8>,
     sends: Vec<transport::Message>,
     recvs: Vec<transport::Message>,
 }
@@ -143,7 +194,8 @@ impl Scratch {
     /// Nothing is allocated yet.
     pub fn new(staging: Staging) -> Scratch {
         let (events, views, sends, recvs) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
-        Scratch { staging, events, views, sequences: PerSequence::default(), sends, recvs }
+        let (sequences, numbers) = (PerSequence::default(), Vec::new());
+        Scratch { staging, events, views, sequences, numbers, sends, recvs }
     }
 
     /// Allocates for calls with tables of at most so many bytes and so many events, so that they allocate nothing.
@@ -214,7 +266,10 @@ impl Run<'_> {
             if let (true, Some(link)) = (captured, &link) {
                 link.transport.capturable()?;
             }
-            scratch.staging.upload(&self.tables.blob, self.tables(), self.stream, captured)?;
+            let Tables { blob, sequences, .. } = self.tables;
+            sequences.write(self.memory.dropout.ids, &mut scratch.numbers);
+            let patch = (sequences.at as usize, &scratch.numbers[..]);
+            scratch.staging.upload(blob, patch, self.tables(), self.stream, captured)?;
             let Some(link) = link.as_mut() else { return self.lanes(None, comm, scratch) };
             scratch.events[fork].record(self.stream)?;
             driver::wait(comm, scratch.events[fork].raw())?;
@@ -297,6 +352,13 @@ impl Run<'_> {
                     cuda.backward(&step, work, tables, counters, stream)
                 }
                 (Op::Delta, _) => cuda.delta(&slots.delta(), stream),
+                (Op::SinkTerms, _) => cuda.sink_terms(&slots.sink_terms(), stream),
+                (Op::Reduce { src, dst, dst_row, dst_head, max }, _) => {
+                    let (src, dst) = (slots.view(*src), slots.view(*dst));
+                    let (dst_row, dst_head) = (*dst_row as usize, *dst_head as usize);
+                    let step = Reduce { src, dst, dst_row, dst_head, max: *max };
+                    cuda.reduce(&step, stream)
+                }
                 (Op::Copy { src, src_head, dst, dst_head, heads, runs, add }, Work::Rows(work)) => {
                     let step = CopyRows {
                         src: slots.view(*src),

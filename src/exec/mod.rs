@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::mask::Slice;
 use crate::plan::{Kind, Message, Plan, Slot, Tensor};
 use crate::problem::Sequence;
+use crate::score::Seed;
 use crate::transport::{self, Piece};
 pub use host::{Link, Scratch, run};
 
@@ -31,7 +32,7 @@ pub struct Memory<'a> {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Dropout<'a> {
     /// Seed.
-    pub seed: u64,
+    pub seed: Seed,
     /// One for each sequence of the problem, or none.
     pub ids: &'a [u32],
 }

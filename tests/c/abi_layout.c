@@ -218,7 +218,7 @@ SIZE(cp_context, 32);
 AT(cp_context, problem, 0);
 AT(cp_context, attached, 8);
 AT(cp_context, dropout_seed, 16);
-AT(cp_context, reserved, 24);
+AT(cp_context, flags, 24);
 
 SIZE(cp_forward_args, 840);
 AT(cp_forward_args, struct_size, 0);

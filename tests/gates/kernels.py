@@ -23,7 +23,7 @@ ARCHS = {"sm_80", "sm_90", "sm_100", "sm_120"}
 BIG_ARCHS = {"sm_80", "sm_90", "sm_100"}
 SMALL_ARCHS = {"sm_80", "sm_120"}  # sm_80 for sm_86 and sm_89
 DIMS = (64, 96, 128, 192, 256)
-ROW_KERNELS = ("cp_copy_rows", "cp_fill_rows", "cp_delta")
+ROW_KERNELS = ("cp_copy_rows", "cp_fill_rows", "cp_delta", "cp_sink_terms", "cp_reduce")
 
 # Beginnings of SASS instructions, and what they are in kernels/ptx.cuh.
 COMMON = {
@@ -138,6 +138,7 @@ def missing(kernels):
                     wanted[name], wanted[f"{name}_small"] = BIG_ARCHS, SMALL_ARCHS
                 else:
                     wanted[name] = ARCHS
+                wanted[f"{name}_score"] = ARCHS
     wrong = [f"{name}: not there for {', '.join(sorted(archs - have[name]))}" for name, archs in wanted.items() if archs - have[name]]
     return wrong + [f"{name}: not a kernel of this library" for name in have if name not in wanted]
 

@@ -65,7 +65,7 @@ def test_missing_kernels_are_named():
     every = {(name, arch): None for arch in gates.ARCHS for name in gates.ROW_KERNELS}
     for operation in ("forward", "backward"):
         for storage in ("bf16", "f16"):
-            every |= {(f"cp_{operation}_{storage}_{dim}", arch): None for dim in gates.DIMS for arch in gates.ARCHS}
+            every |= {(f"cp_{operation}_{storage}_{dim}{more}", arch): None for dim in gates.DIMS for more in ("", "_score") for arch in gates.ARCHS}
     assert gates.missing(every) == []
     # Two sets of one shape: each has its own architectures.
     small = dict(every)

@@ -13,6 +13,7 @@ use context_parallel::group::{Group, OnDevice};
 use context_parallel::partition::Partition;
 use context_parallel::plan::{Pass, Tensor};
 use context_parallel::problem::{CommType, Problem, Sequence};
+use context_parallel::score::{Reach, Score, Seed};
 use context_parallel::transport::Transport;
 use context_parallel::transport::device::join::{Way, join};
 use context_parallel::transport::local::local_group;
@@ -50,6 +51,7 @@ struct Batch {
     workspace: Option<DeviceBuffer>,
     stream: Arc<Stream>,
     context: Context,
+    seed: Seed,
 }
 
 impl Batch {
@@ -85,6 +87,7 @@ impl Batch {
             workspace: None,
             stream: stream.clone(),
             context: Context::default(),
+            seed: Seed::default(),
         })
     }
 
@@ -93,7 +96,7 @@ impl Batch {
         let tensors = || self.shard.0.iter().zip(&self.buffers).filter(|((t, _), _)| wanted(t));
         let buffer = |b: &DeviceBuffer| (b.address() as *mut u8, b.bytes());
         Args {
-            seed: 0,
+            seed: self.seed,
             ids: Vec::new(),
             seqs: self.seqs.clone(),
             list: None,
@@ -125,6 +128,11 @@ impl Batch {
 
     /// Waits, and copies everything back.
     fn read(mut self) -> Result<Shard> {
+        self.pull()?;
+        Ok(self.shard)
+    }
+
+    fn pull(&mut self) -> Result<()> {
         let device = device();
         let _current = device.enter()?;
         for ((_, local), buffer) in self.shard.0.iter_mut().zip(&self.buffers) {
@@ -136,7 +144,7 @@ impl Batch {
                 driver::synchronize(self.stream.raw())?;
             }
         }
-        Ok(self.shard)
+        Ok(())
     }
 }
 
@@ -283,6 +291,49 @@ fn a_graph_replays_a_training_step() {
     driver::check("destroy", unsafe { sys::cuGraphExecDestroy(graph) }).unwrap();
 }
 
+/// The seed is read when the graph runs, so each replay has the mask of the seed that it finds.
+#[test]
+#[ignore = "needs a CUDA device or the software GPU: tests/run"]
+fn a_graph_draws_another_mask() {
+    let score = Score { dropout: 0.4, softcap: 5.0, ..Score::default() };
+    let config = Config { score, ..config() };
+    let (seqs, inputs) = one(90);
+    let device = device();
+    let _current = device.enter().unwrap();
+    let stream = stream();
+    let seeds = [5u64, 0xfedc_ba98_7654_3210];
+    let expected = seeds.map(|seed| {
+        let mut layer = layer(config.clone(), None);
+        let mut batch = Batch::new(&layer, &seqs, &inputs, &stream).unwrap();
+        batch.seed = Seed::Value(seed);
+        batch.both(&mut layer).unwrap();
+        let problem = batch.problem.clone();
+        collect(&problem, &[batch.read().unwrap()])
+    });
+    assert!(expected[0].o != expected[1].o, "other seeds, other masks");
+
+    let mut layer = layer(config, None);
+    let mut batch = Batch::new(&layer, &seqs, &inputs, &stream).unwrap();
+    let bound = layer.workspace_bound(90).unwrap();
+    batch.workspace = Some(DeviceBuffer::new(&device, bound).unwrap());
+    let place = DeviceBuffer::new(&device, 8).unwrap();
+    batch.seed = Seed::At(place.address());
+    let graph = capture(stream.raw(), || batch.both(&mut layer)).unwrap();
+    for (seed, expected) in seeds.iter().zip(&expected) {
+        // SAFETY: own buffers, graph and stream; the seed outlives the copy, which `pull` waits for.
+        unsafe {
+            let from = std::ptr::from_ref(seed).cast();
+            driver::copy_to_device(place.address(), from, 8, stream.raw()).unwrap();
+            driver::check("launch", sys::cuGraphLaunch(graph, stream.raw())).unwrap();
+        }
+        batch.pull().unwrap();
+        let got = collect(&batch.problem, std::slice::from_ref(&batch.shard));
+        same(&format!("seed {seed}"), &got, expected);
+    }
+    // SAFETY: an own graph, not running any more.
+    driver::check("destroy", unsafe { sys::cuGraphExecDestroy(graph) }).unwrap();
+}
+
 /// Hosts meet in `local` and `staged`; a graph would replay without them.
 #[test]
 #[ignore = "needs a CUDA device or the software GPU: tests/run"]
@@ -395,11 +446,16 @@ fn the_bound_suffices_over_nccl() {
     // Few pieces, so that room for longer work lists does not hide what is missing.
     let striped = Config { partition: Partition::Striped, max_segments: 8, ..config() };
     let documents = Config { packed: true, max_segments: 128, ..config() };
+    let slopes = vec![0.1; config().heads as usize].into();
+    let score = Score { slopes, dropout: 0.1, max_logit: Some(Reach::Group), ..Score::default() };
+    let scored = |config: &Config| Config { score: score.clone(), ..config.clone() };
     let two = vec![Sequence::square(960); 2];
     let many: Vec<Sequence> = (0..24).map(|i| Sequence::square(40 + i % 7 * 6)).collect();
     for (config, seqs, ranks, kind) in [
         (striped.clone(), &two, 4, CommType::P2p),
         (striped.clone(), &two, 3, CommType::A2a),
+        (scored(&striped), &two, 4, CommType::P2p),
+        (scored(&documents), &many, 4, CommType::A2aP2p),
         (striped, &two, 4, CommType::A2aP2p),
         (documents.clone(), &many, 4, CommType::AllGather),
         (documents.clone(), &many, 2, CommType::A2a),

@@ -1,10 +1,10 @@
 //! N ranks as threads on CUDA: what `ranks` does on the CPU, with the tensors on a device. Forward and backward are enqueued without the
 //! host waiting in between; the device starts with poison everywhere.
 
-use crate::oracle::{Inputs, Results};
+use crate::oracle::{Inputs, Results, SEED, number};
 use crate::ranks::{How, Shard, collect, on_threads};
 use context_parallel::backend::View;
-use context_parallel::backend::cuda::{Cuda, Staging};
+use context_parallel::backend::cuda::{Cuda, Scores, Staging};
 use context_parallel::driver::{self, CUdeviceptr, CUstream, Device, DeviceBuffer, Stream};
 use context_parallel::error::Result;
 use context_parallel::exec::device::{self, DeviceLink, Scratch, Tables, Target};
@@ -12,6 +12,7 @@ use context_parallel::exec::{Dropout, Memory};
 use context_parallel::plan::account::{ALIGN, account, layout, saved_bytes, workspace_bytes};
 use context_parallel::plan::{Options, Pass, Plan, Tensor};
 use context_parallel::problem::Problem;
+use context_parallel::score::Seed;
 use context_parallel::transport::Transport;
 use context_parallel::transport::device::join::{Way, join};
 use context_parallel::transport::local::local_group;
@@ -100,7 +101,12 @@ fn rank(
         let pack = how.pack || !(dense(Tensor::K) && dense(Tensor::V));
         let same_pieces = transport.as_ref().is_some_and(|t| t.same_pieces());
         let options = Options { pack, saved: how.saved, same_pieces };
-        let shape = cuda.supports(problem.dtype, problem.dim_qk, problem.dim_v)?;
+        let shape = cuda.supports(
+            problem.dtype,
+            problem.dim_qk,
+            problem.dim_v,
+            Scores::of(&problem.score)?,
+        )?;
         let target = Target::Device { shape, deterministic: on.deterministic };
         let members: Vec<u32> = (0..problem.ranks).collect();
         let mut scratch = Scratch::new(Staging::new(device.clone()));
@@ -116,8 +122,9 @@ fn rank(
             if saved.is_none() {
                 saved = Some(Fenced::new(&device, saved_bytes(&plan), stream.raw())?);
             }
+            let ids: Vec<u32> = (0..problem.seqs.len()).map(number).collect();
             let memory = Memory {
-                dropout: Dropout::default(),
+                dropout: Dropout { seed: Seed::Value(SEED), ids: &ids },
                 caller: &views,
                 offsets: &offsets,
                 workspace: workspace.ptr(),
@@ -139,7 +146,7 @@ fn rank(
             fences.push(workspace);
         }
         fences.extend(saved);
-        let inputs = [Tensor::Q, Tensor::K, Tensor::V, Tensor::DOut];
+        let inputs = [Tensor::Q, Tensor::K, Tensor::V, Tensor::DOut, Tensor::Sinks];
         let before = shard.bits(&inputs);
         for ((_, local), buffer) in shard.0.iter_mut().zip(&buffers) {
             let bytes = local.bytes.len() * 8;

@@ -15,7 +15,7 @@ use context_parallel::partition::{Partition, Side};
 use context_parallel::plan::account::ALIGN;
 use context_parallel::plan::{Pass, Tensor};
 use context_parallel::problem::{CommType, Problem, Sequence, Wire};
-use context_parallel::score::Score;
+use context_parallel::score::{Score, Seed};
 use context_parallel::transport::local::local_group;
 use context_parallel::transport::{Message, Transport};
 use std::sync::Arc;
@@ -96,7 +96,7 @@ impl Batch {
         let wanted = |t: &Tensor| pass == Pass::Backward || !outputs.contains(t);
         let shape = |(t, l): &(Tensor, crate::ranks::Local)| (*t, l.shape);
         Args {
-            seed: 0,
+            seed: Seed::default(),
             ids: Vec::new(),
             seqs: self.seqs.clone(),
             list: None,

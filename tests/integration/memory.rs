@@ -13,7 +13,7 @@ use context_parallel::mask::Mask;
 use context_parallel::partition::Partition;
 use context_parallel::plan::{Pass, Tensor};
 use context_parallel::problem::{CommType, Sequence, Wire};
-use context_parallel::score::Score;
+use context_parallel::score::{Score, Seed};
 use context_parallel::transport::local::local_group;
 use std::alloc::{GlobalAlloc, Layout as Shape, System};
 use std::cell::Cell;
@@ -217,7 +217,7 @@ fn measure(
         let gradients = [Tensor::DOut, Tensor::DQ, Tensor::DK, Tensor::DV];
         let wanted = |t: &Tensor| pass == Pass::Backward || !gradients.contains(t);
         Args {
-            seed: 0,
+            seed: Seed::default(),
             ids: Vec::new(),
             seqs: seqs.clone(),
             list: None,

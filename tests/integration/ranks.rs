@@ -13,7 +13,7 @@ use context_parallel::partition::Side;
 use context_parallel::plan::account::{ALIGN, account, layout, saved_bytes, workspace_bytes};
 use context_parallel::plan::{Options, Pass, Plan, Tensor};
 use context_parallel::problem::Problem;
-use context_parallel::score::Reach;
+use context_parallel::score::{Reach, Seed};
 use context_parallel::transport::Transport;
 use context_parallel::transport::delay::delay;
 use context_parallel::transport::local::local_group;
@@ -409,7 +409,7 @@ fn rank(
         let saved = saved.get_or_insert_with(|| Fenced::new(saved_bytes(&plan)));
         let ids: Vec<u32> = (0..problem.seqs.len()).map(number).collect();
         let memory = Memory {
-            dropout: Dropout { seed: SEED, ids: &ids },
+            dropout: Dropout { seed: Seed::Value(SEED), ids: &ids },
             caller: &views,
             offsets: &offsets,
             workspace: workspace.ptr(),

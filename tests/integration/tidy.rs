@@ -75,7 +75,10 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("driver", &["error"]),
     ("backend", &["driver", "dtype", "error", "mask", "partition", "score"]),
     ("transport", &["driver", "error"]),
-    ("exec", &["backend", "driver", "dtype", "error", "mask", "plan", "problem", "transport"]),
+    (
+        "exec",
+        &["backend", "driver", "dtype", "error", "mask", "plan", "problem", "score", "transport"],
+    ),
     ("group", &["driver", "error", "exec", "plan", "problem", "transport"]),
     (
         "attention",

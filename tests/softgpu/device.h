@@ -226,6 +226,7 @@ DEVICE void cp_async_wait() {
 DEVICE float softgpu_flush(float x) { return fabsf(x) < 1.17549435e-38f ? copysignf(0.0f, x) : x; }
 DEVICE float exp2_approx(float x) { return softgpu_flush(exp2f(softgpu_flush(x))); }
 DEVICE float log2_approx(float x) { return softgpu_flush(log2f(softgpu_flush(x))); }
+DEVICE float reciprocal_approx(float x) { return softgpu_flush(1.0f / softgpu_flush(x)); }
 
 DEVICE uint32_t softgpu_bf16(float x) {
     const uint32_t u = __float_as_uint(x);

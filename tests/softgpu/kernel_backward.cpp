@@ -1,9 +1,11 @@
 // The backward kernels on the software GPU against float64. ./kernel_backward [part of a name]
-#include "kernel_test.h"
+#include "kernel_score.h"
 
 #include "../../kernels/backward_bf16_big.cu"
+#include "../../kernels/backward_bf16_score.cu"
 #include "../../kernels/backward_bf16_small.cu"
 #include "../../kernels/backward_f16_big.cu"
+#include "../../kernels/backward_f16_score.cu"
 #include "../../kernels/backward_f16_small.cu"
 
 using namespace kernel_test;
@@ -26,6 +28,7 @@ struct Case {
     bool cut = false;     // tiles and parts of odd sizes
     bool bitmaps = true;  // else every row is used
     uint32_t blocks = 0;  // of the grid; 0: one per piece of work
+    Features score = {};
 };
 
 using Kernel = void (*)(cp_attention_params);
@@ -39,7 +42,10 @@ struct Shape {
 #define SMALL(dqk, dv, q_rows, k_rows, warps, s_m, keys, dq_m, q_stages, do_stages)                                     \
     {dqk, dv, q_rows, k_rows, warps * 32, CP_BACKWARD_SHARED(dqk, dv, q_rows, k_rows, q_stages, do_stages), cp_backward_bf16_##dqk##_small, \
      cp_backward_f16_##dqk##_small},
-static const Shape SHAPES[2][5] = {{CP_BACKWARD_SHAPES(BIG)}, {CP_BACKWARD_SHAPES_SMALL(SMALL)}};
+#define SCORE(dqk, dv, q_rows, k_rows, warps, s_m, keys, dq_m, q_stages, do_stages)                                            \
+    {dqk, dv, q_rows, k_rows, warps * 32, CP_BACKWARD_SHARED_SCORE(dqk, dv, q_rows, k_rows, q_stages, do_stages), cp_backward_bf16_##dqk##_score, \
+     cp_backward_f16_##dqk##_score},
+static const Shape SHAPES[3][5] = {{CP_BACKWARD_SHAPES(BIG)}, {CP_BACKWARD_SHAPES_SMALL(SMALL)}, {CP_BACKWARD_SHAPES_SCORE(SCORE)}};
 
 // What the kernels read, and what they shall find.
 template <class T>
@@ -57,6 +63,7 @@ struct Problem {
     };
     Expected dq{0};
     std::vector<Expected> dk, dv;
+    std::unique_ptr<Scores> scores;
 
     explicit Problem(const Case& c_) : c(c_) {
         Random random(std::hash<std::string>()(c.name));
@@ -66,6 +73,7 @@ struct Problem {
             const std::vector<bool> used = used_queries(s.slices, c.q_rows);
             for (uint32_t r = 0; r < c.q_rows; r++) q_used[r] = q_used[r] || used[r] || !c.bitmaps;
         }
+        scores.reset(new Scores(c.score, c.q_rows, c.heads, c.q_first, q_used));
         q = Tensor<T>("q", c.q_rows, c.heads, c.dim_qk, c.layout, c.rows_per_batch);
         q.fill(random, &q_used);
         d_out = Tensor<T>("d_out", c.q_rows, c.heads, c.dim_v, c.layout, c.rows_per_batch);
@@ -97,13 +105,15 @@ struct Problem {
             uint32_t key;
             double s, dp;
             float s32, dp32;
+            double derivative;
+            float derivative32, grow;
         };
         std::vector<Pair> pairs;
         double most = -INFINITY, sum = 0;
         for (size_t i = 0; i < c.steps.size(); i++)
             for (uint32_t j = 0; j < c.steps[i].k_rows; j++)
                 if (sees(c.steps[i].slices, r, j)) {
-                    Pair x{i, j, 0, 0, 0, 0};
+                    Pair x{i, j, 0, 0, 0, 0, 1, 1, 1};
                     for (uint32_t d = 0; d < c.dim_qk; d++) {
                         const float product = q.get(r, h, d) * k[i].get(j, kv, d);
                         x.s += (double)q.get(r, h, d) * k[i].get(j, kv, d), x.s32 += product;
@@ -112,7 +122,9 @@ struct Problem {
                         const float product = d_out.get(r, h, d) * v[i].get(j, kv, d);
                         x.dp += (double)d_out.get(r, h, d) * v[i].get(j, kv, d), x.dp32 += product;
                     }
-                    x.s *= scale, x.s32 *= scale;
+                    x.s = scores->value(x.s * scale, r, h, j, &x.derivative), x.s32 = scores->value(x.s32 * scale, r, h, j, &x.derivative32);
+                    x.grow = scores->kept(r, h, j) ? scores->grow() : 0;
+                    x.dp *= x.grow, x.dp32 *= x.grow;
                     most = std::max(most, x.s);
                     pairs.push_back(x);
                 }
@@ -120,6 +132,8 @@ struct Problem {
             if (used) lse.at(r, h) = -INFINITY, delta.at(r, h) = 0;
             return;
         }
+        const float sink = scores->sink(r, h);
+        most = std::max(most, (double)sink), sum = exp(sink - most);
         for (const Pair& x : pairs) sum += exp(x.s - most);
         const double exact_lse = most + log(sum);
         lse.at(r, h) = (float)exact_lse;
@@ -127,16 +141,17 @@ struct Problem {
         float rounded_delta = 0;
         for (uint32_t d = 0; d < c.dim_v; d++) {
             double o = 0;
-            for (const Pair& x : pairs) o += exp(x.s - exact_lse) * v[x.step].get(x.key, kv, d);
+            for (const Pair& x : pairs) o += exp(x.s - exact_lse) * x.grow * v[x.step].get(x.key, kv, d);
             exact_delta += o * d_out.get(r, h, d);
             delta_terms += fabs(o * d_out.get(r, h, d));
             rounded_delta += widened(rounded<T>((float)o)) * d_out.get(r, h, d);
         }
         delta.at(r, h) = rounded_delta;
         for (const Pair& x : pairs) {
-            const double p = exp(x.s - exact_lse), ds = p * (x.dp - exact_delta), ds_terms = p * (fabs(x.dp) + delta_terms) * fabs(scale);
-            const float p32 = expf(x.s32 - lse.at(r, h)), p_rounded = widened(rounded<T>(p32));
-            const float ds32 = widened(rounded<T>(p32 * (x.dp32 - rounded_delta)));
+            const double weight = exp(x.s - exact_lse), p = weight * x.grow, ds = weight * (x.dp - exact_delta) * x.derivative;
+            const double ds_terms = weight * (fabs(x.dp) + delta_terms) * fabs(scale * x.derivative);
+            const float p32 = expf(x.s32 - lse.at(r, h)), p_rounded = widened(rounded<T>(p32 * x.grow));
+            const float ds32 = widened(rounded<T>(p32 * (x.dp32 - rounded_delta) * x.derivative32));
             auto add = [](Expected& e, size_t at, double oracle, double terms, float plain) {
                 e.oracle[at] += oracle, e.terms[at] += terms, e.plain[at] += plain;
             };
@@ -203,9 +218,9 @@ struct Gradient {
 
 // Runs all steps of a problem; `hash` becomes one of all result bits.
 template <class T>
-std::string run(const Problem<T>& problem, bool small, bool deterministic, softgpu::Options options, uint64_t& hash) {
+std::string run(const Problem<T>& problem, int small, bool deterministic, softgpu::Options options, uint64_t& hash) {
     const Case& c = problem.c;
-    const Shape* shape = SHAPES[small];
+    const Shape* shape = SHAPES[c.score.on ? 2 : small];
     while (c.dim_qk > shape->dqk || c.dim_v > shape->dv) shape++;
     Random random(std::hash<std::string>()(c.name) + small);
     Gradient dq("dq", c.q_rows, c.heads, c.dim_qk, c, random);
@@ -240,6 +255,8 @@ std::string run(const Problem<T>& problem, bool small, bool deterministic, softg
         p.q_first = c.q_first, p.head_group = c.group, p.kv_first = c.kv_first;
         p.dim_qk = c.dim_qk, p.dim_v = c.dim_v;
         p.scale = problem.scale, p.scale_log2 = problem.scale * 1.44269504f;
+        Table<uint32_t> positions("positions", problem.scores->keys(step.k_rows));
+        if (c.score.on) problem.scores->fill(p, positions.address());
         const uint32_t blocks = c.blocks && !deterministic ? c.blocks : p.tile_count * c.kv_heads;
         softgpu::launch(std::is_same<T, bf16_t>::value ? shape->bf16 : shape->f16, blocks, shape->threads, shape->shared, options, p);
         if (deterministic)
@@ -377,6 +394,39 @@ static std::vector<Case> cases() {
             c.steps.push_back(step);
         }
     }
+    for (auto dims : {std::pair<uint32_t, uint32_t>{64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}}) {
+        Case c{"score_" + std::to_string(dims.first), 150,
+               {{150, {causal(0, 75, 0, 75), full(75, 75, 0, 75), causal(75, 75, 75, 75)}}, {75, {full(75, 75, 0, 75)}}, {90, {band(60, 90, 0, 90, -30, -3)}}}};
+        c.dim_qk = dims.first, c.dim_v = dims.second, c.heads = 2, c.kv_heads = 1, c.group = 2, c.q_first = 2, c.kv_first = 1;
+        c.score.on = true;
+        c.cut = dims.first == 64, c.layout = dims.first == 96 ? GAPS : DENSE;
+        auto with = [&](const char* name, auto set) {
+            Case& e = add(c);
+            e.name += name;
+            set(e.score);
+        };
+        with("", [](Features&) {});
+        with("_softcap", [](Features& f) { f.softcap = 2, f.sinks = true; });
+        with("_alibi", [](Features& f) { f.alibi = true, f.q_start = 40, f.k_start = 3, f.boundary = 60, f.diagonal = -17; });
+        with("_dropout", [](Features& f) { f.dropout = 0.3f, f.k_start = 2, f.seed_at = true; });
+        with("_everything", [](Features& f) { f.softcap = 3, f.alibi = f.sinks = true, f.dropout = 0.2f, f.k_start = 7, f.q_step = 2, f.k_step = 3, f.boundary = 80, f.head_offset = 8; });
+    }
+    {
+        Features all;
+        all.on = all.alibi = all.sinks = true, all.softcap = 4, all.dropout = 0.25f, all.k_start = 1;
+        Case blind{"score_blind", 200, {{90, {band(0, 200, 0, 90, -FAR, -110)}}}};
+        blind.score = all;
+        add(blind);
+        Case padded{"score_documents", 100, {{100, {causal(3, 20, 3, 20), causal(30, 1, 30, 1), causal(35, 60, 35, 60)}}}};
+        padded.score = all, padded.layout = BHSD, padded.rows_per_batch = 50, padded.dim_v = 40;
+        add(padded);
+        Case negative{"score_scale_negative", 100, {{100, {causal(0, 100, 0, 100)}}}};
+        negative.score = all, negative.scale = -0.3f, negative.bitmaps = false;
+        add(negative);
+        Case large{"score_softcap_large", 100, {{100, {causal(0, 100, 0, 100)}}}};
+        large.score.on = true, large.score.softcap = 30, large.scale = 2;
+        add(large);
+    }
     add({"blind", 100, {{50, {full(60, 30, 0, 50)}}, {50, {full(10, 70, 0, 50)}}}});
     add({"nothing", 40, {{10, {}}}});
     add({"scale_negative", 100, {{100, {causal(0, 100, 0, 100)}}}}).scale = -0.3f;
@@ -389,9 +439,11 @@ static std::vector<Case> cases() {
 
 int main(int argc, char** argv) {
     Tally tally(argc, argv);
-    const std::vector<std::string> ordered = {"length_257_cut", "documents_cut", "two_parts", "heads_6_of_12", "heads_grid", "steps_64", "steps_128", "random_3", "random_8"};
+    tally.run("philox", philox_is_right);
+    const std::vector<std::string> ordered = {"length_257_cut", "documents_cut", "two_parts", "heads_6_of_12", "heads_grid", "steps_64", "steps_128", "random_3", "random_8", "score_64_everything"};
     for (const Case& c : cases())
         for (bool small : {false, true}) {
+            if (c.score.on && small) continue;  // there is one set
             const std::string suffix = c.name + (small ? "_small" : "");
             tally.run("bf16_" + suffix, [&] { return run<bf16_t>(c, small); });
             tally.run("f16_" + suffix, [&] { return run<f16_t>(c, small); });

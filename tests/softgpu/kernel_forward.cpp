@@ -1,8 +1,10 @@
 // The forward kernels on the software GPU against float64. ./kernel_forward [part of a name]
-#include "kernel_test.h"
+#include "kernel_score.h"
 
 #include "../../kernels/forward_bf16.cu"
+#include "../../kernels/forward_bf16_score.cu"
 #include "../../kernels/forward_f16.cu"
+#include "../../kernels/forward_f16_score.cu"
 
 using namespace kernel_test;
 
@@ -25,6 +27,7 @@ struct Case {
     bool bitmaps = true;     // else every row is used
     bool finish_apart = false;  // the last launch has nothing to see: it only normalises
     uint32_t blocks = 0;     // of the grid; 0: one per piece of work
+    Features score = {};
 };
 
 using Kernel = void (*)(cp_attention_params);
@@ -33,11 +36,12 @@ struct Shape {
     Kernel bf16, f16;
 };
 #define SHAPE(dqk, dv, q_rows, k_rows, warps) {dqk, dv, q_rows, k_rows, warps, cp_forward_bf16_##dqk, cp_forward_f16_##dqk},
-static const Shape SHAPES[] = {CP_FORWARD_SHAPES(SHAPE)};
+#define SHAPE_SCORE(dqk, dv, q_rows, k_rows, warps) {dqk, dv, q_rows, k_rows, warps, cp_forward_bf16_##dqk##_score, cp_forward_f16_##dqk##_score},
+static const Shape SHAPES[2][5] = {{CP_FORWARD_SHAPES(SHAPE)}, {CP_FORWARD_SHAPES_SCORE(SHAPE_SCORE)}};
 
 template <class T>
 std::string run(const Case& c) {
-    const Shape* shape = SHAPES;
+    const Shape* shape = SHAPES[c.score.on];
     while (c.dim_qk > shape->dqk || c.dim_v > shape->dv) shape++;
     Random random(std::hash<std::string>()(c.name));
     const float scale = c.scale != 0 ? c.scale : 1.0f / sqrtf((float)c.dim_qk);
@@ -60,6 +64,8 @@ std::string run(const Case& c) {
     }
     Tensor<T> out("out", c.q_rows, c.heads, c.dim_v, c.layout, c.rows_per_batch);
     Tensor<float> lse("lse", c.q_rows, c.heads, 1, c.layout, c.rows_per_batch);
+    Tensor<float> top("top", c.q_rows, c.heads, 1, c.layout, c.rows_per_batch);
+    const Scores scores(c.score, c.q_rows, c.heads, c.q_first, q_used);
     Tensor<float> acc_out("acc_out", c.q_rows, c.heads, c.dim_v, c.layout == GAPS ? GAPS : DENSE);
     Tensor<float> acc_max("acc_max", c.q_rows, c.heads, 1), acc_sum("acc_sum", c.q_rows, c.heads, 1);
 
@@ -86,11 +92,15 @@ std::string run(const Case& c) {
         if (launches > 1) p.acc_out = acc_out.view, p.acc_max = acc_max.view, p.acc_sum = acc_sum.view;
         if (p.flags & CP_LAST) p.out = out.view, p.lse = lse.view;
         p.scale = scale, p.scale_log2 = scale * 1.44269504f;
+        Table<uint32_t> positions("positions", scores.keys(k_rows));
+        if (c.score.on) scores.fill(p, positions.address());
+        if (c.score.top) p.flags |= CP_LARGEST;
+        if (c.score.top && p.flags & CP_LAST) p.top = top.view;
         softgpu::launch(std::is_same<T, bf16_t>::value ? shape->bf16 : shape->f16, c.blocks ? c.blocks : p.tile_count * c.heads, shape->warps * 32,
                         CP_FORWARD_SHARED(shape->dqk, shape->dv, shape->q_rows, shape->k_rows), p);
     }
 
-    if (!out.gaps_untouched() || !lse.gaps_untouched() || !acc_out.gaps_untouched()) return "something between the elements was written";
+    if (!out.gaps_untouched() || !lse.gaps_untouched() || !acc_out.gaps_untouched() || !top.gaps_untouched()) return "something between the elements was written";
     Contract contract(2, epsilon<T>());
     double lse_worst = 0;
     for (uint32_t h = 0; h < c.heads; h++) {
@@ -101,6 +111,7 @@ std::string run(const Case& c) {
                 uint32_t key;
                 double s;
                 float s32;
+                bool kept;
             };
             std::vector<Pair> pairs;
             double most = -INFINITY;
@@ -114,25 +125,30 @@ std::string run(const Case& c) {
                             s += (double)q.get(r, h, d) * k[i].get(j, kv, d);
                             s32 += q.get(r, h, d) * k[i].get(j, kv, d);
                         }
-                        pairs.push_back({i, j, s * scale, s32 * scale});
+                        pairs.push_back({i, j, scores.value(s * scale, r, h, j), scores.value(s32 * scale, r, h, j), scores.kept(r, h, j)});
                         most = std::max(most, pairs.back().s), most32 = std::max(most32, pairs.back().s32);
                     }
+            if (c.score.top && !(pairs.empty() ? top.get(r, h) == -INFINITY : fabs(top.get(r, h) - most) <= 2e-6 * std::max(1.0, fabs(most))))
+                return "the largest score of row " + std::to_string(r) + " is " + std::to_string(top.get(r, h)) + " instead of " + std::to_string(most);
+            const float sink = scores.sink(r, h);
             if (pairs.empty()) {
                 for (uint32_t d = 0; d < c.dim_v; d++)
                     if (out.get(r, h, d) != 0.0f) return "row " + std::to_string(r) + " sees nothing, but its output is " + std::to_string(out.get(r, h, d));
-                if (lse.get(r, h) != -INFINITY) return "row " + std::to_string(r) + " sees nothing, but its LSE is " + std::to_string(lse.get(r, h));
+                if (sink == -INFINITY ? lse.get(r, h) != sink : !(fabs(lse.get(r, h) - sink) <= 1e-6)) return "row " + std::to_string(r) + " sees nothing, but its LSE is " + std::to_string(lse.get(r, h));
                 continue;
             }
-            double sum = 0;
-            float sum32 = 0;
+            most = std::max(most, (double)sink), most32 = std::max(most32, sink);
+            double sum = exp(sink - most);
+            float sum32 = expf(sink - most32);
             std::vector<double> o(c.dim_v), terms(c.dim_v);
             std::vector<float> plain(c.dim_v);
             for (const Pair& x : pairs) {
                 const double w = exp(x.s - most);
                 const float w32 = expf(x.s32 - most32), rounded_w = widened(rounded<T>(w32));
                 sum += w, sum32 += w32;
+                const float grow = x.kept ? scores.grow() : 0;
                 for (uint32_t d = 0; d < c.dim_v; d++) {
-                    const float value = v[x.step].get(x.key, kv, d);
+                    const float value = v[x.step].get(x.key, kv, d) * grow;
                     o[d] += w * value, terms[d] += w * fabs(value), plain[d] += rounded_w * value;
                 }
             }
@@ -227,6 +243,46 @@ static std::vector<Case> cases() {
     add({"blind_first", 100, {{50, {full(60, 30, 0, 50)}}, {50, {full(10, 70, 0, 50)}}}});
     add({"nothing", 40, {{10, {}}}});
     add({"nothing_steps", 40, {{10, {}}, {10, {}}}}).finish_apart = true;
+    for (auto dims : {std::pair<uint32_t, uint32_t>{64, 64}, {96, 96}, {128, 128}, {192, 128}, {256, 256}}) {
+        Case c{"score_" + std::to_string(dims.first), 150,
+               {{150, {causal(0, 75, 0, 75), full(75, 75, 0, 75), causal(75, 75, 75, 75)}}, {75, {full(75, 75, 0, 75)}}, {90, {band(60, 90, 0, 90, -30, -3)}}}};
+        c.dim_qk = dims.first, c.dim_v = dims.second, c.heads = 2, c.kv_heads = 1, c.group = 2, c.q_first = 2, c.kv_first = 1;
+        c.score.on = true;
+        c.cut = dims.first == 64, c.layout = dims.first == 96 ? GAPS : DENSE, c.finish_apart = dims.first == 128;
+        auto with = [&](const char* name, auto set) {
+            Case& e = add(c);
+            e.name += name;
+            set(e.score);
+        };
+        with("", [](Features&) {});
+        with("_softcap", [](Features& f) { f.softcap = 2; });
+        with("_alibi", [](Features& f) { f.alibi = true, f.q_start = 40, f.k_start = 3, f.boundary = 60; });
+        with("_alibi_striped", [](Features& f) { f.alibi = true, f.q_step = 3, f.k_step = 5, f.diagonal = -17; });
+        with("_sinks", [](Features& f) { f.sinks = true; });
+        with("_top", [](Features& f) { f.top = true; });
+        with("_dropout", [](Features& f) { f.dropout = 0.3f, f.k_start = 2, f.seed_at = true; });
+        with("_dropout_striped", [](Features& f) { f.dropout = 0.6f, f.q_start = 9, f.q_step = 2, f.k_start = 1, f.k_step = 3, f.boundary = 100, f.head_offset = 8; });
+        with("_everything", [](Features& f) { f.softcap = 3, f.alibi = f.sinks = f.top = true, f.dropout = 0.2f, f.k_start = 7, f.boundary = 80; });
+    }
+    {
+        Features all;
+        all.on = all.alibi = all.sinks = all.top = true, all.softcap = 4, all.dropout = 0.25f, all.k_start = 1;
+        Case blind{"score_blind", 200, {{90, {band(0, 200, 0, 90, -FAR, -110)}}}};
+        blind.score = all;
+        add(blind);
+        Case padded{"score_documents", 100, {{100, {causal(3, 20, 3, 20), causal(30, 1, 30, 1), causal(35, 60, 35, 60)}}}};
+        padded.score = all, padded.layout = BHSD, padded.rows_per_batch = 50, padded.dim_v = 40;
+        add(padded);
+        Case negative{"score_scale_negative", 100, {{100, {causal(0, 100, 0, 100)}}}};
+        negative.score = all, negative.scale = -0.3f, negative.bitmaps = false;
+        add(negative);
+        Case large{"score_softcap_large", 100, {{100, {causal(0, 100, 0, 100)}}}};  // scores of about ±50 on a cap of 30: both ends of tanh
+        large.score.on = large.score.top = true, large.score.softcap = 30, large.scale = 2;
+        add(large);
+        Case nothing{"score_nothing", 40, {{10, {}}}};
+        nothing.score = all, nothing.bitmaps = false;
+        add(nothing);
+    }
     add({"scale_negative", 100, {{100, {causal(0, 100, 0, 100)}}}}).scale = -0.3f;
     add({"scale_large", 100, {{100, {causal(0, 100, 0, 100)}}}}).scale = 0.5f;
     return list;
@@ -234,6 +290,7 @@ static std::vector<Case> cases() {
 
 int main(int argc, char** argv) {
     Tally tally(argc, argv);
+    tally.run("philox", philox_is_right);
     for (const Case& c : cases()) {
         tally.run("bf16_" + c.name, [&] { return run<bf16_t>(c); });
         tally.run("f16_" + c.name, [&] { return run<f16_t>(c); });

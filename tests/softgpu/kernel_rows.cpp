@@ -174,8 +174,71 @@ static std::string sums(uint32_t dim, uint32_t heads, uint32_t rows, Layout layo
     return same(delta.memory, expected);
 }
 
+static std::string sink_terms(uint32_t rows, uint32_t heads, bool heads_outside) {
+    Random random(rows * 10 + heads);
+    Rows sinks(random, "sinks", CP_F32, 1, heads, 1, 1, 0, 0, false), lse(random, "lse", CP_F32, rows, heads, 1, 1, 0, 9, heads_outside);
+    Rows delta(random, "delta", CP_F32, rows, heads, 1, 0, 0, 0, false), terms(random, "terms", CP_F32, rows, heads, 1, 0, 1, 0, false);
+    sinks.randomise(random), lse.randomise(random), delta.randomise(random);
+    for (uint32_t r = 0; r < rows; r += 5) {  // padding
+        Rows::put(lse.memory, lse.place(r, r % heads, 0), CP_F32, -INFINITY);
+        Rows::put(delta.memory, delta.place(r, r % heads, 0), CP_F32, NAN);
+    }
+    Rows::put(sinks.memory, sinks.place(0, 0, 0), CP_F32, -INFINITY);
+    std::vector<unsigned char> expected = terms.memory;
+    cp_sink_params p{sinks.view, lse.view, delta.view, terms.view, rows, heads};
+    softgpu::launch(cp_sink_terms, 1 + random.below(5), 256, 0, p);
+    for (uint32_t r = 0; r < rows; r++)
+        for (uint32_t h = 0; h < heads; h++) {
+            const float l = lse.get(lse.place(r, h, 0)), got = terms.get(terms.place(r, h, 0));
+            const double want = l == -INFINITY ? 0 : -exp((double)sinks.get(sinks.place(0, h, 0)) - l) * delta.get(delta.place(r, h, 0));
+            if (!(fabs(got - want) <= 2e-6 * fabs(want))) return "row " + std::to_string(r) + ", head " + std::to_string(h) + ": " + std::to_string(got) + " instead of " + std::to_string(want);
+            Rows::put(expected, terms.place(r, h, 0), CP_F32, got);
+        }
+    return same(terms.memory, expected);
+}
+
+// The largest is exact; sums have the same bits in every order of warps.
+static std::string reduce(uint32_t rows, uint32_t heads, bool largest) {
+    Random random(rows * 10 + heads);
+    Rows src(random, "src", CP_F32, rows, heads, 1, 1, 0, 0, false);
+    src.randomise(random);
+    for (uint32_t r = 0; largest && r < rows; r++) Rows::put(src.memory, src.place(r, 0, 0), CP_F32, -INFINITY);
+    std::vector<unsigned char> first;
+    for (int schedule = 0; schedule < softgpu::SCHEDULES; schedule++) {
+        Random same_random(7);
+        Rows dst(same_random, "dst", CP_F32, 3, heads + 2, 1, 0, 0, 0, false);
+        std::vector<unsigned char> expected = dst.memory;
+        cp_reduce_params p{src.view, dst.view, rows, heads, 2, 1, largest, 0};
+        softgpu::Options options;
+        options.schedule = schedule, options.seed = 100 + schedule;
+        softgpu::launch(cp_reduce, heads, 256, 32, options, p);
+        for (uint32_t h = 0; h < heads; h++) {
+            double want = largest ? -INFINITY : 0, terms = 0;
+            for (uint32_t r = 0; r < rows; r++) {
+                const float x = src.get(src.place(r, h, 0));
+                want = largest ? std::max<double>(want, x) : want + x, terms += fabs(x);
+            }
+            const float got = dst.get(dst.place(2, h + 1, 0));
+            if (largest ? got != want : !(fabs(got - want) <= 1e-6 * terms)) return "head " + std::to_string(h) + ": " + std::to_string(got) + " instead of " + std::to_string(want);
+            Rows::put(expected, dst.place(2, h + 1, 0), CP_F32, got);
+        }
+        const std::string wrong = same(dst.memory, expected);
+        if (!wrong.empty()) return wrong;
+        if (schedule == 0) first = dst.memory;
+        if (first != dst.memory) return "other bits in another order";
+    }
+    return "";
+}
+
 int main(int argc, char** argv) {
     Tally tally(argc, argv);
+    for (uint32_t rows : {0u, 1u, 31u, 256u, 1000u})
+        for (uint32_t heads : {1u, 5u}) {
+            const std::string name = std::to_string(rows) + "_" + std::to_string(heads);
+            if (rows) tally.run("sink_terms_" + name, [&] { return sink_terms(rows, heads, heads == 5); });
+            tally.run("sum_" + name, [&] { return reduce(rows, heads, false); });
+            tally.run("largest_" + name, [&] { return reduce(rows, heads, true); });
+        }
     for (const Form& f : FORMS)
         for (uint32_t to = 0; to < 3; to++) {
             for (uint32_t from = 0; from < 3; from++) {

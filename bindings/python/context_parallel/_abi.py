@@ -48,6 +48,7 @@ CP_ATTENTION_KV_CACHE = 64
 CP_ATTENTION_DETERMINISTIC = 128
 CP_REACH_NONE, CP_REACH_RANK, CP_REACH_GROUP = 0, 1, 2
 CP_BIAS, CP_BIAS_BATCH, CP_BIAS_HEADS, CP_BIAS_QUERIES, CP_BIAS_GRADIENT = 1, 2, 4, 8, 16
+CP_FORWARD_SEED_AT = 1
 CP_COMM_RELAY = 1
 CP_COMM_MOVE_QUERIES = 2
 CP_GROUP_AGREE = 1
@@ -242,7 +243,7 @@ class cp_trade_args(Sized):
 
 
 class cp_context(Structure):
-    _fields_ = [("problem", c_uint64), ("attached", c_uint64), ("dropout_seed", c_uint64), ("reserved", c_uint64)]
+    _fields_ = [("problem", c_uint64), ("attached", c_uint64), ("dropout_seed", c_uint64), ("flags", c_uint64)]
 
 
 class cp_forward_args(Sized):

@@ -373,7 +373,7 @@ impl Task<'_> {
                     panel.scores[lane * panel.stride + known.len()..end].fill(0.0);
                     panel.d_p[lane * panel.stride + known.len()..end].fill(0.0);
                 }
-                let mut kept = [0; KEYS];
+                let mut kept = [u32::MAX; KEYS];
                 if formula.drops() {
                     effects::keep(formula, &lanes, known, &mut kept);
                 }
@@ -385,6 +385,7 @@ impl Task<'_> {
                     let (p_lanes, ds_lanes) = (b.p_lanes.add(at), b.ds_lanes.add(at));
                     let half = LANES / 2;
                     effects::pair(
+                        formula,
                         &panel,
                         keys.len(),
                         units(p_lanes, half),

@@ -9,7 +9,7 @@ use super::tile::KEYS;
 use crate::backend::{Effects, View};
 use crate::dtype::DType;
 use crate::partition::Segment;
-use crate::score::{drop_below, words};
+use crate::score::{Seed, drop_below, words};
 
 /// A row that is no token: padding, or keys that no slice covers.
 const NONE: u32 = u32::MAX;
@@ -149,7 +149,6 @@ impl Lanes {
 pub struct Formula {
     scale: f32,
     cap: f32,
-    alibi: bool,
     /// Dropout: words below this drop. 0: none.
     below: u32,
     /// 1 / (1 − p).
@@ -166,11 +165,14 @@ impl Formula {
         Formula {
             scale,
             cap: score.softcap,
-            alibi: !score.slopes.is_empty(),
             below: drop_below(score.dropout),
             grow: 1.0 / (1.0 - score.dropout),
             bias: score.bias.is_some(),
-            seed: effects.seed,
+            seed: match effects.seed {
+                Seed::Value(seed) => seed,
+                // Layers refuse it: the CPU cannot read device memory.
+                Seed::At(_) => 0,
+            },
             simd,
         }
     }
@@ -247,28 +249,20 @@ fn capped(x: f32, cap: f32) -> (f32, f32) {
     (cap * t.copysign(x), 1.0 - t * t)
 }
 
-/// A score's final value; and by what its gradient is multiplied on the way to scale·q·k.
+/// A score's value before the bias; and by what its gradient is multiplied on the way to scale·q·k. Without ALiBi the slope is 0.
 #[inline(always)]
-fn value(f: &Formula, qk: f32, slope: f32, distance: i32) -> (f32, f32) {
-    let mut x = qk * f.scale;
-    let mut derivative = 1.0;
-    if f.cap > 0.0 {
-        (x, derivative) = capped(x, f.cap);
-    }
-    if f.alibi {
-        x -= slope * distance.abs() as f32;
-    }
-    (x, derivative)
+fn value<const CAP: bool>(f: &Formula, qk: f32, slope: f32, distance: i32) -> (f32, f32) {
+    let x = qk * f.scale;
+    let (x, derivative) = if CAP { capped(x, f.cap) } else { (x, 1.0) };
+    (x - slope * distance.abs() as f32, derivative)
 }
 
 /// Final values of scores `[keys][32 lanes]`.
 #[inline(always)]
 fn adjust_body(f: &Formula, lanes: &Lanes, keys: &[u32], scores: &mut [f32]) {
-    for (row, &key) in scores.chunks_exact_mut(LANES).zip(keys) {
-        for (lane, x) in row.iter_mut().enumerate() {
-            let distance = (key as i32).wrapping_sub(lanes.diagonal[lane]);
-            *x = value(f, *x, lanes.slope[lane], distance).0;
-        }
+    match f.cap > 0.0 {
+        true => adjust_all::<true>(f, lanes, keys, scores),
+        false => adjust_all::<false>(f, lanes, keys, scores),
     }
     if f.bias {
         // Lane by lane: a lane's row of the bias is contiguous.
@@ -276,6 +270,16 @@ fn adjust_body(f: &Formula, lanes: &Lanes, keys: &[u32], scores: &mut [f32]) {
             for (row, &key) in scores.chunks_exact_mut(LANES).zip(keys) {
                 row[lane] += lanes.bias_at(lane, key);
             }
+        }
+    }
+}
+
+#[inline(always)]
+fn adjust_all<const CAP: bool>(f: &Formula, lanes: &Lanes, keys: &[u32], scores: &mut [f32]) {
+    for (row, &key) in scores.chunks_exact_mut(LANES).zip(keys) {
+        for (lane, x) in row.iter_mut().enumerate() {
+            let distance = (key as i32).wrapping_sub(lanes.diagonal[lane]);
+            *x = value::<CAP>(f, *x, lanes.slope[lane], distance).0;
         }
     }
 }
@@ -337,61 +341,93 @@ pub struct Panel<'a> {
     pub bounds: (&'a [i32; LANES], &'a [i32; LANES]),
 }
 
-/// P' and dS of a panel of keys.
+/// P' and dS of a panel of keys; without dropout everything is kept.
 #[inline(always)]
 fn gradient_body(f: &Formula, lanes: &Lanes, keys: &[u32], kept: &Kept, panel: &mut Panel) {
     for lane in 0..LANES {
-        let (lse, delta) = (panel.lse[lane], panel.delta[lane]);
-        let (lo, hi) = (panel.bounds.0[lane], panel.bounds.1[lane]);
-        let (slope, diagonal) = (lanes.slope[lane], lanes.diagonal[lane]);
-        let at = lane * panel.stride..lane * panel.stride + keys.len();
-        let rows = panel.scores[at.clone()].iter_mut().zip(&mut panel.d_p[at]);
-        for (i, (((s, d), &key), bits)) in rows.zip(keys).zip(kept).enumerate() {
-            let (mut x, derivative) = value(f, *s, slope, (key as i32).wrapping_sub(diagonal));
-            let seen = (lo..hi).contains(&(i as i32));
-            if f.bias && seen {
-                x += lanes.bias_at(lane, key);
-            }
-            let p = exp(x - lse);
-            let weight = if !f.drops() || bits >> lane & 1 == 1 { f.grow } else { 0.0 };
-            let slant = p * (*d * weight - delta);
-            if f.bias && seen {
-                lanes.add_to_bias(lane, key, slant);
-            }
-            *s = if seen { p * weight } else { 0.0 };
-            *d = if seen { slant * derivative } else { 0.0 };
+        match f.cap > 0.0 {
+            true => gradient_of::<true>(f, lanes, lane, keys, kept, panel),
+            false => gradient_of::<false>(f, lanes, lane, keys, kept, panel),
+        }
+    }
+}
+
+/// One lane. What goes through memory of the bias, element by element, is kept out of the loop that computes.
+#[inline(always)]
+fn gradient_of<const CAP: bool>(
+    f: &Formula,
+    lanes: &Lanes,
+    lane: usize,
+    keys: &[u32],
+    kept: &Kept,
+    panel: &mut Panel,
+) {
+    let (lse, delta) = (panel.lse[lane], panel.delta[lane]);
+    let (lo, hi) = (panel.bounds.0[lane], panel.bounds.1[lane]);
+    let (slope, diagonal) = (lanes.slope[lane], lanes.diagonal[lane]);
+    let seen = lo.max(0) as usize..(hi.max(0) as usize).min(keys.len());
+    let (mut bias, mut slants) = ([0f32; KEYS], [0f32; KEYS]);
+    if f.bias {
+        for i in seen.clone() {
+            bias[i] = lanes.bias_at(lane, keys[i]);
+        }
+    }
+    let at = lane * panel.stride..lane * panel.stride + keys.len();
+    let rows = panel.scores[at.clone()].iter_mut().zip(&mut panel.d_p[at]);
+    let others = keys.iter().zip(kept).zip(bias.iter().zip(&mut slants));
+    for (i, ((s, d), ((&key, bits), (bias, slant)))) in rows.zip(others).enumerate() {
+        let (x, derivative) = value::<CAP>(f, *s, slope, (key as i32).wrapping_sub(diagonal));
+        let p = exp(x + bias - lse);
+        let weight = if bits >> lane & 1 == 1 { f.grow } else { 0.0 };
+        let seen = (i as i32 >= lo) & ((i as i32) < hi);
+        *slant = p * (*d * weight - delta);
+        *s = if seen { p * weight } else { 0.0 };
+        *d = if seen { *slant * derivative } else { 0.0 };
+    }
+    if f.bias {
+        for i in seen {
+            lanes.add_to_bias(lane, keys[i], slants[i]);
         }
     }
 }
 compiled!(gradient, gradient_body, (lanes: &Lanes, keys: &[u32], kept: &Kept, panel: &mut Panel));
 
-/// Pairs P and dS as the products want them: neighbouring lanes, and neighbouring keys of dS. bf16, rounded to nearest.
-pub fn pair(
+/// bf16, rounded to nearest, ties to even; without a branch.
+#[inline(always)]
+fn bf16(x: f32) -> u32 {
+    let bits = x.to_bits();
+    let rounded = bits.wrapping_add(0x7fff + (bits >> 16 & 1)) >> 16;
+    if x.is_nan() { 0x7fc0 } else { rounded }
+}
+
+/// Pairs P and dS as the products want them: neighbouring lanes, and neighbouring keys of dS.
+#[inline(always)]
+fn pair_body(
+    _: &Formula,
     panel: &Panel,
     keys: usize,
     p_lanes: &mut [u32],
     ds_lanes: &mut [u32],
     ds_keys: &mut [u32],
 ) {
-    let both = |a: f32, b: f32| {
-        u32::from(half::bf16::from_f32(a).to_bits())
-            | u32::from(half::bf16::from_f32(b).to_bits()) << 16
-    };
     let stride = panel.stride;
-    for lane in (0..LANES).step_by(2) {
-        for key in 0..keys {
-            let (at, next) = (lane * stride + key, (lane + 1) * stride + key);
-            p_lanes[lane / 2 * stride + key] = both(panel.scores[at], panel.scores[next]);
-            ds_lanes[lane / 2 * stride + key] = both(panel.d_p[at], panel.d_p[next]);
+    let by_lanes = |from: &[f32], to: &mut [u32]| {
+        for (rows, to) in from.chunks(2 * stride).zip(to.chunks_mut(stride)) {
+            let (even, odd) = rows.split_at(stride);
+            for ((a, b), to) in even[..keys].iter().zip(&odd[..keys]).zip(&mut to[..keys]) {
+                *to = bf16(*a) | bf16(*b) << 16;
+            }
         }
-    }
-    for lane in 0..LANES {
-        for key in (0..keys).step_by(2) {
-            let at = lane * stride + key;
-            ds_keys[lane * stride + key / 2] = both(panel.d_p[at], panel.d_p[at + 1]);
+    };
+    by_lanes(&panel.scores[..LANES * stride], p_lanes);
+    by_lanes(&panel.d_p[..LANES * stride], ds_lanes);
+    for (row, to) in panel.d_p[..LANES * stride].chunks(stride).zip(ds_keys.chunks_mut(stride)) {
+        for (two, to) in row[..keys].chunks_exact(2).zip(to) {
+            *to = bf16(two[0]) | bf16(two[1]) << 16;
         }
     }
 }
+compiled!(pair, pair_body, (panel: &Panel, keys: usize, p_lanes: &mut [u32], ds_lanes: &mut [u32], ds_keys: &mut [u32]));
 
 /// The softmax of a row and its sink: (factor for the un-normalised output, LSE).
 pub fn with_sink(max: f32, sum: f32, sink: f32) -> (f32, f32) {

@@ -2,12 +2,15 @@
 
 use super::image;
 use super::params;
-use super::shapes::{BIG_SHARED, SHAPES, Shape};
+use super::shapes::{BIG_SHARED, SHAPES, Scores, Shape};
 use super::tables::{AttendWork, RowsWork};
-use crate::backend::{Backward, CopyRows, Delta, Forward, HeadMap, View};
+use crate::backend::{
+    Backward, CopyRows, Delta, Effects, Forward, HeadMap, Reduce, SinkTerms, View,
+};
 use crate::driver::{CUdeviceptr, CUstream, Device, Function, Launch, Module};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::score::{Seed, drop_below};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Threads of a block of the row kernels.
@@ -30,11 +33,14 @@ pub(super) struct Kernels {
     big: bool,
     /// Loaded images by their place in the list, or why they cannot be loaded.
     modules: Mutex<Vec<Option<Result<Arc<Module>>>>>,
-    forward: [[OnceLock<Kernel>; SHAPES.len()]; 2],
-    backward: [[OnceLock<Kernel>; SHAPES.len()]; 2],
+    /// By type, plain or with features of scores, and shape.
+    forward: [[[OnceLock<Kernel>; SHAPES.len()]; 2]; 2],
+    backward: [[[OnceLock<Kernel>; SHAPES.len()]; 2]; 2],
     copy_rows: OnceLock<Kernel>,
     fill_rows: OnceLock<Kernel>,
     delta: OnceLock<Kernel>,
+    sink_terms: OnceLock<Kernel>,
+    reduce: OnceLock<Kernel>,
 }
 
 /// Compute capability 8.0 brought cp.async, and mma on bf16.
@@ -68,6 +74,8 @@ impl Kernels {
             copy_rows: OnceLock::new(),
             fill_rows: OnceLock::new(),
             delta: OnceLock::new(),
+            sink_terms: OnceLock::new(),
+            reduce: OnceLock::new(),
         };
         // A GPU that is newer than this library runs PTX, of which there is only the small set.
         kernels.big = device.shared_bytes >= BIG_SHARED && kernels.has(&SHAPES[0]);
@@ -87,20 +95,22 @@ impl Kernels {
         self.backward(dtype, shape)?;
         self.copy_rows()?;
         self.fill_rows()?;
+        self.sink_terms()?;
+        self.reduce()?;
         self.delta().map(|_| ())
     }
 
     fn forward(&self, dtype: DType, shape: &Shape) -> Result<&Kernel> {
-        let name = || format!("cp_forward_{}_{}", type_name(dtype), shape.dim_qk);
-        let block = &shape.forward_block;
-        let cell = &self.forward[row_of(dtype)][index_of(shape)];
+        let Shape { dim_qk, forward_suffix: suffix, forward_block: block, .. } = shape;
+        let name = || format!("cp_forward_{}_{dim_qk}{suffix}", type_name(dtype));
+        let cell = &self.forward[row_of(dtype)][set_of(suffix)][index_of(shape)];
         get(cell, || self.load(name(), block.threads, block.shared))
     }
 
     fn backward(&self, dtype: DType, shape: &Shape) -> Result<&Kernel> {
         let Shape { dim_qk, backward_suffix: suffix, backward_block: block, .. } = shape;
         let name = || format!("cp_backward_{}_{dim_qk}{suffix}", type_name(dtype));
-        let cell = &self.backward[row_of(dtype)][index_of(shape)];
+        let cell = &self.backward[row_of(dtype)][set_of(suffix)][index_of(shape)];
         get(cell, || self.load(name(), block.threads, block.shared))
     }
 
@@ -114,6 +124,15 @@ impl Kernels {
 
     fn delta(&self) -> Result<&Kernel> {
         get(&self.delta, || self.load("cp_delta".into(), ROW_THREADS, 0))
+    }
+
+    fn sink_terms(&self) -> Result<&Kernel> {
+        get(&self.sink_terms, || self.load("cp_sink_terms".into(), ROW_THREADS, 0))
+    }
+
+    fn reduce(&self) -> Result<&Kernel> {
+        // A number per warp.
+        get(&self.reduce, || self.load("cp_reduce".into(), ROW_THREADS, ROW_THREADS / 32 * 4))
     }
 
     /// Finds a kernel in the first image that has it and code for this device.
@@ -164,6 +183,10 @@ fn type_name(dtype: DType) -> &'static str {
 
 fn row_of(dtype: DType) -> usize {
     usize::from(dtype == DType::F16)
+}
+
+fn set_of(suffix: &str) -> usize {
+    usize::from(suffix == "_score")
 }
 
 fn index_of(shape: &Shape) -> usize {
@@ -234,14 +257,23 @@ impl Cuda {
 
     /// The compiled shape for these tensors, its kernels loaded; or the reason why there is none. The first time it blocks, and cannot
     /// be called while a stream captures.
-    pub fn supports(&self, dtype: DType, dim_qk: u32, dim_v: u32) -> Result<&'static Shape> {
-        let shape = self.shape(dtype, dim_qk as usize, dim_v as usize)?;
+    pub fn supports(
+        &self,
+        dtype: DType,
+        dim_qk: u32,
+        dim_v: u32,
+        scores: Scores,
+    ) -> Result<&'static Shape> {
+        let dims = [dim_qk as usize, dim_v as usize];
+        let shape = Shape::of(dtype, dims, scores, self.kernels.big)?;
         self.kernels.prepare(dtype, shape)?;
         Ok(shape)
     }
 
-    fn shape(&self, dtype: DType, dim_qk: usize, dim_v: usize) -> Result<&'static Shape> {
-        Shape::of(dtype, dim_qk, dim_v, self.kernels.big)
+    /// The shape of a step.
+    fn shape(&self, q: &View, v: &View, effects: Option<&Effects>) -> Result<&'static Shape> {
+        let scores = effects.map_or(Ok(Scores::Plain), |e| Scores::of(e.score))?;
+        Shape::of(q.dtype, [q.dim, v.dim], scores, self.kernels.big)
     }
 
     /// Enqueues a forward step. `step.slices` is not read: `work` is made of it.
@@ -257,7 +289,7 @@ impl Cuda {
         stream: CUstream,
     ) -> Result<()> {
         let (q, v) = (&step.q, &step.v);
-        let shape = self.shape(q.dtype, q.dim, v.dim)?;
+        let shape = self.shape(q, v, step.effects.as_ref())?;
         let mut p = attention(work, tables, step.heads, step.scale, q, v);
         (p.q, p.k, p.v) = (view("q", q)?, view("k", &step.k)?, view("v", v)?);
         if let Some(state) = &step.state {
@@ -271,7 +303,14 @@ impl Cuda {
         }
         if let Some(output) = &step.last {
             (p.out, p.lse) = (view("out", &output.out)?, view("lse", &output.lse)?);
+            if let Some(top) = &output.top {
+                p.top = view("row maxima", top)?;
+            }
             p.flags |= params::LAST;
+        }
+        if let Some(effects) = &step.effects {
+            score(&mut p, effects, work, tables)?;
+            p.flags |= if effects.score.max_logit.is_some() { params::LARGEST } else { 0 };
         }
         if step.first {
             p.flags |= params::FIRST;
@@ -296,12 +335,15 @@ impl Cuda {
         stream: CUstream,
     ) -> Result<()> {
         let (q, v) = (&step.q, &step.v);
-        let shape = self.shape(q.dtype, q.dim, v.dim)?;
+        let shape = self.shape(q, v, step.effects.as_ref())?;
         let mut p = attention(work, tables, step.heads, step.scale, q, v);
         (p.q, p.k, p.v) = (view("q", q)?, view("k", &step.k)?, view("v", v)?);
         p.d_out = view("d_out", &step.d_out)?;
         (p.lse, p.delta) = (view("lse", &step.lse)?, view("delta", &step.delta)?);
         (p.dq, p.dk, p.dv) = (view("dq", &step.dq)?, view("dk", &step.dk)?, view("dv", &step.dv)?);
+        if let Some(effects) = &step.effects {
+            score(&mut p, effects, work, tables)?;
+        }
         let kernel = self.kernels.backward(q.dtype, shape)?;
         let blocks = u64::from(work.tile_count) * v.heads as u64;
         let mut margin = self.margin;
@@ -423,6 +465,46 @@ impl Cuda {
         unsafe { kernel.launch(grid, &p, stream) }
     }
 
+    /// Enqueues what rows add to the gradients of sinks.
+    ///
+    /// # Safety
+    /// As [`Cuda::forward`], for all rows of the views.
+    pub unsafe fn sink_terms(&self, step: &SinkTerms, stream: CUstream) -> Result<()> {
+        let terms = &step.terms;
+        let p = params::Sink {
+            sinks: view("sinks", &step.sinks)?,
+            lse: view("lse", &step.lse)?,
+            delta: view("delta", &step.delta)?,
+            terms: view("sink terms", terms)?,
+            row_count: terms.rows as u32,
+            heads: terms.heads as u32,
+        };
+        let kernel = self.kernels.sink_terms()?;
+        let grid = self.row_blocks(terms.rows, terms.heads, 1, terms.dtype.size());
+        // SAFETY: the caller's promise; the kernel takes these parameters.
+        unsafe { kernel.launch(grid, &p, stream) }
+    }
+
+    /// Enqueues a sum or maximum over rows.
+    ///
+    /// # Safety
+    /// As [`Cuda::forward`], for all rows of the source and the row of the destination.
+    pub unsafe fn reduce(&self, step: &Reduce, stream: CUstream) -> Result<()> {
+        let src = &step.src;
+        let p = params::Reduce {
+            src: view("numbers per row", src)?,
+            dst: view("numbers per head", &step.dst)?,
+            row_count: src.rows as u32,
+            heads: src.heads as u32,
+            dst_row: step.dst_row as u32,
+            dst_head: step.dst_head as u32,
+            largest: u32::from(step.max),
+            reserved: 0,
+        };
+        // SAFETY: the caller's promise; the kernel takes these parameters, and a block per head.
+        unsafe { self.kernels.reduce()?.launch(src.heads as u64, &p, stream) }
+    }
+
     /// Blocks of a row kernel: enough to keep the memory busy. A group of threads shares a row and head, 16 bytes each.
     fn row_blocks(&self, rows: usize, heads: usize, dim: usize, size: usize) -> u64 {
         let lanes = (dim * size).div_ceil(16).next_power_of_two().min(32);
@@ -480,4 +562,35 @@ fn attention(
         scale_log2: scale * std::f32::consts::LOG2_E,
         ..params::Attention::default()
     }
+}
+
+/// What scores depend on beside q, k and the slices.
+fn score(
+    p: &mut params::Attention,
+    effects: &Effects,
+    work: &AttendWork,
+    tables: CUdeviceptr,
+) -> Result<()> {
+    let score = effects.score;
+    let tokens = work.tokens.ok_or_else(|| Error::internal("a step without tables of tokens"))?;
+    p.q_tokens = tables + tokens.queries;
+    p.k_positions = tables + tokens.keys;
+    p.sequences = tables + tokens.sequences;
+    p.alibi = tokens.slopes.map_or(0, |at| tables + at);
+    p.softcap = score.softcap;
+    p.softcap_inverse = if score.softcap > 0.0 { 1.0 / score.softcap } else { 0.0 };
+    p.drop_below = drop_below(score.dropout);
+    p.grow = 1.0 / (1.0 - score.dropout);
+    p.head_offset = score.head_offset;
+    match effects.seed {
+        Seed::Value(seed) => p.dropout_seed = seed,
+        Seed::At(address) => {
+            p.dropout_seed = address;
+            p.flags |= params::SEED_AT;
+        }
+    }
+    if let Some(sinks) = &effects.sinks {
+        p.sinks = view("sinks", sinks)?;
+    }
+    Ok(())
 }

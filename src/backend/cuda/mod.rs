@@ -19,9 +19,9 @@ mod tables;
 mod tests;
 
 pub use launch::{Cuda, check_view};
-pub use shapes::{Block, Shape};
+pub use shapes::{Block, Scores, Shape};
 pub use staging::Staging;
 pub use tables::{
-    ALIGN, AttendWork, RowsWork, SliceLimits, TableBuilder, Tiling, backward_bound, forward_bound,
-    runs_bound,
+    ALIGN, AttendWork, RowsWork, Sequences, SliceLimits, TableBuilder, Tiling, TokenWork,
+    backward_bound, forward_bound, runs_bound, tokens_bound,
 };

@@ -19,6 +19,10 @@ pub const FIRST: u32 = 1;
 pub const LAST: u32 = 2;
 /// Backward: dQ is added in the order of the tiles.
 pub const DETERMINISTIC: u32 = 4;
+/// Forward: the state's maximum is the true one.
+pub const LARGEST: u32 = 8;
+/// The dropout's seed is given by its address.
+pub const SEED_AT: u32 = 16;
 
 /// `cp_view`.
 #[repr(C)]
@@ -90,6 +94,25 @@ pub struct Tile {
     pub parts: u32,
 }
 
+/// `cp_token`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Token {
+    pub position: u32,
+    pub sequence: u32,
+}
+
+/// `CP_NO_TOKEN`: the position of a row that is no token.
+pub const NO_TOKEN: u32 = u32::MAX;
+
+/// `cp_sequence`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Sequence {
+    pub diagonal: i32,
+    pub number: u32,
+}
+
 /// `cp_attention_params`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default)]
@@ -126,15 +149,19 @@ pub struct Attention {
     pub scale: f32,
     pub scale_log2: f32,
     pub softcap: f32,
-    pub dropout: f32,
-    pub reserved_f: f32,
+    pub softcap_inverse: f32,
+    pub drop_below: u32,
+    pub grow: f32,
+    pub head_offset: u32,
     pub dropout_seed: u64,
-    pub sinks: u64,
+    pub q_tokens: u64,
+    pub k_positions: u64,
+    pub sequences: u64,
     pub alibi: u64,
+    pub sinks: View,
+    pub top: View,
     pub bias: View,
     pub d_bias: View,
-    pub d_sinks: u64,
-    pub max_logit: u64,
     pub k_scale: u64,
     pub v_scale: u64,
     pub reserved: [u64; 4],
@@ -182,6 +209,32 @@ pub struct Delta {
     pub heads: u32,
     pub dim: u32,
     pub dtype: u32,
+}
+
+/// `cp_sink_params`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Sink {
+    pub sinks: View,
+    pub lse: View,
+    pub delta: View,
+    pub terms: View,
+    pub row_count: u32,
+    pub heads: u32,
+}
+
+/// `cp_reduce_params`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Reduce {
+    pub src: View,
+    pub dst: View,
+    pub row_count: u32,
+    pub heads: u32,
+    pub dst_row: u32,
+    pub dst_head: u32,
+    pub largest: u32,
+    pub reserved: u32,
 }
 
 #[cfg(test)]
@@ -268,20 +321,26 @@ mod tests {
             q k v out lse acc_out acc_max acc_sum d_out delta dq dk dv
             tiles parts slices q_used k_used turns counters tile_count heads kv_heads
             q_first head_group kv_first dim_qk dim_v flags scale scale_log2
-            softcap dropout reserved_f dropout_seed sinks alibi bias d_bias
-            d_sinks max_logit k_scale v_scale reserved);
+            softcap softcap_inverse drop_below grow head_offset dropout_seed
+            q_tokens k_positions sequences alibi sinks top bias d_bias k_scale v_scale reserved);
+        same!("cp_token", Token, position sequence);
+        same!("cp_sequence", Sequence, diagonal number);
+        same!("cp_sink_params", Sink, sinks lse delta terms row_count heads);
+        same!("cp_reduce_params", Reduce, src dst row_count heads dst_row dst_head largest reserved);
         same!("cp_run", Run, src src_step dst dst_step rows before);
         same!("cp_rows_params", Rows,
             src dst runs run_count row_count src_type dst_type src_head dst_head heads dim add value);
         same!("cp_delta_params", Delta, out d_out delta row_count heads dim dtype);
-        assert_eq!(header_structs().len(), 8, "a struct that this test does not know");
+        assert_eq!(header_structs().len(), 12, "a struct that this test does not know");
     }
 
     #[test]
     fn numbers_are_those_of_the_header() {
         let define = |name: &str| -> u32 {
             let line = HEADER.lines().find(|l| l.starts_with(&format!("#define {name} "))).unwrap();
-            line.split_whitespace().nth(2).unwrap().trim_end_matches('u').parse().unwrap()
+            let number = line.split_whitespace().nth(2).unwrap().trim_end_matches('u');
+            let hex = number.strip_prefix("0x").map(|n| u32::from_str_radix(n, 16));
+            hex.unwrap_or_else(|| number.parse()).unwrap()
         };
         assert_eq!(define("CP_F32"), type_code(DType::F32));
         assert_eq!(define("CP_BF16"), type_code(DType::Bf16));
@@ -289,5 +348,8 @@ mod tests {
         assert_eq!(define("CP_FIRST"), FIRST);
         assert_eq!(define("CP_LAST"), LAST);
         assert_eq!(define("CP_DETERMINISTIC"), DETERMINISTIC);
+        assert_eq!(define("CP_LARGEST"), LARGEST);
+        assert_eq!(define("CP_SEED_AT"), SEED_AT);
+        assert_eq!(define("CP_NO_TOKEN"), NO_TOKEN);
     }
 }

@@ -3,6 +3,7 @@
 use super::Tiling;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
+use crate::score::Score;
 
 /// A block of a compiled kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -26,50 +27,113 @@ pub struct Shape {
     pub forward_block: Block,
     /// Backward.
     pub backward_block: Block,
+    /// What the forward kernel's name ends in.
+    pub forward_suffix: &'static str,
     /// What the backward kernel's name ends in.
     pub backward_suffix: &'static str,
+}
+
+/// What kernels a layer needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Scores {
+    /// Plain attention.
+    Plain,
+    /// Forward has sinks or is asked for the largest scores; backward is plain, because both are in the LSE or beside it.
+    Noted,
+    /// Scores or weights are changed, forward and backward.
+    Changed,
+}
+
+impl Scores {
+    /// Of a formula; the error names what there are no kernels for.
+    pub fn of(score: &Score) -> Result<Scores> {
+        if score.bias.is_some() {
+            return Err(Error::unsupported("bias: not on CUDA yet; on the CPU it is"));
+        }
+        Ok(match (score.changes(), score.needs_origins()) {
+            (true, _) => Scores::Changed,
+            (false, true) => Scores::Noted,
+            (false, false) => Scores::Plain,
+        })
+    }
 }
 
 /// What the big backward kernels need to be able to ask for.
 pub const BIG_SHARED: u32 = 163 * 1024;
 
-/// For GPUs with [`BIG_SHARED`] bytes of shared memory per block; smallest first: a problem takes the first that it fits in.
-pub static SHAPES: [Shape; 5] = [
-    shape(64, 64, [128, 64, 4], [128, 128, 8, 2, 1], ""),
-    shape(96, 96, [128, 64, 4], [64, 128, 8, 2, 2], ""),
-    shape(128, 128, [128, 64, 4], [64, 128, 8, 2, 2], ""),
-    shape(192, 128, [128, 64, 4], [64, 96, 8, 2, 1], ""),
-    shape(256, 256, [64, 64, 4], [64, 64, 8, 1, 1], ""),
-];
+/// Query rows, key rows, warps.
+type ForwardTile = [u32; 3];
+/// The same, and stages of Q and of dO.
+type BackwardTile = [u32; 5];
 
+const DIMS: [[u32; 2]; 5] = [[64, 64], [96, 96], [128, 128], [192, 128], [256, 256]];
+const FORWARD: [ForwardTile; 5] =
+    [[128, 64, 4], [128, 64, 4], [128, 64, 4], [128, 64, 4], [64, 64, 4]];
+/// With features of scores.
+const FORWARD_SCORE: [ForwardTile; 5] =
+    [[128, 64, 8], [128, 64, 8], [128, 64, 8], [128, 64, 8], [64, 64, 4]];
+/// For GPUs with [`BIG_SHARED`] bytes of shared memory per block.
+const BACKWARD: [BackwardTile; 5] = [
+    [128, 128, 8, 2, 1],
+    [64, 128, 8, 2, 2],
+    [64, 128, 8, 2, 2],
+    [64, 96, 8, 2, 1],
+    [64, 64, 8, 1, 1],
+];
 /// For others.
-static SMALL_SHAPES: [Shape; 5] = [
-    shape(64, 64, [128, 64, 4], [64, 128, 8, 2, 2], "_small"),
-    shape(96, 96, [128, 64, 4], [64, 64, 8, 2, 2], "_small"),
-    shape(128, 128, [128, 64, 4], [64, 64, 8, 2, 1], "_small"),
-    shape(192, 128, [128, 64, 4], [32, 64, 8, 2, 2], "_small"),
-    shape(256, 256, [64, 64, 4], [32, 32, 4, 2, 1], "_small"),
+const BACKWARD_SMALL: [BackwardTile; 5] = [
+    [64, 128, 8, 2, 2],
+    [64, 64, 8, 2, 2],
+    [64, 64, 8, 2, 1],
+    [32, 64, 8, 2, 2],
+    [32, 32, 4, 2, 1],
 ];
+/// With features of scores.
+const BACKWARD_SCORE: [BackwardTile; 5] =
+    [[64, 64, 8, 2, 2], [64, 64, 8, 2, 2], [64, 64, 8, 2, 1], [32, 64, 8, 2, 2], [32, 32, 4, 2, 1]];
 
-/// Forward: query rows, key rows, warps. Backward: the same, and stages of Q and of dO.
-const fn shape(
-    dim_qk: u32,
-    dim_v: u32,
-    forward: [u32; 3],
-    backward: [u32; 5],
+/// Smallest first: a problem takes the first that it fits in.
+pub static SHAPES: [Shape; 5] = shapes(FORWARD, "", BACKWARD, "");
+static SMALL_SHAPES: [Shape; 5] = shapes(FORWARD, "", BACKWARD_SMALL, "_small");
+static NOTED_SHAPES: [Shape; 5] = shapes(FORWARD_SCORE, "_score", BACKWARD, "");
+static SMALL_NOTED_SHAPES: [Shape; 5] = shapes(FORWARD_SCORE, "_score", BACKWARD_SMALL, "_small");
+static CHANGED_SHAPES: [Shape; 5] = shapes(FORWARD_SCORE, "_score", BACKWARD_SCORE, "_score");
+
+const fn shapes(
+    forward: [ForwardTile; 5],
+    forward_suffix: &'static str,
+    backward: [BackwardTile; 5],
     backward_suffix: &'static str,
-) -> Shape {
-    let [q, k, warps] = forward;
-    let shared = q * dim_qk * 2 + k * (dim_qk + dim_v) * 2 + q * 8;
-    let forward_block = block(q, k, warps, shared);
-    let [q, k, warps, q_stages, d_out_stages] = backward;
-    let shared = k * (dim_qk + dim_v) * 2
-        + q * (q_stages * dim_qk + d_out_stages * dim_v) * 2
-        + q * k * 4
-        + q * 28
-        + 64;
-    let backward_block = block(q, k, warps, shared);
-    Shape { dim_qk, dim_v, forward_block, backward_block, backward_suffix }
+) -> [Shape; 5] {
+    // A token of 12 bytes for every query row.
+    let more = if matches!(backward_suffix.as_bytes(), b"_score") { 12 } else { 0 };
+    let none = block(0, 0, 0, 0);
+    let empty = Shape {
+        dim_qk: 0,
+        dim_v: 0,
+        forward_block: none,
+        backward_block: none,
+        forward_suffix,
+        backward_suffix,
+    };
+    let mut out = [empty; 5];
+    let mut i = 0;
+    while i < out.len() {
+        let [dim_qk, dim_v] = DIMS[i];
+        let [q, k, warps] = forward[i];
+        let shared = q * dim_qk * 2 + k * (dim_qk + dim_v) * 2 + q * 8;
+        out[i].forward_block = block(q, k, warps, shared);
+        let [q, k, warps, q_stages, d_out_stages] = backward[i];
+        let shared = k * (dim_qk + dim_v) * 2
+            + q * (q_stages * dim_qk + d_out_stages * dim_v) * 2
+            + q * k * 4
+            + q * (28 + more)
+            + 64;
+        out[i].backward_block = block(q, k, warps, shared);
+        (out[i].dim_qk, out[i].dim_v) = (dim_qk, dim_v);
+        i += 1;
+    }
+    out
 }
 
 const fn block(q_rows: u32, k_rows: u32, warps: u32, shared: u32) -> Block {
@@ -77,8 +141,13 @@ const fn block(q_rows: u32, k_rows: u32, warps: u32, shared: u32) -> Block {
 }
 
 impl Shape {
-    /// The shape for these tensors, of the big or the small set, or the reason why there is none.
-    pub fn of(dtype: DType, dim_qk: usize, dim_v: usize, big: bool) -> Result<&'static Shape> {
+    /// The shape for these tensors, or the reason why there is none. `big`: the GPU has [`BIG_SHARED`].
+    pub fn of(
+        dtype: DType,
+        [dim_qk, dim_v]: [usize; 2],
+        scores: Scores,
+        big: bool,
+    ) -> Result<&'static Shape> {
         if dtype == DType::F32 {
             return Err(Error::unsupported("dtype: got fp32, on CUDA bf16 or fp16"));
         }
@@ -89,7 +158,13 @@ impl Shape {
                 )));
             }
         }
-        let shapes = if big { &SHAPES } else { &SMALL_SHAPES };
+        let shapes = match (scores, big) {
+            (Scores::Plain, true) => &SHAPES,
+            (Scores::Plain, false) => &SMALL_SHAPES,
+            (Scores::Noted, true) => &NOTED_SHAPES,
+            (Scores::Noted, false) => &SMALL_NOTED_SHAPES,
+            (Scores::Changed, _) => &CHANGED_SHAPES,
+        };
         let fits = |s: &&Shape| dim_qk <= s.dim_qk as usize && dim_v <= s.dim_v as usize;
         shapes.iter().find(fits).ok_or_else(|| Error::internal("the largest shape fits all"))
     }
@@ -117,12 +192,16 @@ mod tests {
         #define F(d, v, q, k, w) printf("f %d %d %d %d %d %d\n", d, v, q, k, w * 32, CP_FORWARD_SHARED(d, v, q, k));
         #define B(d, v, q, k, w, a, b, c, s, t) \
             printf("%s %d %d %d %d %d %d\n", name, d, v, q, k, w * 32, CP_BACKWARD_SHARED(d, v, q, k, s, t));
+        #define X(d, v, q, k, w, a, b, c, s, t) \
+            printf("x %d %d %d %d %d %d\n", d, v, q, k, w * 32, CP_BACKWARD_SHARED_SCORE(d, v, q, k, s, t));
         int main(void) {
             const char* name = "b";
             CP_FORWARD_SHAPES(F)
             CP_BACKWARD_SHAPES(B)
             name = "s";
             CP_BACKWARD_SHAPES_SMALL(B)
+            CP_FORWARD_SHAPES_SCORE(F)
+            CP_BACKWARD_SHAPES_SCORE(X)
             return 0;
         }
     "#;
@@ -147,12 +226,10 @@ mod tests {
         };
         let mine = list("f", &SHAPES, |s| s.forward_block)
             + &list("b", &SHAPES, |s| s.backward_block)
-            + &list("s", &SMALL_SHAPES, |s| s.backward_block);
+            + &list("s", &SMALL_SHAPES, |s| s.backward_block)
+            + &list("f", &CHANGED_SHAPES, |s| s.forward_block)
+            + &list("x", &CHANGED_SHAPES, |s| s.backward_block);
         assert_eq!(mine, String::from_utf8(output.stdout).unwrap());
-        assert_eq!(
-            list("f", &SHAPES, |s| s.forward_block),
-            list("f", &SMALL_SHAPES, |s| s.forward_block)
-        );
     }
 
     #[test]
@@ -160,7 +237,7 @@ mod tests {
         for qk in 0..300 {
             for v in 0..300 {
                 let valid = |d: usize| d.is_multiple_of(8) && (8..=256).contains(&d);
-                match Shape::of(DType::F16, qk, v, true) {
+                match Shape::of(DType::F16, [qk, v], Scores::Plain, true) {
                     Ok(s) => {
                         assert!(valid(qk) && valid(v), "{qk} {v}");
                         assert!(s.dim_qk as usize >= qk && s.dim_v as usize >= v);
@@ -173,13 +250,13 @@ mod tests {
                 }
             }
         }
-        let refused = Shape::of(DType::F32, 64, 64, true).unwrap_err();
+        let refused = Shape::of(DType::F32, [64, 64], Scores::Plain, true).unwrap_err();
         assert_eq!(refused.text, "dtype: got fp32, on CUDA bf16 or fp16");
-        let refused = Shape::of(DType::F16, 64, 12, true).unwrap_err();
+        let refused = Shape::of(DType::F16, [64, 12], Scores::Plain, true).unwrap_err();
         assert_eq!(refused.text, "head dimension of v: got 12, on CUDA a multiple of 8 up to 256");
     }
 
-    /// What each set is for: the forward kernels and the small set run everywhere.
+    /// What each set is for: all but the big one run everywhere.
     #[test]
     fn shared_memory_is_what_the_devices_have() {
         for (big, small) in SHAPES.iter().zip(&SMALL_SHAPES) {
@@ -187,7 +264,15 @@ mod tests {
             assert!(big.backward_block.shared <= BIG_SHARED, "{big:?}");
             assert!(small.backward_block.shared <= 99 * 1024, "{small:?}");
         }
-        let suffix = |big| Shape::of(DType::Bf16, 128, 128, big).unwrap().backward_suffix;
-        assert_eq!((suffix(true), suffix(false)), ("", "_small"));
+        assert!(CHANGED_SHAPES.iter().all(|s| s.backward_block.shared <= 99 * 1024));
+        let suffixes = |scores, big| {
+            let shape = Shape::of(DType::Bf16, [128, 128], scores, big).unwrap();
+            (shape.forward_suffix, shape.backward_suffix)
+        };
+        assert_eq!(suffixes(Scores::Plain, true), ("", ""));
+        assert_eq!(suffixes(Scores::Plain, false), ("", "_small"));
+        assert_eq!(suffixes(Scores::Noted, true), ("_score", ""));
+        assert_eq!(suffixes(Scores::Noted, false), ("_score", "_small"));
+        assert_eq!(suffixes(Scores::Changed, true), ("_score", "_score"));
     }
 }

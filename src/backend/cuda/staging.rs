@@ -58,7 +58,7 @@ impl Staging {
         Ok(())
     }
 
-    /// Enqueues a copy of `blob` to the device; the caller may change the blob at once. When captured in a graph the slot is the
+    /// Enqueues a copy of `blob` to the device, with the bytes of `patch` in place of its own from there on; the caller may change both at once. When captured in a graph the slot is the
     /// graph's, which reads it at every replay.
     ///
     /// Allocates if no slot that is large enough is free; if very many are in flight, waits for the oldest.
@@ -68,10 +68,13 @@ impl Staging {
     pub unsafe fn upload(
         &mut self,
         blob: &[u8],
+        patch: (usize, &[u8]),
         to: CUdeviceptr,
         stream: CUstream,
         captured: bool,
     ) -> Result<()> {
+        let (at, patch) = patch;
+        assert!(at + patch.len() <= blob.len(), "the patch lies inside the blob");
         if blob.is_empty() {
             return Ok(());
         }
@@ -81,8 +84,12 @@ impl Staging {
             self.free(blob.len())?
         };
         let slot = &mut self.slots[index];
-        // SAFETY: the slot is large enough, nobody else reads or writes it, and the blob is another allocation.
-        unsafe { slot.buffer.ptr().copy_from_nonoverlapping(blob.as_ptr(), blob.len()) };
+        let staged = slot.buffer.ptr();
+        // SAFETY: the slot is large enough, nobody else reads or writes it, and blob and patch are other allocations.
+        unsafe {
+            staged.copy_from_nonoverlapping(blob.as_ptr(), blob.len());
+            staged.add(at).copy_from_nonoverlapping(patch.as_ptr(), patch.len());
+        }
         // From here on the slot counts as read, also when one of the calls fails halfway.
         self.copies += 1;
         slot.state = if captured { State::Captured } else { State::InFlight(self.copies) };

@@ -6,12 +6,14 @@
 mod sweeps;
 #[cfg(test)]
 mod tests;
+mod tokens;
 
 use super::params;
 use crate::backend::Run;
 use crate::mask::Slice;
 use std::ops::Range;
 use sweeps::{Groups, Side, Sweep};
+pub use tokens::{Sequences, TokenWork, tokens_bound};
 
 /// Every list starts at a multiple of this many bytes: kernels read them in vectors.
 pub const ALIGN: usize = 16;
@@ -48,6 +50,8 @@ pub struct AttendWork {
     pub visits: u64,
     /// Tiles that the query rows are cut into.
     pub query_tiles: u32,
+    /// Which tokens the rows are, if scores depend on that.
+    pub tokens: Option<TokenWork>,
 }
 
 impl AttendWork {
@@ -153,6 +157,7 @@ impl TableBuilder {
             part_count: s.parts.len() as u32,
             visits,
             query_tiles: 0,
+            tokens: None,
         }
     }
 
@@ -203,6 +208,9 @@ impl TableBuilder {
 /// A struct of 32-bit numbers.
 trait Words: Copy {}
 impl Words for u32 {}
+impl Words for f32 {}
+impl Words for params::Token {}
+impl Words for params::Sequence {}
 impl Words for params::Tile {}
 impl Words for params::Part {}
 impl Words for params::Slice {}

@@ -173,7 +173,8 @@ impl Case {
 
 fn tiling(bench: &Bench, case: &Case) -> TableBuilder {
     let [dim_qk, dim_v] = case.dims;
-    let shape = bench.cuda.supports(case.dtype, dim_qk as u32, dim_v as u32).unwrap();
+    let shape =
+        bench.cuda.supports(case.dtype, dim_qk as u32, dim_v as u32, Scores::Plain).unwrap();
     TableBuilder::new(shape.forward(), shape.backward())
 }
 
@@ -467,14 +468,14 @@ fn steps_without_work_launch_nothing() {
 #[ignore = "needs a CUDA device or the software GPU: tests/run"]
 fn what_kernels_cannot_do_is_refused_by_name() {
     let bench = Bench::new();
-    let refused = |dtype, qk, v| bench.cuda.supports(dtype, qk, v).unwrap_err();
+    let refused = |dtype, qk, v| bench.cuda.supports(dtype, qk, v, Scores::Plain).unwrap_err();
     assert_eq!(refused(DType::F32, 64, 64).text, "dtype: got fp32, on CUDA bf16 or fp16");
     let e = refused(DType::F16, 264, 64);
     assert_eq!(e.status, Status::Unsupported);
     assert_eq!(e.text, "head dimension of q and k: got 264, on CUDA a multiple of 8 up to 256");
     // Kernels are loaded once for all layers of a device.
     let other = Cuda::new(bench.device.clone()).unwrap();
-    let shape = |cuda: &Cuda| cuda.supports(DType::Bf16, 128, 64).unwrap();
+    let shape = |cuda: &Cuda| cuda.supports(DType::Bf16, 128, 64, Scores::Plain).unwrap();
     assert_eq!(shape(&other), shape(&bench.cuda));
     assert_eq!(shape(&other).dim_v, 128);
     // A kernel is never given what it cannot read.
@@ -580,7 +581,10 @@ fn captured_uploads_stay_for_every_replay() {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         driver::check("begin", sys::cuStreamBeginCapture_v2(stream, mode)).unwrap();
         for (n, buffer) in [7u8, 9].iter().zip(&to) {
-            bench.staging.upload(&vec![*n; bytes], buffer.address(), stream, true).unwrap();
+            bench
+                .staging
+                .upload(&vec![*n; bytes], (0, &[]), buffer.address(), stream, true)
+                .unwrap();
         }
         driver::check("end", sys::cuStreamEndCapture(stream, &mut graph)).unwrap();
         driver::check("make", sys::cuGraphInstantiateWithFlags(&mut exec, graph, 0)).unwrap();

@@ -13,6 +13,7 @@ use context_parallel::holding::{holding, tokens};
 use context_parallel::partition::Side;
 use context_parallel::plan::Tensor;
 use context_parallel::problem::Problem;
+use context_parallel::score::Seed;
 use half::{bf16, f16};
 use std::time::{Duration, Instant};
 
@@ -135,7 +136,7 @@ fn one(job: &Job, case: &Case, group: &Group) -> Result<Report> {
         let shape =
             |l: &Local| [batch, l.view.rows / batch, l.view.heads, l.view.dim].map(|n| n as i64);
         Args {
-            seed: 0,
+            seed: Seed::default(),
             ids: Vec::new(),
             seqs: case.seqs.clone(),
             list: None,

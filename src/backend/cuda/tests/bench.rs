@@ -64,7 +64,9 @@ impl Bench {
         let buffer = DeviceBuffer::new(&self.device, blob.len().max(1)).unwrap();
         // SAFETY: the buffer is large enough, and outlives the copy: freeing waits, or the caller does.
         unsafe {
-            self.staging.upload(blob, buffer.address(), self.stream.raw(), false).unwrap();
+            self.staging
+                .upload(blob, (0, &[]), buffer.address(), self.stream.raw(), false)
+                .unwrap();
         }
         buffer
     }
