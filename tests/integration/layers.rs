@@ -253,6 +253,19 @@ fn clearing_the_group_is_one_rank() {
 }
 
 /// Two subsets that share ranks, used in the same order on all of them; the second one's backward comes first.
+/// The CPU cannot read the device's memory.
+#[test]
+fn a_seed_in_device_memory_needs_cuda() {
+    let (seqs, inputs) = one(9);
+    let score = Score { dropout: 0.5, ..Score::default() };
+    let mut layer = layer(Config { score, ..config() });
+    let mut batch = Batch::new(&layer, &seqs, &inputs, Layout::Dense);
+    let args = Args { seed: Seed::At(64), ..batch.args(Pass::Forward) };
+    // SAFETY: the shard and the saved buffer live as long as the batch.
+    let e = unsafe { layer.forward(Ok(args)) }.unwrap_err();
+    assert_eq!(e.text, "dropout_seed: got the address 0x40, allowed on CUDA only (rank 0)");
+}
+
 #[test]
 fn overlapping_subsets() {
     let (a, b) = (one(41), one(29));

@@ -13,6 +13,8 @@ pub struct Exact {
     pub terms: Results<f64>,
     /// Which key tokens are seen by any query.
     pub seen: Vec<bool>,
+    /// Which query tokens see any key. (A row with a sink has an LSE without.)
+    pub sees: Vec<bool>,
 }
 
 pub fn exact(case: &Case, x: &Inputs) -> Exact {
@@ -20,6 +22,7 @@ pub fn exact(case: &Case, x: &Inputs) -> Exact {
         right: Results::empty(case, 0.0, f64::NEG_INFINITY),
         terms: Results::empty(case, 0.0, 0.0),
         seen: vec![false; case.tokens(Side::Key)],
+        sees: vec![false; case.tokens(Side::Query)],
     };
     for seq in 0..case.seqs.len() {
         for head in 0..case.heads {
@@ -48,6 +51,7 @@ fn row(case: &Case, x: &Inputs, seq: usize, head: usize, i: usize, out: &mut Exa
         out.right.lse[query] = sink.unwrap_or(f64::NEG_INFINITY);
         return;
     }
+    out.sees[query / case.heads] = true;
     let k = |key: usize| &x.k[key * dqk..][..dqk];
     let v = |key: usize| &x.v[key * dv..][..dv];
     let positions: Vec<usize> =

@@ -99,7 +99,10 @@ impl Reference {
             for row in 0..rows {
                 let first = (row * heads + head) * dim;
                 let alive = match tensor.side() {
-                    Side::Query => self.exact.right.lse[row * heads + head] != f64::NEG_INFINITY,
+                    Side::Query if tensor == Tensor::Lse => {
+                        self.exact.right.lse[row * heads + head] != f64::NEG_INFINITY
+                    }
+                    Side::Query => self.exact.sees[row],
                     Side::Key => self.exact.seen[row],
                 };
                 let nothing = if tensor == Tensor::Lse { f32::NEG_INFINITY } else { 0.0 };
