@@ -181,6 +181,8 @@ def main():
     if options.list:
         print(*(" ".join(run.key) for run in wanted), sep="\n")
         return
+    if options.results:
+        options.results.parent.mkdir(parents=True, exist_ok=True)
     rows = read(options.results)
     file = open(options.results, "a", newline="") if options.results else None
     writer = csv.DictWriter(file, COLUMNS) if file else None
