@@ -68,14 +68,15 @@ class Case:
             found[first : first + length] = True
         return found
 
-    def after_diagonal(self, seq):
+    def after_diagonal(self, seq, queries=slice(None), keys=slice(None)):
         """How many keys a key is after the diagonal of a query: [query, key]."""
         i, j = np.ogrid[: self.q[seq].len, : self.k[seq].len]
+        i, j = i[queries], j[:, keys]
         return j - i - (self.k[seq].len - self.q[seq].len if self.bottom_right else 0)
 
-    def sees(self, seq):
+    def sees(self, seq, queries=slice(None), keys=slice(None)):
         """Who sees whom in one sequence: [query, key]. This is the definition of the mask."""
-        after = self.after_diagonal(seq)
+        after = self.after_diagonal(seq, queries, keys)
         allowed = np.ones(after.shape, bool)
         if self.causal:
             allowed &= after <= 0

@@ -11,7 +11,7 @@ from corpus import DTYPES, SEED, SHAPES, inputs
 ORDER = {"bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3), "bhsd": (0, 2, 1, 3)}
 
 
-def outcomes(groups, work):
+def outcomes(groups, work, deadline=120):
     """work(group) on every rank, each in its own thread: results, or exceptions, in rank order."""
     found = [None] * len(groups)
 
@@ -25,12 +25,12 @@ def outcomes(groups, work):
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(timeout=120)
+        thread.join(timeout=deadline)
         assert not thread.is_alive(), "a rank hangs"
     return found
 
 
-def everywhere(groups, work):
+def everywhere(groups, work, deadline=120):
     """work(group) on every rank: results in rank order. If one fails, the others are released and its exception is raised."""
 
     def guarded(group):
@@ -40,7 +40,7 @@ def everywhere(groups, work):
             group.abort()
             raise
 
-    found = outcomes(groups, guarded)
+    found = outcomes(groups, guarded, deadline)
     failed = [x for x in found if isinstance(x, BaseException)]
     failed.sort(key=lambda e: isinstance(e, cp.Error) and e.status in (cp.Status.ABORTED, cp.Status.MISMATCH))
     if failed:
