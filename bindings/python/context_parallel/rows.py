@@ -16,7 +16,7 @@ import numpy as np
 
 from . import _abi
 from ._arrays import on_host
-from ._lib import argument_error, check, lib, number
+from ._lib import Error, argument_error, check, lib, number
 from .partition import _SIDES, Sequences, _from_rows, _rows_first, choice, partition_code, partition_tokens
 
 _MEANS = {"token": _abi.CP_LOSS_PER_TOKEN, "replica": _abi.CP_LOSS_PER_REPLICA}
@@ -148,26 +148,47 @@ def group_shift(group, local, partition, sequences, shift=1, fill=-100, format="
     """A rank's own rows shifted through the group: every row gets the one `shift` tokens after it in its sequence, from whichever rank has it,
     and `fill` where there is none. Collective, blocking; arrays in host memory of any type (on GPUs: shift_exchange). `format` names the axes: "bs"
     or "t" for labels."""
-    rows, batch, axes = _rows_first(np.asarray(local), format)
-    rows = np.ascontiguousarray(rows)
-    out = np.full_like(rows, fill)
-    _collect(lib.cp_group_shift, group, rows, out, partition, sequences, format, side, _shift(shift))
-    return _from_rows(out, batch, axes)
+
+    def prepare():
+        rows, batch, axes = _rows_first(np.asarray(local), format)
+        rows = np.ascontiguousarray(rows)
+        out = np.full_like(rows, fill)
+        return (rows, out, partition, sequences, format, side, _shift(shift)), (batch, axes)
+
+    return _collect(lib.cp_group_shift, group, prepare)
 
 
 def group_gather(group, local, partition, sequences, format="bshd", side="q"):
     """The whole array on every rank, from their own rows. Collective, blocking; arrays in host memory of any type (on GPUs: gather_order and the
     framework's all-gather). `format` names the axes: "bshd", "thd", "bhs", "ht", …"""
-    rows, batch, axes = _rows_first(np.asarray(local), format)
-    rows = np.ascontiguousarray(rows)
-    count = len(gather_order(partition, "thd" if "t" in format else "bshd", sequences, group.size, side))
-    out = np.empty((count, *rows.shape[1:]), rows.dtype)
-    _collect(lib.cp_group_gather, group, rows, out, partition, sequences, format, side, 0)
+
+    def prepare():
+        rows, batch, axes = _rows_first(np.asarray(local), format)
+        rows = np.ascontiguousarray(rows)
+        count = len(gather_order(partition, "thd" if "t" in format else "bshd", sequences, group.size, side))
+        out = np.empty((count, *rows.shape[1:]), rows.dtype)
+        return (rows, out, partition, sequences, format, side, 0), (batch, axes)
+
+    return _collect(lib.cp_group_gather, group, prepare)
+
+
+def _collect(function, group, prepare):
+    """Calls the library, even if this rank is already known to be wrong: it refuses, which tells the other ranks, and the reason is raised."""
+    try:
+        given, (batch, axes) = prepare()
+        out, args = given[1], _arguments(group, *given)
+    except Exception as wrong:
+        try:
+            group._handle.call(function, byref(_abi.cp_rows_args(partition=0xFFFFFFFF)))
+        except Error as error:
+            raise wrong from error
+        raise
+    group._handle.call(function, byref(args))
     return _from_rows(out, batch, axes)
 
 
-def _collect(function, group, rows, out, partition, sequences, format, side, shift):
-    args = _abi.cp_rows_args(
+def _arguments(group, rows, out, partition, sequences, format, side, shift):
+    return _abi.cp_rows_args(
         sequences=sequences.pointer(group.size),
         partition=partition_code(partition),
         format=_layout("thd" if "t" in format else "bshd"),
@@ -179,7 +200,6 @@ def _collect(function, group, rows, out, partition, sequences, format, side, shi
         out=out.ctypes.data,
         out_rows=len(out),
     )
-    group._handle.call(function, byref(args))
 
 
 # What a batch says about itself, by the beginning of the name.

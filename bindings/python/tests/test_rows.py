@@ -1,11 +1,13 @@
 """What goes with a rank's rows: positions, shifted labels, whole sequences, losses; and the balanced partition."""
 
+import time
+
 import numpy as np
 import pytest
 
 import context_parallel as cp
 from context_parallel import Status
-from ranks import everywhere
+from ranks import everywhere, outcomes
 from test_interface import raises
 
 pytestmark = pytest.mark.fast
@@ -221,3 +223,21 @@ def test_get_batch_on_this_cp_rank(torch):
     assert sorted(sum(whole, [])) == list(range(24))
     raises(Status.INVALID_ARGUMENT, "tokens|7", cp.get_batch_on_this_cp_rank, {**packed, "tokens": torch.arange(7)}, 2, 0)
     raises(Status.INVALID_ARGUMENT, "labels|(3,)", cp.get_batch_on_this_cp_rank, {"labels": np.zeros(3)}, 2, 0)
+
+
+def test_a_wrong_rank_keeps_nobody_waiting():
+    sequences = cp.Sequences.packed([0, 7, 20])
+    wrong = (dict(side="x"), dict(shift=1.5), dict(partition="zickzack"), dict(fill="none"))
+    for changed in wrong:
+        groups = cp.Group.threads(2, timeout=30)
+
+        def work(group):
+            mine = cp.partition_tokens("zigzag", "thd", sequences, 2, group.rank)
+            given = {"partition": "zigzag", **(changed if group.rank == 1 else {})}
+            return cp.group_shift(group, np.arange(len(mine)), sequences=sequences, format="t", **given)
+
+        start = time.monotonic()
+        found = outcomes(groups, work)
+        assert time.monotonic() - start < 20, changed
+        assert isinstance(found[0], cp.Error) and found[0].status == cp.Status.MISMATCH and "rank 1" in str(found[0]), found
+        assert isinstance(found[1], Exception), found
