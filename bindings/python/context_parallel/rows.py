@@ -226,6 +226,8 @@ def get_batch_on_this_cp_rank(batch, ranks, rank, partition="zigzag"):
     def part(name, value):
         if value is None or not hasattr(value, "shape") or name.startswith(_METADATA):
             return value
+        if cu is not None and name == "attention_mask":
+            return value  # of whole documents: lengths say it all, and nobody cuts it
         if cu is None:
             axis = 2 if name == "attention_mask" else 1
         else:
