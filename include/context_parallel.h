@@ -880,7 +880,7 @@ typedef struct cp_context {
     uint64_t attached;
     // Forward's dropout seed.
     uint64_t dropout_seed;
-    // CP_FORWARD_SEED_AT if that is an address; the rest 0.
+    // CP_FORWARD_SEED_AT if that is an address; the upper half is a hash of `sequence_ids`.
     uint64_t flags;
 } cp_context;
 

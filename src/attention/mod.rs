@@ -203,6 +203,8 @@ pub struct Context {
     pub attached: u64,
     /// Key of forward's dropout.
     pub seed: Seed,
+    /// Hash of the caller's numbers of the sequences, with dropout; 0 without numbers.
+    pub ids: u32,
 }
 
 /// A layer. One thread at a time.
@@ -238,6 +240,13 @@ struct Recent {
 
 /// Problems that a layer remembers: those of the subsets that it switches between. A new one takes the place of the one not asked for longest.
 const RECENT_PROBLEMS: usize = 64;
+
+/// Hash of the caller's numbers of sequences; 0 is none.
+fn numbers(ids: &[u32]) -> u32 {
+    let mut h = Fnv::default();
+    ids.hash(&mut h);
+    if ids.is_empty() { 0 } else { (h.finish() ^ h.finish() >> 32) as u32 | 1 }
+}
 
 /// Names a group and communication of a layer.
 fn attachment(group: &Group, comm: Comm) -> u64 {
@@ -552,10 +561,11 @@ impl Attention {
     pub unsafe fn forward(&mut self, args: Result<Args>) -> Result<Context> {
         let id = self.current;
         let seed = args.as_ref().map_or(Seed::default(), |args| args.seed);
+        let ids = args.as_ref().map_or(0, |args| numbers(&args.ids));
         // SAFETY: the caller's promise.
         let problem = unsafe { self.pass(Pass::Forward, id, None, args)? };
         self.forwarded = Some(id);
-        Ok(Context { problem, attached: id, seed })
+        Ok(Context { problem, attached: id, seed, ids })
     }
 
     /// Backward of the forward that made `context`, on the group that it used. Collective, blocking.
@@ -566,7 +576,14 @@ impl Attention {
         let likely = self.forwarded.unwrap_or(self.current);
         let (id, args) = match &context {
             Ok(c) if self.known.contains_key(&c.attached) => {
-                (c.attached, args.map(|args| Args { seed: c.seed, ..args }))
+                let rank = self.group().parent_rank();
+                let same = |args: Args| match numbers(&args.ids) == c.ids {
+                    true => Ok(Args { seed: c.seed, ..args }),
+                    false => Err(Error::argument(format!(
+                        "sequence_ids: not those that forward had (rank {rank})"
+                    ))),
+                };
+                (c.attached, args.and_then(same))
             }
             Ok(c) => {
                 let text = format!(

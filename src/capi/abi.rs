@@ -436,7 +436,7 @@ pub struct cp_context {
     pub attached: u64,
     /// Forward's dropout seed.
     pub dropout_seed: u64,
-    /// CP_FORWARD_SEED_AT if that is an address; the rest 0.
+    /// CP_FORWARD_SEED_AT if that is an address; the upper half is a hash of `sequence_ids`.
     pub flags: u64,
 }
 

@@ -272,10 +272,11 @@ pub unsafe extern "C" fn cp_attention_forward(
                     dropout_seed: match made.seed {
                         Seed::Value(seed) | Seed::At(seed) => seed,
                     },
-                    flags: match made.seed {
-                        Seed::Value(_) => 0,
-                        Seed::At(_) => CP_FORWARD_SEED_AT.into(),
-                    },
+                    flags: u64::from(made.ids) << 32
+                        | match made.seed {
+                            Seed::Value(_) => 0,
+                            Seed::At(_) => u64::from(CP_FORWARD_SEED_AT),
+                        },
                 })
             };
         }
@@ -375,10 +376,12 @@ unsafe fn backward_args(
     } else {
         // SAFETY: not null and aligned; readable by the caller's promise.
         let c = unsafe { a.context.read() };
-        seed(c.dropout_seed, c.flags).map(|seed| Context {
+        let known = known_flags("args.context.flags", c.flags as u32, CP_FORWARD_SEED_AT);
+        known.and_then(|()| seed(c.dropout_seed, c.flags)).map(|seed| Context {
             problem: c.problem,
             attached: c.attached,
             seed,
+            ids: (c.flags >> 32) as u32,
         })
     };
     let ranks = context

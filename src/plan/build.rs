@@ -32,7 +32,6 @@ pub(super) fn plan(
         }
         Pass::Backward => {
             b.delta();
-            b.sink_gradient();
             let (kept, new) = (
                 [Tensor::Q, Tensor::K, Tensor::V, Tensor::Lse],
                 [Tensor::DOut, Tensor::Delta, Tensor::Bias],
@@ -44,6 +43,8 @@ pub(super) fn plan(
             }
             b.backward_stages();
             b.trade_out(&[Tensor::DQ, Tensor::DK, Tensor::DV, Tensor::DBias]);
+            // Last, so that no rank waits at the beginning for all others.
+            b.sink_gradient();
         }
         Pass::ToHeads | Pass::ToSequence => unreachable!("`Plan::of_trade` plans these"),
     }

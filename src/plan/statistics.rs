@@ -23,7 +23,7 @@ impl Builder<'_> {
         self.put_together(Tensor::MaxLogit, reach, true);
     }
 
-    /// Backward, after Σ O∘dO: d_sink = −Σ exp(sink − LSE)·Σ O∘dO over this rank's own rows, all heads: nothing is exchanged for it.
+    /// Backward, from Σ O∘dO: d_sink = −Σ exp(sink − LSE)·Σ O∘dO over this rank's own rows, all heads: nothing is exchanged for it.
     pub fn sink_gradient(&mut self) {
         let Some(reach) = self.problem.score.sinks else { return };
         for tensor in [Tensor::Sinks, Tensor::Lse] {

@@ -234,3 +234,15 @@ def test_a_document_drops_alike_in_any_company(comm):
         np.testing.assert_allclose(whole[rows], alone, rtol=1e-6)
         _, other = seen_weights(None, cp.Sequences.packed([0, length]), format="thd", length=length)  # numbered 0
         assert ((other != 0) != (alone != 0)).any()
+
+
+def test_backward_wants_the_numbers_of_forward():
+    layer = cp.Attention(heads=2, head_dim=8, dtype="float32", dropout=0.5)
+    q, k, v, d_out = (np.ones((1, 6, 2, 8), np.float32) for _ in range(4))
+    sequences = cp.Sequences.dense(batch=1, seq=6)
+    for numbers, others in (([7], [8]), ([7], None), (None, [7])):
+        _, _, context = layer.forward(q, k, v, sequences, dropout_seed=3, sequence_ids=numbers)
+        right, context.numbers = context.numbers, None if others is None else np.array(others, np.uint32)
+        raises(Status.INVALID_ARGUMENT, "sequence_ids: not those that forward had", layer.backward, context, d_out)
+        context.numbers = right
+        layer.backward(context, d_out)
