@@ -811,7 +811,8 @@ typedef struct cp_attention_config {
     // CP_REACH_*, not CP_REACH_NONE: every query head has a sink, given with every call; the gradient that backward writes is this rank's part, or
     // the sum over the group. Off-by-one softmax is a sink of 0.
     cp_reach sinks;
-    // CP_REACH_*, not CP_REACH_NONE: forward writes the largest visible score of every query head, over this rank's part or over the group.
+    // CP_REACH_*, not CP_REACH_NONE: forward writes the largest visible score of every query head, over this rank's part or over the group. NaN among them
+    // do not count.
     cp_reach max_logit;
     // CP_BIAS_*, CP_BIAS among them: an additive bias `[batch, heads, queries, keys]` comes with every call and is added to the scores after
     // softmax_scale, soft-cap and ALiBi; 0 = none.
@@ -1133,7 +1134,7 @@ cp_status cp_partition_positions(cp_partition partition,
                                  size_t *count);
 
 // How much of every sequence a rank holds: `tokens` without padding, `rows` with it. Their running sums are the rank's own cu_seqlens and
-// cu_seqlens_padded. Writes at most `capacity` of each and the number of sequences to `count`; `tokens` and `rows` may be NULL. Local. Any
+// cu_seqlens_padded, unless a caller's list (or a balanced partition, which is one) deals a sequence's pieces out of order. Writes at most `capacity` of each and the number of sequences to `count`; `tokens` and `rows` may be NULL. Local. Any
 // thread, any time.
 //
 // Requires:

@@ -110,6 +110,12 @@ impl Score {
             let got = self.dropout;
             return Err(Error::argument(format!("dropout: got {got}, allowed 0 … below 1")));
         }
+        if self.head_offset.checked_add(heads).is_none() {
+            let got = self.head_offset;
+            return Err(Error::argument(format!(
+                "head_offset: got {got}, too large for {heads} heads"
+            )));
+        }
         if !self.slopes.is_empty() && self.slopes.len() != heads as usize {
             let got = self.slopes.len();
             return Err(Error::argument(format!(
@@ -176,8 +182,10 @@ mod tests {
             Score { dropout: 1.0, ..Score::default() },
             Score { slopes: [1.0; 3].into(), ..Score::default() },
             Score { slopes: [f32::NAN; 4].into(), ..Score::default() },
+            Score { head_offset: u32::MAX - 2, ..Score::default() },
         ];
-        for (score, word) in bad.iter().zip(["softcap", "dropout", "alibi_slopes", "alibi_slopes"])
+        for (score, word) in
+            bad.iter().zip(["softcap", "dropout", "alibi_slopes", "alibi_slopes", "head_offset"])
         {
             assert!(score.validate(4).unwrap_err().to_string().contains(word));
         }

@@ -372,7 +372,8 @@ pub struct cp_attention_config {
     /// CP_REACH_*, not CP_REACH_NONE: every query head has a sink, given with every call; the gradient that backward writes is this rank's part, or
     /// the sum over the group. Off-by-one softmax is a sink of 0.
     pub sinks: cp_reach,
-    /// CP_REACH_*, not CP_REACH_NONE: forward writes the largest visible score of every query head, over this rank's part or over the group.
+    /// CP_REACH_*, not CP_REACH_NONE: forward writes the largest visible score of every query head, over this rank's part or over the group. NaN among them
+    /// do not count.
     pub max_logit: cp_reach,
     /// CP_BIAS_*, CP_BIAS among them: an additive bias `[batch, heads, queries, keys]` comes with every call and is added to the scores after
     /// softmax_scale, soft-cap and ALiBi; 0 = none.
