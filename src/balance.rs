@@ -2,7 +2,7 @@
 //! whole on one rank where they can, so that few keys move.
 //!
 //! A query row needs all keys before it, so a rank that computes a tail `from .. to` of a long document needs `to` keys whatever its
-//! length. Few keys move when few ranks have tails, each as many pairs of it as a rank may compute. So, for one [`Tune`]:
+//! length. Few keys move when few ranks have tails, each as many pairs of it as a rank may compute. So, for one `Tune`:
 //!
 //! 1. Documents that are too much for one rank lose their tails, the densest rows first, to one rank after the other.
 //! 2. What remains, heads and whole documents, goes longest first to the rank that needs pairs most. Short documents, which are a

@@ -243,9 +243,11 @@ pub unsafe extern "C" fn cp_loss_tokens(
 /// What a rank multiplies the sum of its own weighted losses by, before backward, so that the gradients of all dp x cp ranks, put together as
 /// `config` says, are those of one rank:
 ///
+/// ```text
 ///                                CP_GRADIENTS_SUMMED              CP_GRADIENTS_AVERAGED
 ///     CP_LOSS_PER_TOKEN          1 / tokens                       dp * cp / tokens
 ///     CP_LOSS_PER_REPLICA        1 / (dp * microbatches * tokens) cp / (microbatches * tokens)
+/// ```
 ///
 /// 0 where tokens is 0: a rank without a token that counts contributes nothing, and never NaN. Local. Any thread, any time.
 ///

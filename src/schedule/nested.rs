@@ -4,7 +4,7 @@
 //! communication. The samples are then placed, those on most ranks first, each on the least loaded range that is wide enough: a wider range
 //! is split, and what is placed on its parts runs after what all of it runs. The many short samples come last, one rank each, and even loads out
 //! (longest processing time first). The best T is searched for; then the sizes of one or two samples are changed as long as that helps, and samples on
-//! one rank are exchanged between ranks ([`even`]).
+//! one rank are exchanged between ranks (`even`).
 //! All of it depends on the arguments alone: every rank finds the same schedule.
 
 mod even;

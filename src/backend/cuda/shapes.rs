@@ -141,7 +141,7 @@ const fn block(q_rows: u32, k_rows: u32, warps: u32, shared: u32) -> Block {
 }
 
 impl Shape {
-    /// The shape for these tensors, or the reason why there is none. `big`: the GPU has [`BIG_SHARED`].
+    /// The shape for these tensors, or the reason why there is none. `big`: the GPU has `BIG_SHARED`.
     pub fn of(
         dtype: DType,
         [dim_qk, dim_v]: [usize; 2],
