@@ -52,8 +52,8 @@ pub unsafe extern "C" fn cp_partition_positions(
 }
 
 /// How much of every sequence a rank holds: `tokens` without padding, `rows` with it. Their running sums are the rank's own cu_seqlens and
-/// cu_seqlens_padded, unless a caller's list (or a balanced partition, which is one) deals a sequence's pieces out of order. Writes at most `capacity` of each and the number of sequences to `count`; `tokens` and `rows` may be NULL. Local. Any
-/// thread, any time.
+/// cu_seqlens_padded, unless a caller's list (or a balanced partition, which is one) deals a sequence's pieces out of order. Writes at most
+/// `capacity` of each and the number of sequences to `count`; `tokens` and `rows` may be NULL. Local. Any thread, any time.
 ///
 /// # Safety
 /// `sequences` as its docs say (lists for `ranks` ranks); `tokens` and `rows` are NULL or have room for `capacity` numbers; `count` for one.
