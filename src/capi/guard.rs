@@ -193,6 +193,19 @@ pub fn zero(name: &str, got: u64) -> Result<()> {
     if got == 0 { Ok(()) } else { Err(Error::argument(format!("{name}: got {got:#x}, must be 0"))) }
 }
 
+/// Writes as much of a list as fits; null takes nothing.
+///
+/// # Safety
+/// `ptr` is null or has room for `capacity` values.
+pub unsafe fn fill<T: Copy>(name: &str, ptr: *mut T, capacity: usize, list: &[T]) -> Result<()> {
+    if !ptr.is_null() {
+        output(name, ptr)?;
+        // SAFETY: aligned, and room for `capacity` values by the caller's promise.
+        unsafe { std::ptr::copy_nonoverlapping(list.as_ptr(), ptr, list.len().min(capacity)) };
+    }
+    Ok(())
+}
+
 /// Flags outside those known.
 pub fn known_flags(name: &str, got: u32, known: u32) -> Result<()> {
     let unknown = got & !known;

@@ -2,7 +2,7 @@
 
 use super::abi::*;
 use super::decode;
-use super::guard::{guard, output};
+use super::guard::{fill, guard, output};
 use crate::balance::Dealt;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
@@ -65,13 +65,8 @@ pub unsafe extern "C" fn cp_partition_tokens(
         // SAFETY: the caller's promise.
         let problem = unsafe { problem(partition, format, sequences, ranks)? };
         let held = tokens(&problem, holder(rank, ranks)?, side_of(side)?);
-        if !indices.is_null() {
-            output("indices", indices)?;
-            // SAFETY: room for `capacity` numbers, by the caller's promise.
-            unsafe {
-                std::ptr::copy_nonoverlapping(held.as_ptr(), indices, held.len().min(capacity))
-            };
-        }
+        // SAFETY: the caller's promise.
+        unsafe { fill("indices", indices, capacity, &held)? };
         out.write(held.len());
         Ok(())
     })

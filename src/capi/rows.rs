@@ -2,24 +2,11 @@
 
 use super::abi::*;
 use super::abi_rows::*;
-use super::guard::{extensible, guard, output};
+use super::guard::{extensible, fill, guard, output};
 use super::partition::{holder, problem, side_of};
-use crate::error::{Error, Result};
+use crate::error::Error;
 use crate::loss::{Mean, Reduction, Sizes, counted, scale, weights};
 use crate::rows::{exchange, lengths, order, positions, shifted};
-
-/// Writes as much of a list as fits; null takes nothing.
-///
-/// # Safety
-/// `ptr` is null or has room for `capacity` values.
-unsafe fn fill<T: Copy>(name: &str, ptr: *mut T, capacity: usize, list: &[T]) -> Result<()> {
-    if !ptr.is_null() {
-        output(name, ptr)?;
-        // SAFETY: aligned, and room for `capacity` values by the caller's promise.
-        unsafe { std::ptr::copy_nonoverlapping(list.as_ptr(), ptr, list.len().min(capacity)) };
-    }
-    Ok(())
-}
 
 /// Position of every local row in its sequence, counted from the first true token; CP_NO_TOKEN for padding. These are also the rows that the
 /// rank takes of a table of rotary frequencies. Writes at most `capacity` and the number of rows to `count`; `values` may be NULL. Local.
