@@ -21,13 +21,34 @@ use crate::mask::Slice;
 use crate::problem::{Problem, Wire};
 
 impl Builder<'_> {
+    /// What travels between teams so that others can attend this team's keys.
+    fn cargo(&self) -> &'static [Tensor] {
+        &[Tensor::K, Tensor::V]
+    }
+
+    /// Where this team's own cargo is sent from.
+    fn own_cargo(&mut self, tensor: Tensor) -> Slot {
+        self.input(tensor)
+    }
+
+    /// The keys that stage 0 attends; their values lie in the same kind of slot.
+    fn own_keys(&mut self) -> Slot {
+        self.input(Tensor::V);
+        self.input(Tensor::K)
+    }
+
+    /// The same of stage s.
+    fn stage_keys(&mut self, s: u32) -> Slot {
+        Slot::indexed(Kind::Recv, Tensor::K, s % 2)
+    }
+
     /// Messages that bring the keys of stage s, both directions.
     fn key_messages(&mut self, s: u32) -> (Vec<Message>, Vec<Message>) {
         let stage = self.survey.stage(s);
         let (arriving, leaving) = (&stage.arriving, &stage.leaving);
         let (mut sends, mut recvs) = (Vec::new(), Vec::new());
-        for tensor in [Tensor::K, Tensor::V] {
-            let own = self.input(tensor);
+        for &tensor in self.cargo() {
+            let own = self.own_cargo(tensor);
             let landing = self.slot_rows(Kind::Recv, tensor, s % 2, arriving.rows);
             let mut gathered = 0;
             for t in &leaving.transfers {
@@ -68,8 +89,8 @@ impl Builder<'_> {
         let survey = self.survey;
         let before = std::mem::replace(&mut self.stage, s);
         let mut any = false;
-        for tensor in [Tensor::K, Tensor::V] {
-            let own = self.input(tensor);
+        for &tensor in self.cargo() {
+            let own = self.own_cargo(tensor);
             let mut runs = Vec::new();
             let mut at = 0;
             let mine = survey.stage(s).leaving.transfers.iter().filter(|t| t.owner == survey.team);
@@ -102,8 +123,7 @@ impl Builder<'_> {
         let arrived = self.trade_event();
         let (q, out, lse) =
             (self.input(Tensor::Q), self.output(Tensor::Out), self.output(Tensor::Lse));
-        let own = self.input(Tensor::K);
-        self.input(Tensor::V);
+        let own = self.own_keys();
         let survey = self.survey;
         if self.problem.score.max_logit.is_some() {
             self.slot(Kind::Acc, Tensor::Top, 0);
@@ -137,7 +157,7 @@ impl Builder<'_> {
             gathered = self.gather_keys(s + 2, arrived);
             let slices = survey.stage(s).work.clone();
             if !slices.is_empty() {
-                let k = Slot::indexed(Kind::Recv, Tensor::K, s % 2);
+                let k = self.stage_keys(s);
                 let finish = (s == last).then_some((out, lse));
                 self.compute(&[this], Op::Attend { q, k, slices, first: false, last: finish });
             }
@@ -164,8 +184,7 @@ impl Builder<'_> {
         let arrived = self.trade_event();
         // The first exchange needs this rank's own keys, no gradients.
         let ready = if self.gathered(Tensor::K) { self.computed() } else { None };
-        self.input(Tensor::V);
-        let own = (self.input(Tensor::K), self.slot(Kind::Acc, Tensor::DK, 0));
+        let own = (self.own_keys(), self.slot(Kind::Acc, Tensor::DK, 0));
         for tensor in [Tensor::DQ, Tensor::DK, Tensor::DV] {
             let acc = self.slot(Kind::Acc, tensor, 0);
             let rows = self.info(acc).rows;
@@ -296,7 +315,7 @@ impl Builder<'_> {
             let part = self.part(tensor, s);
             self.clear(&[arrived], part, stage.arriving.rows);
         }
-        let (k, dk) = (Slot::indexed(Kind::Recv, Tensor::K, s % 2), self.part(Tensor::DK, s));
+        let (k, dk) = (self.stage_keys(s), self.part(Tensor::DK, s));
         self.attend_backward(arrived, k, dk, stage.work.clone());
     }
 

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MOST_SEQS = 64, MOST_CASES = 256, MOST_STRETCHES = 4096, MOST_RANKS = 16, MOST_HEADS = 18, COLUMNS = 26 };
+enum { MOST_SEQS = 64, MOST_CASES = 256, MOST_STRETCHES = 4096, MOST_RANKS = 16, MOST_HEADS = 18, COLUMNS = 29 };
 enum { BSHD, SBHD, THD };
 
 typedef struct extent {
@@ -133,6 +133,8 @@ static inline test_case parse_case(char *line) {
     c.sinks = (cp_reach)word_of(f[24], reaches, 3, f[0]);
     c.max_logit = (cp_reach)word_of(f[25], reaches, 3, f[0]);
     c.bias = shapes[word_of(f[22], biases, 6, f[0])];
+    if (strcmp(f[26], "-") != 0 || strcmp(f[27], "-") != 0 || strcmp(f[28], "-") != 0)
+        die("slices, latent, kv_wire: not read yet", f[0]);
     if (c.heads > MOST_HEADS)
         die("a case with more heads than this reader knows", f[0]);
     return c;
@@ -141,7 +143,8 @@ static inline test_case parse_case(char *line) {
 /* Reads the corpus; returns the number of cases. */
 static inline int read_cases(const char *path, test_case *out) {
     static const char header[] = "name,tags,format,batch,lens_q,lens_k,padded_q,padded_k,before_q,before_k,heads,kv_heads,dim_qk,dim_v,"
-                                 "causal,bottom_right,window_left,window_right,partition,scale,softcap,alibi,bias,dropout,sinks,max_logit";
+                                 "causal,bottom_right,window_left,window_right,partition,scale,softcap,alibi,bias,dropout,sinks,max_logit,"
+                                 "slices,latent,kv_wire";
     char line[4096];
     int n = 0;
     FILE *file = fopen(path, "r");

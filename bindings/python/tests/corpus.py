@@ -182,6 +182,7 @@ def _case(row):
         assert len(lens) == len(padded) == len(before) == batch, row["name"]
         return tuple(Extent(*e) for e in zip(before, lens, padded))
 
+    assert all(row[name] == "-" for name in ("slices", "latent", "kv_wire")), f"{row['name']}: not read yet"
     limit = lambda name: None if row[name] == "-" else int(row[name])
     flag = lambda name: {"0": False, "1": True}[row[name]]
     numbers = (int(row[name]) for name in ("heads", "kv_heads", "dim_qk", "dim_v"))
