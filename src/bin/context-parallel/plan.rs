@@ -52,7 +52,7 @@ pub const COMMAND: Command = Command {
         ("plan --cp 16 --seq 256k --memory-cap 2G", "the fewest stages that fit"),
         ("plan --cp 2 --cu-seqlens 0,100,300,310 --svg plan.svg", "packed documents, drawn"),
         (
-            "plan --cp 4 --seq 600 --slices '0:200/0:200 200:600/0:200 200:400/200:400 400:600/400:600'",
+            "plan --cp 4 --seq 600 --slices 0:200/0:200,200:600/0:200,200:400/200:400,400:600/400:600",
             "a prompt and two answers that share it",
         ),
     ],

@@ -70,7 +70,7 @@ pub const MASK: &[Opt] = &[
     opt(
         "slices",
         "LIST|@FILE",
-        "queries and keys that see each other, under the mask: [seq/]q0:q1/k0:k1[/lo:hi] with\nlo <= key − query <= hi, separated by spaces; nothing else is seen",
+        "queries and keys that see each other, under the mask: [seq/]q0:q1/k0:k1[/lo:hi] with\nlo <= key − query <= hi, separated by commas or spaces; nothing else is seen",
     ),
 ];
 
@@ -187,7 +187,8 @@ pub fn regions(given: &Given) -> std::result::Result<Regions, Failure> {
             ))
         })
     };
-    let list = list.split_whitespace().map(region).collect::<std::result::Result<Vec<_>, _>>()?;
+    let words = list.split(|c: char| c == ',' || c.is_whitespace()).filter(|w| !w.is_empty());
+    let list = words.map(region).collect::<std::result::Result<Vec<_>, _>>()?;
     match list.is_empty() {
         true => Err(usage(format!("--slices: got none in {text:?}"))),
         false => Ok(Regions::new(&list)),
