@@ -52,7 +52,7 @@ fn visible(p: &Problem) -> HashSet<(u32, u32)> {
 }
 
 /// Blocks of one size, of which some are visible.
-fn blocks(r: &mut Random, len: u32, size: u32) -> Regions {
+pub fn blocks(r: &mut Random, len: u32, size: u32) -> Regions {
     let at = |i: u32| (i * size, (i * size + size).min(len));
     let n = len.div_ceil(size);
     let all = (0..n).flat_map(|i| (0..n).map(move |j| (i, j)));
