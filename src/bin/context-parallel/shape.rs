@@ -1,6 +1,6 @@
 //! The options that say what is computed and how it is split, as the library's types.
 
-use crate::args::{Failure, Given, Opt, failed, opt, usage};
+use crate::args::{Failure, Given, Opt, opt, usage};
 use context_parallel::attention::{Comm, Config, Stages};
 use context_parallel::dtype::DType;
 use context_parallel::error::Result;
@@ -176,7 +176,7 @@ pub fn regions(given: &Given) -> std::result::Result<Regions, Failure> {
         None => text,
         Some(file) => {
             read = std::fs::read_to_string(file)
-                .map_err(|e| failed(format!("--slices {text}: {e}")))?;
+                .map_err(|e| usage(format!("--slices {text}: {e}")))?;
             &read
         }
     };
