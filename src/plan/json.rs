@@ -6,7 +6,7 @@
 //! Problem  { "fingerprint": "hex", "ranks", "inner", "stages", "relay", "partition": "zigzag" | "contiguous" | "striped" | List,
 //!            "mask": { "causal", "bottom_right", "left": n | null, "right": n | null }, "slices": [Region, …] (none: the mask alone), "packed",
 //!            "sequences": [ { "q": Extent, "k": Extent }, … ], "heads", "kv_heads", "dim_qk", "dim_v",
-//!            "dtype": "fp32" | "bf16" | "fp16", "wire": "storage" | "fp32", "scale" }
+//!            "dtype": "fp32" | "bf16" | "fp16", "wire": "storage" | "fp32", "kv_wire": "storage" | "e4m3" | "e5m2", "scale" }
 //! Extent   { "before", "len", "padded" }: padding tokens, true tokens, all tokens
 //! Region   [seq, first query, one past the last, first key, one past the last, lo | null, hi | null]: within it lo <= key − query <= hi
 //! List     { "q": [per rank: [ { "seq", "start", "step", "len" }, … ], …], "k": likewise }
@@ -86,6 +86,7 @@ pub fn problem(p: &Problem) -> String {
         ("dim_v", num(p.dim_v)),
         ("dtype", dtype(p.dtype)),
         ("wire", text(if p.wire == Wire::F32 { "fp32" } else { "storage" })),
+        ("kv_wire", text(p.kv_wire.map_or("storage", |f| f.name()))),
         ("scale", num(p.scale)),
     ])
 }

@@ -8,6 +8,7 @@ mod cuda_capi;
 mod cuda_layers;
 mod cuda_ranks;
 mod header;
+mod kv_wire;
 mod layers;
 mod memory;
 mod mesh;

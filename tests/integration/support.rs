@@ -7,7 +7,7 @@ use context_parallel::capi::about::cp_last_error;
 use context_parallel::capi::attention::{
     cp_attention_create, cp_attention_destroy, cp_query_support,
 };
-use context_parallel::dtype::DType;
+use context_parallel::dtype::{DType, Fp8};
 use context_parallel::partition::Side;
 use context_parallel::problem::CommType;
 use std::ffi::CStr;
@@ -56,6 +56,8 @@ const FEATURES: &[(&str, Has)] = &[
     ("dropout, the same for any number of ranks", |c| c.dropout > 0.0),
     ("softmax sinks and their gradient", |c| c.sinks.is_some()),
     ("largest score per head", |c| c.max_logit.is_some()),
+    ("keys and values travel as E4M3", |c| c.kv_wire == Some(Fp8::E4m3)),
+    ("keys and values travel as E5M2", |c| c.kv_wire == Some(Fp8::E5m2)),
     ("all of these at once", |c| {
         c.softcap > 0.0
             && !c.slopes.is_empty()
