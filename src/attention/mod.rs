@@ -4,7 +4,7 @@ pub(crate) mod engine;
 
 use crate::backend::View;
 use crate::backend::cpu::Cpu;
-use crate::backend::cuda::{Cuda, Scores, check_view};
+use crate::backend::cuda::{Cuda, Scores, check_elements, check_view};
 use crate::balance::Dealt;
 use crate::driver::{self, CUstream};
 use crate::dtype::DType;
@@ -296,7 +296,7 @@ impl Attention {
         allocator: Option<Allocator>,
     ) -> Result<Attention> {
         let Config { dtype, dim_qk, dim_v, .. } = config;
-        cuda.supports(dtype, dim_qk, dim_v, Scores::of(&config.score)?)?;
+        cuda.supports(dtype, dim_qk, dim_v, Scores::of(&config.score))?;
         let solo = Group::solo_on(cuda.device());
         Attention::with(config, Engine::on_device(cuda, allocator)?, solo)
     }
@@ -712,7 +712,10 @@ impl Attention {
         }
         if let Engine::Device(_) = self.engine {
             for (tensor, view) in &t.views {
-                check_view(name(*tensor), view)?;
+                match tensor {
+                    Tensor::Bias | Tensor::DBias => check_elements(name(*tensor), view)?,
+                    _ => check_view(name(*tensor), view)?,
+                }
             }
         } else if let Seed::At(address) = t.seed {
             return Err(Error::argument(format!(

@@ -105,7 +105,7 @@ pub unsafe extern "C" fn cp_query_support(
             Place::Cuda(ordinal) => {
                 let Config { dtype, dim_qk, dim_v, .. } = config;
                 let cuda = Cuda::new(Device::get(ordinal)?)?;
-                cuda.supports(dtype, dim_qk, dim_v, Scores::of(&config.score)?).map(|_| ())?
+                cuda.supports(dtype, dim_qk, dim_v, Scores::of(&config.score)).map(|_| ())?
             }
         }
         if ranks == 0 {

@@ -323,7 +323,7 @@ fn backward(
     let works: Vec<AttendWork> =
         case.steps.iter().map(|s| builder.backward(s, rows, keys, deterministic)).collect();
     let tables = bench.upload(&builder.finish());
-    let most = works.iter().map(|w| w.counters(case.heads[0])).max().unwrap_or(0);
+    let most = works.iter().map(|w| w.counters(case.heads[0], false)[0]).max().unwrap_or(0);
     assert_eq!(most > 0, deterministic);
     // Not zeroed here: that is the step's business.
     let counters = bench.upload(&vec![0xffu8; 4 * most.max(1)]);
