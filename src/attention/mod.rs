@@ -56,7 +56,7 @@ pub struct Config {
     pub max_rows: u32,
     /// Forward leaves head-split tensors for backward (u > 1); otherwise backward exchanges them again.
     pub save: bool,
-    /// On CUDA: dQ is added in a fixed order, so that equal inputs give equal bits. The CPU always does.
+    /// On CUDA: dQ, and the gradient of a bias that heads share, are added in a fixed order, so that equal inputs give equal bits. The CPU always does.
     pub deterministic: bool,
     /// On CUDA: most pieces (slices of the mask) of a stage, which bounds the work lists in the workspace; 0 = [`DEFAULT_SEGMENTS`].
     pub max_segments: u32,

@@ -26,7 +26,7 @@ pub enum Target {
     Device {
         /// The compiled shape that the head dimensions are padded to.
         shape: &'static Shape,
-        /// dQ is added in a fixed order.
+        /// What several blocks add to is added to in a fixed order.
         deterministic: bool,
     },
 }
