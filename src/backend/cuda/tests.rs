@@ -519,6 +519,11 @@ fn views_are_checked_by_name() {
     let lse = View::dense(address((1 << 20) + 4), DType::F32, 10, 3, 1);
     check_view("lse", &lse).unwrap();
     check_view("lse", &View { ptr: address((1 << 20) + 2), ..lse }).unwrap_err();
+    // A bias has any number of columns.
+    let bias = View::dense(address((1 << 20) + 2), DType::Bf16, 10, 3, 33);
+    check_elements("bias", &bias).unwrap();
+    check_view("bias", &bias).unwrap_err();
+    check_elements("bias", &View { ptr: address((1 << 20) + 1), ..bias }).unwrap_err();
 }
 
 #[test]
