@@ -214,6 +214,12 @@
 // CUDA: through page-locked host memory and a transport of the CPU's, the last resort. Slow: hosts wait for their devices; nothing is capturable.
 #define CP_TRANSPORT_STAGED 4
 
+// cp_mask_slice.flags: `lo` counts (without it there is no least difference).
+#define CP_SLICE_LO 1
+
+// cp_mask_slice.flags: `hi` counts (without it there is no greatest difference).
+#define CP_SLICE_HI 2
+
 // cp_attention_config.bias: there is one; without other flags it is the same for all batch entries, heads and queries.
 #define CP_BIAS 1
 
@@ -238,6 +244,18 @@
 
 // The whole group's: the same number on every rank, for one more exchange of some bytes.
 #define CP_REACH_GROUP 2
+
+// In the tensors' storage type.
+#define CP_KV_WIRE_STORAGE 0
+
+// As 8-bit numbers E4M3 (up to 448) in blocks: 32 consecutive elements of a row and head (the last block of a head has as many as are left) share a
+// power of two, the smallest with which rounding to nearest even gives nothing beyond the format's largest number. That is 1.03 bytes an element instead of 2 or 4. The result is
+// exactly attention of Q with K and V rounded so, whatever the communication type and the number of ranks, one included, and so are O, LSE, dQ; dK and dV are the
+// gradients of the rounded K and V, and travel as without it. A block with a NaN or an infinity becomes NaN.
+#define CP_KV_WIRE_E4M3 1
+
+// The same with E5M2 (up to 57344): one mantissa bit fewer, more range within a block.
+#define CP_KV_WIRE_E5M2 2
 
 // cp_forward_args.flags: dropout_seed is the address of the seed, a uint64_t in device memory that the kernels of forward and backward read when they
 // run: a graph draws another mask in every replay for which it is written before. On CUDA, with dropout. Forward and backward must find the same.
@@ -465,6 +483,28 @@ typedef struct cp_stretch {
     uint32_t len;
 } cp_stretch;
 
+// A part of a mask of the caller's own: queries q_begin … q_end - 1 of a sequence see its keys k_begin … k_end - 1, as far as
+// lo <= key - query <= hi and the layer's own mask (causal, window) lets them. Positions count from the sequence's first true token, and no
+// range goes beyond the true tokens. So {s, 0, n, 0, n} is all of sequence s, and with hi = 0 and CP_SLICE_HI its causal half.
+typedef struct cp_mask_slice {
+    // Index of the sequence.
+    uint32_t sequence;
+    // First query.
+    uint32_t q_begin;
+    // One past the last query; greater than `q_begin`.
+    uint32_t q_end;
+    // First key.
+    uint32_t k_begin;
+    // One past the last key; greater than `k_begin`.
+    uint32_t k_end;
+    // CP_SLICE_*.
+    uint32_t flags;
+    // Least key - query; counts with CP_SLICE_LO, else 0.
+    int32_t lo;
+    // Greatest key - query; counts with CP_SLICE_HI, else 0.
+    int32_t hi;
+} cp_mask_slice;
+
 // The sequences of one call: all of them, with their global lengths, equal on every rank. All arrays are host memory and are read during
 // the call only. A k field that is zero or NULL means "as q".
 typedef struct cp_sequences {
@@ -504,6 +544,11 @@ typedef struct cp_sequences {
     const uint32_t *list_q_counts;
     // Number of key stretches of each rank.
     const uint32_t *list_k_counts;
+    // What queries see at most, `[slice_count]`, in any order; NULL = what the layer's mask lets them see. Where there are slices, nothing else
+    // is seen of any sequence, and no query sees a key in two of them. Attention only: who holds what does not depend on it.
+    const struct cp_mask_slice *slices;
+    // Number of slices; 0 exactly if `slices` is NULL.
+    uint64_t slice_count;
 } cp_sequences;
 
 // Which side of attention: queries or keys.
@@ -755,6 +800,9 @@ typedef void (*cp_device_free_fn)(void *ctx, void *ptr, size_t bytes, void *stre
 // How far a number per head reaches.
 typedef uint32_t cp_reach;
 
+// How keys and values travel between ranks.
+typedef uint32_t cp_kv_wire;
+
 // A layer: what stays the same over its calls.
 typedef struct cp_attention_config {
     // sizeof(cp_attention_config).
@@ -819,6 +867,10 @@ typedef struct cp_attention_config {
     // CP_BIAS_*, CP_BIAS among them: an additive bias `[batch, heads, queries, keys]` comes with every call and is added to the scores after
     // softmax_scale, soft-cap and ALiBi; 0 = none.
     uint32_t bias;
+    // CP_KV_WIRE_*: how keys and values travel between ranks, and so what every rank attends, its own keys included; 0 = in `dtype`.
+    cp_kv_wire kv_wire;
+    // Must be 0.
+    uint32_t reserved;
 } cp_attention_config;
 
 // How a group communicates for a layer. All zero is p2p.

@@ -28,18 +28,38 @@ impl Builder<'_> {
 
     /// Where this team's own cargo is sent from.
     fn own_cargo(&mut self, tensor: Tensor) -> Slot {
-        self.input(tensor)
+        match self.coded(tensor) {
+            Some(_) => self.slot(Kind::Code, tensor, 0),
+            None => self.input(tensor),
+        }
     }
 
-    /// The keys that stage 0 attends; their values lie in the same kind of slot.
-    fn own_keys(&mut self) -> Slot {
-        self.input(Tensor::V);
+    /// The keys that stage 0 attends, there with the step before if not with `arrived`; their values lie in the same kind of slot.
+    fn own_keys(&mut self, arrived: Option<Event>) -> Slot {
+        for tensor in [Tensor::V, Tensor::K] {
+            let own = self.input(tensor);
+            if self.coded(tensor).is_some() {
+                let (code, rows) = (self.own_cargo(tensor), self.survey.mine.k.rows);
+                self.copy(&[arrived], code, own, vec![straight(rows)], false);
+            }
+        }
         self.input(Tensor::K)
     }
 
     /// The same of stage s.
-    fn stage_keys(&mut self, s: u32) -> Slot {
-        Slot::indexed(Kind::Recv, Tensor::K, s % 2)
+    fn stage_keys(&mut self, s: u32, arrived: Option<Event>) -> Slot {
+        for tensor in [Tensor::V, Tensor::K] {
+            if self.coded(tensor).is_some() {
+                let landed = Slot::indexed(Kind::Recv, tensor, s % 2);
+                let rows = self.survey.stage(s).arriving.rows;
+                let seen = self.slot_rows(Kind::Seen, tensor, 0, rows);
+                self.copy(&[arrived], landed, seen, vec![straight(rows)], false);
+            }
+        }
+        match self.coded(Tensor::K) {
+            Some(_) => Slot::of(Kind::Seen, Tensor::K),
+            None => Slot::indexed(Kind::Recv, Tensor::K, s % 2),
+        }
     }
 
     /// Messages that bring the keys of stage s, both directions.
@@ -123,7 +143,6 @@ impl Builder<'_> {
         let arrived = self.trade_event();
         let (q, out, lse) =
             (self.input(Tensor::Q), self.output(Tensor::Out), self.output(Tensor::Lse));
-        let own = self.own_keys();
         let survey = self.survey;
         if self.problem.score.max_logit.is_some() {
             self.slot(Kind::Acc, Tensor::Top, 0);
@@ -145,6 +164,7 @@ impl Builder<'_> {
         let mut gathered = self.gather_keys(1, arrived);
         let mut next = self.push_keys(1, &[ready, gathered]);
         gathered = self.gather_keys(2, arrived);
+        let own = self.own_keys(arrived);
         let slices = survey.own.clone();
         let finish = (last == 0).then_some((out, lse));
         self.compute(&[arrived], Op::Attend { q, k: own, slices, first: true, last: finish });
@@ -157,7 +177,7 @@ impl Builder<'_> {
             gathered = self.gather_keys(s + 2, arrived);
             let slices = survey.stage(s).work.clone();
             if !slices.is_empty() {
-                let k = self.stage_keys(s);
+                let k = self.stage_keys(s, this);
                 let finish = (s == last).then_some((out, lse));
                 self.compute(&[this], Op::Attend { q, k, slices, first: false, last: finish });
             }
@@ -184,7 +204,6 @@ impl Builder<'_> {
         let arrived = self.trade_event();
         // The first exchange needs this rank's own keys, no gradients.
         let ready = if self.gathered(Tensor::K) { self.computed() } else { None };
-        let own = (self.own_keys(), self.slot(Kind::Acc, Tensor::DK, 0));
         for tensor in [Tensor::DQ, Tensor::DK, Tensor::DV] {
             let acc = self.slot(Kind::Acc, tensor, 0);
             let rows = self.info(acc).rows;
@@ -204,6 +223,7 @@ impl Builder<'_> {
         let mut gathered = self.gather_keys(1, arrived);
         let mut next = self.push_keys(1, &[ready, gathered]);
         gathered = self.gather_keys(2, arrived);
+        let own = (self.own_keys(arrived), self.slot(Kind::Acc, Tensor::DK, 0));
         self.attend_backward(arrived, own.0, own.1, first_half);
         // Exchanges: X[s] brings the keys of stage s and returns the gradients of stage s−2.
         for s in 1..=n + 1 {
@@ -315,8 +335,10 @@ impl Builder<'_> {
             let part = self.part(tensor, s);
             self.clear(&[arrived], part, stage.arriving.rows);
         }
-        let (k, dk) = (self.stage_keys(s), self.part(Tensor::DK, s));
-        self.attend_backward(arrived, k, dk, stage.work.clone());
+        if !stage.work.is_empty() {
+            let (k, dk) = (self.stage_keys(s, arrived), self.part(Tensor::DK, s));
+            self.attend_backward(arrived, k, dk, stage.work.clone());
+        }
     }
 
     fn attend_backward(&mut self, arrived: Option<Event>, k: Slot, dk: Slot, slices: Vec<Slice>) {

@@ -24,6 +24,7 @@ use crate::holding::holding;
 use crate::mask::Mask;
 use crate::partition::{Partition, Side};
 use crate::problem::{Extent, Fnv, Problem, Sequence, Wire};
+use crate::regions::Regions;
 use crate::score::Score;
 use std::collections::BTreeMap;
 use std::hash::{Hash, Hasher};
@@ -107,12 +108,14 @@ impl Trade {
             mask: Mask::FULL,
             packed,
             seqs: extents.map(|e| Sequence { q: e, k: e }).collect(),
+            regions: Regions::default(),
             heads,
             kv_heads: heads,
             dim_qk: 8,
             dim_v: 8,
             dtype: DType::F32,
             wire: Wire::Storage,
+            kv_wire: None,
             scale: 1.0,
             score: Score::default(),
         };

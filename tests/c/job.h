@@ -200,6 +200,7 @@ static inline cp_attention_config layer_config(const test_case *c, cp_dtype dtyp
     k.sinks = c->sinks;
     k.max_logit = c->max_logit;
     k.bias = c->bias;
+    k.kv_wire = c->kv_wire;
     k.threads = here != NULL ? 0 : vary & VARY_THREADS ? 2 : 1;
     k.device_type = place_type();
     k.device_id = place_id();

@@ -7,7 +7,7 @@ use context_parallel::capi::about::cp_last_error;
 use context_parallel::capi::attention::{
     cp_attention_create, cp_attention_destroy, cp_query_support,
 };
-use context_parallel::dtype::DType;
+use context_parallel::dtype::{DType, Fp8};
 use context_parallel::partition::Side;
 use context_parallel::problem::CommType;
 use std::ffi::CStr;
@@ -32,6 +32,11 @@ const FEATURES: &[(&str, Has)] = &[
     }),
     ("packed documents (thd)", packed),
     ("padding between documents", |c| packed(c) && c.is("pad")),
+    ("masks of the caller's slices (documents, prefix-LM, shared prompts, blocks)", sliced),
+    ("slices under a sliding window", |c| sliced(c) && c.left.is_some()),
+    ("slices with bias, dropout and sinks", |c| {
+        sliced(c) && c.bias.is_some() && c.dropout > 0.0 && c.sinks.is_some()
+    }),
     ("MHA", |c| c.heads == c.kv_heads && c.heads > 1),
     ("GQA", |c| c.heads > c.kv_heads && c.kv_heads > 1),
     ("MQA", |c| c.kv_heads == 1 && c.heads > 1),
@@ -51,6 +56,8 @@ const FEATURES: &[(&str, Has)] = &[
     ("dropout, the same for any number of ranks", |c| c.dropout > 0.0),
     ("softmax sinks and their gradient", |c| c.sinks.is_some()),
     ("largest score per head", |c| c.max_logit.is_some()),
+    ("keys and values travel as E4M3", |c| c.kv_wire == Some(Fp8::E4m3)),
+    ("keys and values travel as E5M2", |c| c.kv_wire == Some(Fp8::E5m2)),
     ("all of these at once", |c| {
         c.softcap > 0.0
             && !c.slopes.is_empty()
@@ -59,6 +66,10 @@ const FEATURES: &[(&str, Has)] = &[
             && c.bias.is_some()
     }),
 ];
+
+fn sliced(c: &Case) -> bool {
+    !c.slices.is_empty()
+}
 
 fn packed(c: &Case) -> bool {
     c.format == Format::Thd
@@ -72,7 +83,8 @@ fn shape(c: &Case) -> Option<[bool; 3]> {
 fn row(name: &str, has: Has) -> String {
     let tokens = |c: &&Case| c.tokens(Side::Query) + c.tokens(Side::Key);
     // More than some tokens, so that every rank has some.
-    let case = cases().iter().filter(|c| has(c) && tokens(c) >= 40).min_by_key(tokens);
+    let least = |c: &&Case| (sliced(c), tokens(c));
+    let case = cases().iter().filter(|c| has(c) && tokens(c) >= 40).min_by_key(least);
     let case = case.unwrap_or_else(|| panic!("{name}: no case of the corpus has it"));
     let cells = CommType::ALL.map(|comm| {
         let run = Run::plain(case, 4, comm, DType::Bf16);

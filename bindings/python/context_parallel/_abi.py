@@ -38,6 +38,8 @@ CP_PARTITION_CONTIGUOUS = 1
 CP_PARTITION_STRIPED = 2
 CP_PARTITION_LIST = 3
 CP_PARTITION_BALANCED = 4
+CP_SLICE_LO = 1
+CP_SLICE_HI = 2
 CP_ATTENTION_CAUSAL = 1
 CP_ATTENTION_BOTTOM_RIGHT = 2
 CP_ATTENTION_WINDOW_LEFT = 4
@@ -47,6 +49,7 @@ CP_ATTENTION_SAVE = 32
 CP_ATTENTION_KV_CACHE = 64
 CP_ATTENTION_DETERMINISTIC = 128
 CP_REACH_NONE, CP_REACH_RANK, CP_REACH_GROUP = 0, 1, 2
+CP_KV_WIRE_STORAGE, CP_KV_WIRE_E4M3, CP_KV_WIRE_E5M2 = 0, 1, 2
 CP_BIAS, CP_BIAS_BATCH, CP_BIAS_HEADS, CP_BIAS_QUERIES, CP_BIAS_GRADIENT = 1, 2, 4, 8, 16
 CP_FORWARD_SEED_AT = 1
 CP_COMM_RELAY = 1
@@ -122,6 +125,19 @@ class cp_stretch(Structure):
     _fields_ = [("seq", c_uint32), ("start", c_uint32), ("step", c_uint32), ("len", c_uint32)]
 
 
+class cp_mask_slice(Structure):
+    _fields_ = [
+        ("sequence", c_uint32),
+        ("q_begin", c_uint32),
+        ("q_end", c_uint32),
+        ("k_begin", c_uint32),
+        ("k_end", c_uint32),
+        ("flags", c_uint32),
+        ("lo", c_int32),
+        ("hi", c_int32),
+    ]
+
+
 class cp_sequences(Sized):
     _fields_ = [
         ("struct_size", c_uint32),
@@ -142,6 +158,8 @@ class cp_sequences(Sized):
         ("list_k", c_void_p),
         ("list_q_counts", c_void_p),
         ("list_k_counts", c_void_p),
+        ("slices", c_void_p),
+        ("slice_count", c_uint64),
     ]
 
 
@@ -175,6 +193,8 @@ class cp_attention_config(Sized):
         ("sinks", c_uint32),
         ("max_logit", c_uint32),
         ("bias", c_uint32),
+        ("kv_wire", c_uint32),
+        ("reserved", c_uint32),
     ]
 
 

@@ -12,6 +12,7 @@ import context_parallel as cp
 
 ROOT = Path(__file__).resolve().parents[3]
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+FP8 = {"e4m3": np.dtype(ml_dtypes.float8_e4m3fn), "e5m2": np.dtype(ml_dtypes.float8_e5m2)}
 EPSILON = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 LSE_BOUND = 1e-5
 SEED = 0x0123456789ABCDEF  # key of the corpus' dropout
@@ -47,6 +48,8 @@ class Case:
     dropout: float
     sinks: str | None
     max_logit: str | None
+    slices: tuple  # (sequence, (q begin, q end), (k begin, k end), lo, hi); none: the layer's mask alone
+    kv_wire: str | None  # how keys and values travel
 
     def side(self, side):
         return self.q if side == "q" else self.k
@@ -84,6 +87,18 @@ class Case:
             allowed &= after >= -self.left
         if self.right is not None and not self.causal:
             allowed &= after <= self.right
+        if self.slices:
+            i, j = np.ogrid[: self.q[seq].len, : self.k[seq].len]
+            i, j = i[queries], j[:, keys]
+            inside = np.zeros(allowed.shape, bool)
+            for _, q, k, lo, hi in (s for s in self.slices if s[0] == seq):
+                one = (q[0] <= i) & (i < q[1]) & (k[0] <= j) & (j < k[1])
+                if lo is not None:
+                    one &= j - i >= lo
+                if hi is not None:
+                    one &= j - i <= hi
+                inside |= one
+            allowed &= inside
         return allowed
 
     def slopes(self):
@@ -120,9 +135,9 @@ class Case:
         return np.float32(self.scale) if self.scale is not None else np.float32(1) / np.sqrt(np.float32(self.dim_qk))
 
     def sequences(self, ranks):
-        lists = {}
+        lists = {"slices": self.slices or None}
         if self.partition == "list":
-            lists = {"stretches": self.stretches(ranks, "q"), "stretches_k": self.stretches(ranks, "k")}
+            lists |= {"stretches": self.stretches(ranks, "q"), "stretches_k": self.stretches(ranks, "k")}
         if self.format == "thd":
             cumulated = lambda lengths: np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
             lens, padded = [], []
@@ -155,7 +170,7 @@ class Case:
             heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim_qk, head_dim_v=self.dim_v, dtype=dtype, causal=self.causal,
             bottom_right=self.bottom_right, window=(self.left, self.right), format=self.format, partition=self.partition, softmax_scale=self.scale,
             softcap=self.softcap, alibi=self.slopes() if self.alibi else None,
-            bias=self.bias, dropout=self.dropout, sinks=self.sinks, max_logit=self.max_logit)  # fmt: skip
+            bias=self.bias, dropout=self.dropout, sinks=self.sinks, max_logit=self.max_logit, kv_wire=self.kv_wire)  # fmt: skip
         return cp.Attention(**{**settings, **options})
 
 
@@ -182,14 +197,24 @@ def _case(row):
         assert len(lens) == len(padded) == len(before) == batch, row["name"]
         return tuple(Extent(*e) for e in zip(before, lens, padded))
 
-    assert all(row[name] == "-" for name in ("slices", "latent", "kv_wire")), f"{row['name']}: not read yet"
+    assert row["latent"] == "-", f"{row['name']}: not read yet"
     limit = lambda name: None if row[name] == "-" else int(row[name])
     flag = lambda name: {"0": False, "1": True}[row[name]]
     numbers = (int(row[name]) for name in ("heads", "kv_heads", "dim_qk", "dim_v"))
     maybe = lambda name, kind=float: None if row[name] == "-" else kind(row[name])
     score = (maybe("softcap"), flag("alibi"), maybe("bias", str), maybe("dropout") or 0.0, maybe("sinks", str), maybe("max_logit", str))
     return Case(row["name"], tuple(row["tags"].split()), row["format"], side("q"), side("k"), *numbers, flag("causal"), flag("bottom_right"),
-                limit("window_left"), limit("window_right"), row["partition"], maybe("scale"), *score)  # fmt: skip
+                limit("window_left"), limit("window_right"), row["partition"], maybe("scale"), *score, _slices(row["slices"]), maybe("kv_wire", str))  # fmt: skip
+
+
+def _slices(text):
+    """`seq/q0:q1/k0:k1`, some with `/lo:hi`."""
+    made = []
+    for one in [] if text == "-" else text.split():
+        seq, q, k, *band = one.split("/")
+        pair = lambda words: tuple(int(n) if n else None for n in words.split(":"))
+        made.append((int(seq), pair(q), pair(k), *(pair(band[0]) if band else (None, None))))
+    return tuple(made)
 
 
 def mix(n):
@@ -239,6 +264,24 @@ def inputs(case, dtype):
     return made
 
 
+def attended(rows, format):
+    """[token, head, dim] as it is after travelling in an 8-bit format: 32 neighbours share the smallest power of two with which none is too large."""
+    dim, dtype, to = rows.shape[-1], rows.dtype, FP8[format]
+    x = np.zeros((*rows.shape[:-1], -(-dim // 32) * 32), np.float32)
+    x[..., :dim] = rows
+    x = x.reshape(*x.shape[:-1], -1, 32)
+    finite = np.isfinite(x).all(axis=-1, keepdims=True)
+    x = np.where(finite, x, 0)
+    largest = abs(x).max(axis=-1, keepdims=True)
+    # frexp's number is below 1, so this is the power of two with which the largest number has the format's largest exponent, which may be too small.
+    power = np.maximum(np.frexp(largest)[1] - 1 - ml_dtypes.finfo(to).maxexp + 1, -127)
+    power += ~np.isfinite(np.ldexp(largest, -power).astype(to).astype(np.float32))
+    back = np.ldexp(np.ldexp(x, -power).astype(to).astype(np.float64), power)
+    most = float(ml_dtypes.finfo(dtype).max)
+    back = np.where(finite, np.clip(back, -most, most), np.nan)
+    return back.reshape(*rows.shape[:-1], -1)[..., :dim].astype(dtype)
+
+
 SHAPES = {"out": ("q", "heads", "dim_v"), "dq": ("q", "heads", "dim_qk"), "dk": ("k", "kv_heads", "dim_qk"), "dv": ("k", "kv_heads", "dim_v")}
 
 
@@ -254,6 +297,8 @@ class Reference:
 @functools.lru_cache(maxsize=8)
 def reference(case, dtype):
     given = inputs(case, dtype)
+    if case.kv_wire:
+        given = {**given, **{name: attended(given[name], case.kv_wire) for name in ("k", "v")}}
     empty = lambda: {name: np.zeros((case.tokens(side), getattr(case, h), getattr(case, d))) for name, (side, h, d) in SHAPES.items()}
     made = Reference(empty(), empty(), empty(), np.zeros(case.tokens("k"), bool), np.zeros(case.tokens("q"), bool))
     made.right["lse"] = np.full((case.tokens("q"), case.heads), -np.inf)

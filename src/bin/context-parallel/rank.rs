@@ -88,6 +88,7 @@ impl Local {
                         DType::F32 => bytes.extend_from_slice(&x.to_ne_bytes()),
                         DType::Bf16 => bytes.extend_from_slice(&bf16::from_f32(*x).to_ne_bytes()),
                         DType::F16 => bytes.extend_from_slice(&f16::from_f32(*x).to_ne_bytes()),
+                        DType::Fp8(_) => unreachable!("no tensor is stored so"),
                     }
                 }
             }
@@ -114,7 +115,7 @@ pub fn run(job: &Job, group: &Group, each: &mut dyn FnMut(Report) -> Result<()>)
 fn one(job: &Job, case: &Case, group: &Group) -> Result<Report> {
     let mut layer = job.place.layer(group, &case.config, job.threads)?;
     layer.set_group(group, Ok(case.comm))?;
-    let problem = layer.problem(case.seqs.clone(), None)?;
+    let problem = layer.problem_within(&case.seqs, None, &case.regions)?;
     let (p, rank) = (&*problem, group.rank());
     let inputs = [Tensor::Q, Tensor::K, Tensor::V, Tensor::DOut];
     let mut locals: Vec<Local> =
@@ -139,6 +140,7 @@ fn one(job: &Job, case: &Case, group: &Group) -> Result<Report> {
             seed: Seed::default(),
             ids: Vec::new(),
             seqs: case.seqs.clone(),
+            regions: case.regions.clone(),
             list: None,
             views: locals.iter().enumerate().map(view).collect(),
             shapes: locals.iter().map(|l| (l.tensor, shape(l))).collect(),

@@ -69,7 +69,7 @@ fn needed(p: &Problem) -> Vec<Vec<u64>> {
         for (key, owner) in owners.iter().enumerate() {
             let mut seen = vec![p.relay; b];
             for (query, reader) in readers.iter().enumerate() {
-                seen[*reader] |= may_see(p, seq, query as u32, key as u32);
+                seen[*reader] |= may_see(p, index, query as u32, key as u32);
             }
             for (team, _) in seen.iter().enumerate().filter(|(t, seen)| **seen && t != owner) {
                 out[team][*owner] += 1;
@@ -86,8 +86,11 @@ fn received(plan: &Plan) -> Vec<(Kind, Tensor, u64)> {
         let Op::Exchange { recvs, .. } = &step.op else { continue };
         for m in recvs {
             // What is packed goes on to the team buffer.
-            let kind = if m.slot.kind == Kind::Pack { Kind::Team } else { m.slot.kind };
             let tensor = m.slot.tensor;
+            let kind = match m.slot.kind {
+                Kind::Pack | Kind::Code => Kind::Team,
+                kind => kind,
+            };
             match out.iter_mut().find(|(k, t, _)| (*k, *t) == (kind, tensor)) {
                 Some(sum) => sum.2 += u64::from(m.count()),
                 None => out.push((kind, tensor, u64::from(m.count()))),
