@@ -427,6 +427,12 @@ class Sequences {
         return *this;
     }
 
+    /// What queries see at most, under the layer's mask, in any order; an empty list: that mask alone.
+    Sequences &slices(std::vector<cp_mask_slice> list) {
+        slices_ = std::move(list);
+        return *this;
+    }
+
     /// With dropout: the caller's number of every sequence. Equal numbers drop alike, whatever else is in the call; without, it is their index.
     Sequences &numbered(std::vector<std::uint32_t> ids) {
         need(ids, count_, "numbers of sequences");
@@ -455,6 +461,8 @@ class Sequences {
         s.list_k = counts_[1].empty() ? nullptr : list_[1].data();
         s.list_q_counts = detail::data_or_null(counts_[0]);
         s.list_k_counts = detail::data_or_null(counts_[1]);
+        s.slices = detail::data_or_null(slices_);
+        s.slice_count = slices_.size();
         return s;
     }
 
@@ -474,6 +482,7 @@ class Sequences {
     std::array<std::vector<cp_stretch>, 2> list_;
     std::array<std::vector<std::uint32_t>, 2> counts_;
     std::vector<std::uint32_t> ids_;
+    std::vector<cp_mask_slice> slices_;
 };
 
 /// A layer: what stays the same over its calls.

@@ -119,6 +119,21 @@ All alone(std::size_t n) {
     return a;
 }
 
+// A slice that is the causal half, under a mask that shows everything, is the causal mask.
+void slices(std::size_t n) {
+    All a = inputs(n), causal = alone(n);
+    const auto length = static_cast<std::uint32_t>(n);
+    cp::AttentionConfig full = small();
+    full.causal = false;
+    cp::Attention attention(full);
+    cp::Context context;
+    cp::Sequences s = cp::Sequences::dense(1, length).slices({{0, 0, length, 0, length, CP_SLICE_HI, 0, 0}});
+    attention.forward(s, a.forward(), context);
+    attention.backward(s, a.backward(), context);
+    EXPECT(a.out.x == causal.out.x && a.dq.x == causal.dq.x && a.dk.x == causal.dk.x && a.dv.x == causal.dv.x);
+    THROWS(invalid_argument, "slices[0]: got keys 0", attention.forward(s.slices({{0, 0, 1, 0, length + 1, 0, 0, 0}}), a.forward(), context));
+}
+
 template <class F> void on_ranks(std::uint32_t size, F body) {
     cp_unique_id id = cp::unique_id();
     std::vector<std::thread> threads;
@@ -497,6 +512,7 @@ int main() {
     score_errors();
     disagreement();
     packed_and_list();
+    slices(65);
     tensors();
     std::printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;
