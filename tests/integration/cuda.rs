@@ -35,10 +35,7 @@ fn corpus(way: Way) {
     let ways = [Way::Local, Way::Nccl, Way::Staged];
     let turn = ways.iter().position(|w| *w == way).expect("one of the three");
     let mut tally = Tally::default();
-    let fits = |c: &&Case| {
-        // There is no bias on CUDA yet.
-        c.tokens(Side::Query).max(c.tokens(Side::Key)) <= LONGEST && c.bias.is_none()
-    };
+    let fits = |c: &&Case| c.tokens(Side::Query).max(c.tokens(Side::Key)) <= LONGEST;
     let short = cases().iter().filter(fits);
     for (index, case) in short.enumerate().filter(|(_, c)| !fast() || c.is("fast")) {
         for (kind, comm) in CommType::ALL.into_iter().enumerate() {
@@ -83,8 +80,7 @@ fn corpus_staged() {
 #[ignore = "needs a CUDA device or the software GPU: tests/run"]
 fn keys_in_8_bits() {
     let mut tally = Tally::default();
-    let fits =
-        |c: &&Case| c.tokens(Side::Key) <= LONGEST && c.kv_wire.is_some() && c.bias.is_none();
+    let fits = |c: &&Case| c.tokens(Side::Key) <= LONGEST && c.kv_wire.is_some();
     for (index, case) in cases().iter().filter(fits).enumerate() {
         for (kind, comm) in CommType::ALL.into_iter().enumerate() {
             for (turn, way) in [Way::Local, Way::Nccl, Way::Staged].into_iter().enumerate() {
