@@ -17,7 +17,7 @@ use crate::mask::Mask;
 use crate::partition::{Partition, Side};
 use crate::plan::account::{ALIGN, Account, account};
 use crate::plan::{Kind, Options, Pass, Plan, Slot, Tensor, fewest_stages};
-use crate::problem::{CommType, Fnv, Problem, Sequence, Wire};
+use crate::problem::{CommType, Fnv, Latent, Problem, Sequence, Wire};
 use crate::score::{BiasShape, Score, Seed};
 pub use engine::{AllocFn, Allocator, FreeFn};
 use engine::{Engine, Lease};
@@ -44,6 +44,8 @@ pub struct Config {
     pub scale: f32,
     /// What else happens to scores.
     pub score: Score,
+    /// Keys and values come as latents.
+    pub latent: Option<Latent>,
     /// Who may see whom.
     pub mask: Mask,
     /// Packed (thd) or one sequence per batch entry.
@@ -104,6 +106,7 @@ impl Config {
             wire: self.wire,
             scale: if self.scale == 0.0 { 1.0 / (self.dim_qk as f32).sqrt() } else { self.scale },
             score: self.score.clone(),
+            latent: self.latent,
         };
         if let Stages::Count(n) = comm.stages {
             p.stages = n;
@@ -636,7 +639,10 @@ impl Attention {
                 }
             }
             let dense = |tensor| args.views.iter().any(|(x, v)| *x == tensor && v.is_dense());
-            let pack = !(dense(Tensor::K) && dense(Tensor::V));
+            let pack = match problem.latent {
+                Some(_) => !dense(Tensor::Latent),
+                None => !(dense(Tensor::K) && dense(Tensor::V)),
+            };
             let count = args.seqs.len();
             if !args.ids.is_empty() && args.ids.len() != count {
                 let got = args.ids.len();
@@ -736,6 +742,14 @@ impl Attention {
                     i64::from(p.bias_columns()),
                 ],
                 (tensor, _) if tensor.per_head() => [1, 1, heads, 1],
+                (Tensor::Latent | Tensor::DLatent, _) => {
+                    let width = i64::from(p.latent.map_or(0, Latent::width));
+                    [batch, local / batch, 1, width]
+                }
+                (tensor, _) if tensor.weights() => {
+                    let dim = i64::from(p.latent.map_or(0, |l| l.dim));
+                    [1, Plan::weight_rows(p, *tensor).into(), heads, dim]
+                }
                 _ => [batch, local / batch, heads, dim],
             };
             if *shape != want && tensor.per_head() {
@@ -821,6 +835,12 @@ pub fn name(tensor: Tensor) -> &'static str {
         Tensor::MaxLogit => "max_logit",
         Tensor::Bias => "bias",
         Tensor::DBias => "d_bias",
+        Tensor::Latent => "latent",
+        Tensor::DLatent => "d_latent",
+        Tensor::UpK => "up_k",
+        Tensor::UpV => "up_v",
+        Tensor::DUpK => "d_up_k",
+        Tensor::DUpV => "d_up_v",
         Tensor::Local => "local",
         Tensor::Whole => "whole",
     }

@@ -198,6 +198,7 @@ pub unsafe fn attention_config(ptr: *const cp_attention_config) -> Result<Layer>
         dtype: dtype("config.dtype", c.dtype)?,
         scale: c.softmax_scale,
         score,
+        latent: None,
         mask,
         packed,
         partition: partition("config.partition", c.partition)?,

@@ -126,6 +126,7 @@ pub(super) unsafe fn problem(
         wire: Wire::Storage,
         scale: 1.0,
         score: Score::default(),
+        latent: None,
     };
     p.validate()?;
     Dealt::default().resolve(&mut p);

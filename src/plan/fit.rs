@@ -51,18 +51,34 @@ pub fn peaks(problem: &Problem) -> Vec<u64> {
         };
         let work = busy.iter().any(|d| arriving(*d) > 0);
         let survey = Survey::without_traffic(problem, rank, busy.len(), work);
+        // A relay passes on what it need not attend.
+        let attended = |d: u32| {
+            let (queries, keys) = (&everyone.queries, &everyone.keys);
+            let owner = &keys[((team + b - d) % b) as usize];
+            let idle = problem.relay
+                && problem.latent.is_some()
+                && needs::needed(problem, &queries[team as usize], owner).is_empty();
+            if idle { 0 } else { arriving(d) }
+        };
         let traffic: Vec<_> = counts
             .clone()
-            .map(|n| (stage_rows(&busy, n, arriving), stage_rows(&busy, n, leaving)))
+            .map(|n| {
+                [
+                    stage_rows(&busy, n, arriving),
+                    stage_rows(&busy, n, leaving),
+                    stage_rows(&busy, n, attended),
+                ]
+            })
             .collect();
         for pass in [Pass::Forward, Pass::Backward] {
             let slots = build::plan(problem, rank, &survey, pass, Options::default()).slots;
-            for (peak, (rows, homes)) in out.iter_mut().zip(&traffic) {
+            for (peak, [rows, homes, attended]) in out.iter_mut().zip(&traffic) {
                 let bytes = |s: &SlotInfo| {
                     let rows = match s.slot.kind {
                         Kind::Part if converts(problem) => rows[0].max(rows[1]),
                         Kind::Recv | Kind::Part | Kind::Wire => rows[s.slot.index as usize],
                         Kind::Return => homes[s.slot.index as usize],
+                        Kind::Seen => s.rows.max(attended[0]).max(attended[1]),
                         _ => s.rows,
                     };
                     SlotInfo { rows, ..*s }.bytes().next_multiple_of(ALIGN) as u64

@@ -139,6 +139,7 @@ impl Builder<'_> {
         let p = self.problem;
         let all = match tensor {
             Tensor::DBias => u32::from(!p.score.bias.is_some_and(|b| b.heads)),
+            Tensor::Latent | Tensor::DLatent => 1,
             _ => p.kv_heads,
         };
         let total: u32 = (0..p.inner).map(|m| self.heads_of(m, tensor).len() as u32).sum();

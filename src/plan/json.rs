@@ -35,6 +35,7 @@ use crate::mask::Slice;
 use crate::partition::{Partition, Stretch};
 use crate::problem::{Extent, Problem, Wire};
 use std::fmt::{Display, Write};
+use std::ops::Range;
 
 /// The plans of one problem, in the schema above.
 pub fn json(plans: &[Plan]) -> String {
@@ -194,6 +195,19 @@ fn step(plan: &Plan, step: &Step) -> String {
             ("dk", debug(dk)),
             ("slices", slices(work)),
         ]),
+        Op::Expand { latent, k, rows } => fields.extend([
+            ("op", text("expand")),
+            ("latent", debug(latent)),
+            ("k", debug(k)),
+            ("rows", ranges(rows)),
+        ]),
+        Op::Contract { dk, latent, d_latent, rows } => fields.extend([
+            ("op", text("contract")),
+            ("dk", debug(dk)),
+            ("latent", debug(latent)),
+            ("d_latent", debug(d_latent)),
+            ("rows", ranges(rows)),
+        ]),
         Op::SinkTerms => fields.push(("op", text("sink_terms"))),
         Op::Reduce { src, dst, dst_row, dst_head, max } => fields.extend([
             ("op", text("reduce")),
@@ -222,6 +236,11 @@ fn step(plan: &Plan, step: &Step) -> String {
         ]),
     }
     object(&fields)
+}
+
+/// As `rows`, of consecutive ones.
+fn ranges(rows: &[Range<u32>]) -> String {
+    list(rows.iter().map(|r| format!("[{},1,{}]", r.start, r.len())))
 }
 
 fn rows(rows: &[Rows]) -> String {

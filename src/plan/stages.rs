@@ -22,8 +22,19 @@ use crate::problem::{Problem, Wire};
 
 impl Builder<'_> {
     /// What travels between teams so that others can attend this team's keys.
-    fn cargo(&self) -> &'static [Tensor] {
-        &[Tensor::K, Tensor::V]
+    pub fn cargo(&self) -> &'static [Tensor] {
+        match self.problem.latent {
+            Some(_) => &[Tensor::Latent],
+            None => &[Tensor::K, Tensor::V],
+        }
+    }
+
+    /// The gradients of it, which go home.
+    pub fn homebound(&self) -> &'static [Tensor] {
+        match self.problem.latent {
+            Some(_) => &[Tensor::DLatent],
+            None => &[Tensor::DK, Tensor::DV],
+        }
     }
 
     /// Where this team's own cargo is sent from.
@@ -31,15 +42,16 @@ impl Builder<'_> {
         self.input(tensor)
     }
 
-    /// The keys that stage 0 attends; their values lie in the same kind of slot.
-    fn own_keys(&mut self) -> Slot {
-        self.input(Tensor::V);
-        self.input(Tensor::K)
-    }
-
-    /// The same of stage s.
-    fn stage_keys(&mut self, s: u32) -> Slot {
-        Slot::indexed(Kind::Recv, Tensor::K, s % 2)
+    /// The keys that stage s attends, 0 being the own ones; their values lie in the same kind of slot.
+    fn keys(&mut self, arrived: Option<Event>, s: u32) -> Slot {
+        match s {
+            _ if self.problem.latent.is_some() => self.expand(arrived, s),
+            0 => {
+                self.input(Tensor::V);
+                self.input(Tensor::K)
+            }
+            _ => Slot::indexed(Kind::Recv, Tensor::K, s % 2),
+        }
     }
 
     /// Messages that bring the keys of stage s, both directions.
@@ -123,7 +135,6 @@ impl Builder<'_> {
         let arrived = self.trade_event();
         let (q, out, lse) =
             (self.input(Tensor::Q), self.output(Tensor::Out), self.output(Tensor::Lse));
-        let own = self.own_keys();
         let survey = self.survey;
         if self.problem.score.max_logit.is_some() {
             self.slot(Kind::Acc, Tensor::Top, 0);
@@ -146,6 +157,7 @@ impl Builder<'_> {
         let mut next = self.push_keys(1, &[ready, gathered]);
         gathered = self.gather_keys(2, arrived);
         let slices = survey.own.clone();
+        let own = self.keys(arrived, 0);
         let finish = (last == 0).then_some((out, lse));
         self.compute(&[arrived], Op::Attend { q, k: own, slices, first: true, last: finish });
         for s in 1..=n {
@@ -157,7 +169,7 @@ impl Builder<'_> {
             gathered = self.gather_keys(s + 2, arrived);
             let slices = survey.stage(s).work.clone();
             if !slices.is_empty() {
-                let k = self.stage_keys(s);
+                let k = self.keys(this, s);
                 let finish = (s == last).then_some((out, lse));
                 self.compute(&[this], Op::Attend { q, k, slices, first: false, last: finish });
             }
@@ -184,11 +196,13 @@ impl Builder<'_> {
         let arrived = self.trade_event();
         // The first exchange needs this rank's own keys, no gradients.
         let ready = if self.gathered(Tensor::K) { self.computed() } else { None };
-        let own = (self.own_keys(), self.slot(Kind::Acc, Tensor::DK, 0));
-        for tensor in [Tensor::DQ, Tensor::DK, Tensor::DV] {
+        for tensor in [&[Tensor::DQ], self.homebound()].concat() {
             let acc = self.slot(Kind::Acc, tensor, 0);
             let rows = self.info(acc).rows;
             self.clear(&[], acc, rows);
+        }
+        if self.problem.latent.is_some() {
+            self.clear_weights();
         }
         if let Some(bias) = self.problem.score.bias {
             self.input(Tensor::Bias);
@@ -204,7 +218,7 @@ impl Builder<'_> {
         let mut gathered = self.gather_keys(1, arrived);
         let mut next = self.push_keys(1, &[ready, gathered]);
         gathered = self.gather_keys(2, arrived);
-        self.attend_backward(arrived, own.0, own.1, first_half);
+        self.attend_backward(arrived, 0, first_half);
         // Exchanges: X[s] brings the keys of stage s and returns the gradients of stage s−2.
         for s in 1..=n + 1 {
             let this = next;
@@ -218,7 +232,7 @@ impl Builder<'_> {
             } else {
                 // Covers the last two returns.
                 self.stage = 0;
-                self.attend_backward(arrived, own.0, own.1, std::mem::take(&mut second_half));
+                self.attend_backward(arrived, 0, std::mem::take(&mut second_half));
             }
             if !self.problem.relay && s >= 3 {
                 self.reduce(this, s - 2);
@@ -252,7 +266,7 @@ impl Builder<'_> {
         let (arriving, leaving) = (&stage.arriving, &stage.leaving);
         let b = self.problem.teams();
         self.stage = s;
-        for tensor in [Tensor::DK, Tensor::DV] {
+        for &tensor in self.homebound() {
             let wire = self.wired(tensor, s);
             if self.problem.relay {
                 // What comes in belongs to the owner that the left neighbour just worked for.
@@ -310,27 +324,40 @@ impl Builder<'_> {
     fn stage_gradients(&mut self, arrived: Option<Event>, s: u32) {
         let stage = self.survey.stage(s);
         self.stage = s;
-        for tensor in [Tensor::DK, Tensor::DV] {
+        for &tensor in self.homebound() {
             // The exchange also took the gradients of stage s−2 away, from the same buffer if they travel as fp32.
             let part = self.part(tensor, s);
             self.clear(&[arrived], part, stage.arriving.rows);
         }
-        let (k, dk) = (self.stage_keys(s), self.part(Tensor::DK, s));
-        self.attend_backward(arrived, k, dk, stage.work.clone());
+        self.attend_backward(arrived, s, stage.work.clone());
     }
 
-    fn attend_backward(&mut self, arrived: Option<Event>, k: Slot, dk: Slot, slices: Vec<Slice>) {
+    /// Adds what slices of stage s give, 0 being the own keys.
+    fn attend_backward(&mut self, arrived: Option<Event>, s: u32, slices: Vec<Slice>) {
         let [q, d_out, lse, delta] =
             [Tensor::Q, Tensor::DOut, Tensor::Lse, Tensor::Delta].map(|t| self.input(t));
-        if !slices.is_empty() {
-            self.compute(&[arrived], Op::AttendBackward { q, d_out, lse, delta, k, dk, slices });
+        let gradient = self.homebound()[0];
+        let of_keys = match s {
+            0 => Slot::of(Kind::Acc, gradient),
+            _ => self.part(gradient, s),
+        };
+        if slices.is_empty() {
+            return;
         }
+        if self.problem.latent.is_none() {
+            let (k, dk) = (self.keys(arrived, s), of_keys);
+            self.compute(&[arrived], Op::AttendBackward { q, d_out, lse, delta, k, dk, slices });
+            return;
+        }
+        let (k, dk) = self.expand_with_gradients(arrived, s);
+        self.compute(&[arrived], Op::AttendBackward { q, d_out, lse, delta, k, dk, slices });
+        self.contract(s, dk, of_keys);
     }
 
     /// Relay: adds the travelling gradients to those of stage s, which are for the same owner.
     fn fold(&mut self, arrived: Option<Event>, s: u32) {
         self.stage = s;
-        for tensor in [Tensor::DK, Tensor::DV] {
+        for &tensor in self.homebound() {
             let rows = self.survey.stage(s).arriving.rows;
             let part = self.part(tensor, s);
             let landed = self.slot_rows(Kind::Return, tensor, (s - 1) % 2, rows);
@@ -349,7 +376,7 @@ impl Builder<'_> {
             false => &self.survey.stage(s).leaving,
         };
         self.stage = s;
-        for tensor in [Tensor::DK, Tensor::DV] {
+        for &tensor in self.homebound() {
             let acc = Slot::of(Kind::Acc, tensor);
             let landed = self.slot_rows(Kind::Return, tensor, s % 2, owned.rows);
             for t in &owned.transfers {
@@ -374,7 +401,7 @@ impl Builder<'_> {
 
     /// The one rounding at the end.
     fn finish_gradients(&mut self) {
-        for tensor in [Tensor::DQ, Tensor::DK, Tensor::DV] {
+        for tensor in [&[Tensor::DQ], self.homebound()].concat() {
             let acc = Slot::of(Kind::Acc, tensor);
             let rows = self.info(acc).rows;
             if self.problem.inner > 1 {

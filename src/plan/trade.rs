@@ -115,6 +115,7 @@ impl Trade {
             wire: Wire::Storage,
             scale: 1.0,
             score: Score::default(),
+            latent: None,
         };
         problem.validate()?;
         Ok(Trade { problem: Arc::new(problem), tensors })

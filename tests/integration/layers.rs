@@ -31,6 +31,7 @@ pub fn comm(kind: CommType) -> Comm {
 pub fn config() -> Config {
     Config {
         score: Score::default(),
+        latent: None,
         heads: 4,
         kv_heads: 2,
         dim_qk: 16,

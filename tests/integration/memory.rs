@@ -191,6 +191,7 @@ fn measure(
     let new = || -> context_parallel::error::Result<Attention> {
         let config = Config {
             score: Score::default(),
+            latent: None,
             heads: HEADS as u32,
             kv_heads: KV_HEADS as u32,
             dim_qk: DIM as u32,
@@ -357,6 +358,7 @@ fn switching_groups_allocates_nothing() {
         .collect();
     let config = Config {
         score: Score::default(),
+        latent: None,
         heads: 8,
         kv_heads: 2,
         dim_qk: 64,

@@ -130,6 +130,7 @@ pub fn any_problem(r: &mut Random) -> Problem {
     let (seqs, packed) = any_sequences(r, ranks);
     let mut p = Problem {
         score: any_score(r),
+        latent: None,
         ranks,
         inner,
         stages,

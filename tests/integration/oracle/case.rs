@@ -316,6 +316,7 @@ impl Case {
                 max_logit: self.max_logit,
                 ..Score::default()
             },
+            latent: None,
         };
         problem.validate()?;
         Dealt::default().resolve(&mut problem);
