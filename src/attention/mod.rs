@@ -120,6 +120,16 @@ impl Config {
         Ok(Arc::new(p))
     }
 
+    /// What no device offers, whatever its kernels.
+    pub fn fits_device(&self) -> Result<()> {
+        match self.latent {
+            Some(_) => Err(Error::unsupported(
+                "latent: keys and values from latents are not offered on CUDA yet; expand them before the call",
+            )),
+            None => Ok(()),
+        }
+    }
+
     /// Would a layer accept this on a group of `ranks`? The error is the one that it would give. Whether a memory cap can be kept
     /// depends on the lengths, so only calls tell.
     pub fn supports(&self, comm: Comm, ranks: u32) -> Result<()> {
@@ -298,6 +308,7 @@ impl Attention {
         cuda: Cuda,
         allocator: Option<Allocator>,
     ) -> Result<Attention> {
+        config.fits_device()?;
         let Config { dtype, dim_qk, dim_v, .. } = config;
         cuda.supports(dtype, dim_qk, dim_v, Scores::of(&config.score)?)?;
         let solo = Group::solo_on(cuda.device());
@@ -757,6 +768,16 @@ impl Attention {
                 let text =
                     format!("{name}: got shape [{}], must be [{heads}] (rank {rank})", shape[2]);
                 return Err(Error::argument(text));
+            }
+            if *shape != want && tensor.weights() {
+                let of = |[_, rows, heads, dim]: [i64; 4]| [heads, rows, dim];
+                return Err(Error::argument(format!(
+                    "{}: got shape [heads, rows, dim] = {:?}, must be {:?} (rank {})",
+                    name(*tensor),
+                    of(*shape),
+                    of(want),
+                    group.parent_rank()
+                )));
             }
             if *shape != want {
                 let name = name(*tensor);

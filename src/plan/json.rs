@@ -6,7 +6,7 @@
 //! Problem  { "fingerprint": "hex", "ranks", "inner", "stages", "relay", "partition": "zigzag" | "contiguous" | "striped" | List,
 //!            "mask": { "causal", "bottom_right", "left": n | null, "right": n | null }, "packed",
 //!            "sequences": [ { "q": Extent, "k": Extent }, … ], "heads", "kv_heads", "dim_qk", "dim_v",
-//!            "dtype": "fp32" | "bf16" | "fp16", "wire": "storage" | "fp32", "scale" }
+//!            "dtype": "fp32" | "bf16" | "fp16", "wire": "storage" | "fp32", "scale", "latent": [dim, rope] | null }
 //! Extent   { "before", "len", "padded" }: padding tokens, true tokens, all tokens
 //! List     { "q": [per rank: [ { "seq", "start", "step", "len" }, … ], …], "k": likewise }
 //! Plan     { "rank", "pass": "forward" | "backward", "pack", "saved", "stages": n, "heads": [from, to],
@@ -16,16 +16,18 @@
 //!   exchange         "sends": [Message, …], "recvs": [Message, …]; Message { "peer", "slot", "rows": [Rows, …], "bytes" }
 //!   attend           "q", "k", "slices": [Slice, …], "first", "out", "lse" (the last two null unless it is the last)
 //!   attend_backward  "q", "d_out", "lse", "delta", "k", "dk", "slices"
+//!   expand           "latent", "k", "rows": [Rows, …]
+//!   contract         "dk", "latent", "d_latent", "rows": [Rows, …]
 //!   delta            nothing
 //!   copy             "src", "src_head", "dst", "dst_head", "heads", "add", "runs": [[src, src_step, dst, dst_step, rows], …]
 //!   fill             "slot", "rows": [Rows, …], "value": "0" | "-inf"
 //! Rows     [first, step, count]
 //! Slice    [q, q_len, k, k_len, lo, hi]: row q + i sees row k + j when lo <= j − i <= hi
 //! Account  { "sent", "received", "received_keys", "received_key_rows", "received_gradients", "received_heads", "pairs", "flops",
-//!            "workspace", "saved" }, in bytes where not rows, pairs or operations
+//!            "latent_flops", "workspace", "saved" }, in bytes where not rows, pairs or operations
 //! ```
 //! Slots are named as plans print them. Numbers are integers, but for `scale`. A slot that an op names without being in the
-//! schema is implied: values lie beside keys, state in `AccOut`, `AccMax`, `AccSum`, gradients of queries in `AccDQ`.
+//! schema is implied: values lie beside keys, weights of latents are the caller's, state in `AccOut`, `AccMax`, `AccSum`, gradients of queries in `AccDQ`.
 
 use super::account::account;
 use super::{Lane, Message, Op, Pass, Plan, Rows, Step, Value};
@@ -85,6 +87,7 @@ pub fn problem(p: &Problem) -> String {
         ("dtype", dtype(p.dtype)),
         ("wire", text(if p.wire == Wire::F32 { "fp32" } else { "storage" })),
         ("scale", num(p.scale)),
+        ("latent", p.latent.map_or("null".into(), |l| list([num(l.dim), num(l.rope)].into_iter()))),
     ])
 }
 
@@ -125,6 +128,7 @@ fn one(plan: &Plan) -> String {
         ("received_heads", num(a.received_heads)),
         ("pairs", num(a.pairs)),
         ("flops", num(a.flops)),
+        ("latent_flops", num(a.latent_flops)),
         ("workspace", num(a.workspace)),
         ("saved", num(a.saved)),
     ]);

@@ -2,7 +2,7 @@
 //!
 //! The table that `memory_is_proportional_to_the_rows` prints is the README's.
 
-use crate::oracle::{Inputs, element};
+use crate::oracle::{Inputs, Latents, element};
 use crate::plans_random::Random;
 use crate::ranks::{Layout, OUTPUTS, Shard, TENSORS, on_threads};
 use context_parallel::attention::{Args, Attention, Comm, Config};
@@ -275,6 +275,7 @@ fn memory_is_proportional_to_the_rows() {
         k: tensor(2, KV_HEADS),
         v: tensor(3, KV_HEADS),
         d_o: tensor(4, HEADS),
+        latent: Latents::default(),
     };
     let mut table = format!(
         "\np2p, causal zigzag, S = {TOKENS}, {HEADS} query heads, {KV_HEADS} key heads, dimension {DIM}, bf16: bytes of the rank with most\n\

@@ -163,7 +163,8 @@ pub(super) fn initial(plan: &Plan) -> Memory {
         } else if info.saved && plan.pass == Pass::Backward {
             // What forward left: the team's rows, this rank's heads.
             let segments = if tensor.key_side() { &team.k.segments } else { &team.q.segments };
-            fill(segments, plan.share.side(tensor.key_side()).start);
+            let first = plan.share.side(tensor.key_side()).start;
+            fill(segments, if tensor == Tensor::Latent { 0 } else { first });
         }
         out.push(buffer);
     }
