@@ -30,6 +30,7 @@ typedef struct test_case {
     int alibi;
     uint32_t bias; /* CP_BIAS_*; 0: none */
     cp_reach sinks, max_logit;
+    int latent_dim, latent_rope; /* 0: none */
 } test_case;
 
 /* Key of the corpus' dropout. */
@@ -133,8 +134,10 @@ static inline test_case parse_case(char *line) {
     c.sinks = (cp_reach)word_of(f[24], reaches, 3, f[0]);
     c.max_logit = (cp_reach)word_of(f[25], reaches, 3, f[0]);
     c.bias = shapes[word_of(f[22], biases, 6, f[0])];
-    if (strcmp(f[26], "-") != 0 || strcmp(f[27], "-") != 0 || strcmp(f[28], "-") != 0)
-        die("slices, latent, kv_wire: not read yet", f[0]);
+    if (strcmp(f[26], "-") != 0 || strcmp(f[28], "-") != 0)
+        die("slices, kv_wire: not read yet", f[0]);
+    if (strcmp(f[27], "-") != 0 && sscanf(f[27], "%d:%d", &c.latent_dim, &c.latent_rope) != 2)
+        die("latent is dim:rope", f[0]);
     if (c.heads > MOST_HEADS)
         die("a case with more heads than this reader knows", f[0]);
     return c;
