@@ -18,6 +18,9 @@ use std::collections::BinaryHeap;
 /// Placements tried, in samples: 10 ms' worth at most for 1,000 samples on 512 ranks (`context-parallel schedule --compare`).
 const EFFORT: usize = 60_000;
 
+/// So many packs of a range are looked into for room. More would be quadratic in its samples, and it is the last that have room.
+const LOOK_BACK: usize = 64;
+
 /// So many of the longest samples are tried in pairs.
 const WIDE: usize = 8;
 
@@ -234,7 +237,7 @@ impl Search<'_> {
                 break;
             }
             let middle = (low * high).sqrt();
-            let made = self.place(self.sizes(middle, Round::No, 1), Rule::Least);
+            let made = self.place_within(self.sizes(middle, Round::No, 1), Rule::Least, middle);
             if made <= middle { high = middle } else { low = middle }
         }
         for round in [Round::Halve, Round::Third] {
@@ -308,8 +311,14 @@ impl Search<'_> {
         made
     }
 
-    /// Places all samples with these sizes, keeps the schedule if it is the best so far, and says how long it takes.
+    /// Places all samples with these sizes, keeps the schedule if it is the best so far, and says how long it takes: infinitely, if longer than the best.
     fn place(&mut self, sizes: Vec<u32>, rule: Rule) -> f64 {
+        self.place_within(sizes, rule, 0.0)
+    }
+
+    /// The same, but up to `time` it says how long, the best or not.
+    fn place_within(&mut self, sizes: Vec<u32>, rule: Rule, time: f64) -> f64 {
+        let limit = self.best.time.max(time);
         self.tried += 1;
         let mut order = std::mem::take(&mut self.order);
         order.clear();
@@ -339,6 +348,10 @@ impl Search<'_> {
             }
             let at = best.expect("samples come in falling size").0;
             let mut leaf = self.leaves[at];
+            if leaf.load + v > limit {
+                self.order = order;
+                return f64::INFINITY;
+            }
             if leaf.ranks > p {
                 leaf = self.leaves[at].split(p);
                 self.add(&mut leaf, i, v);
@@ -355,6 +368,12 @@ impl Search<'_> {
             let i = i as usize;
             let v = self.cost.sample(self.lengths[i], 1);
             let mut top = heap.peek_mut().expect("one leaf at least");
+            // The least loaded.
+            if top.load + v > limit {
+                drop(top);
+                (self.heap, self.order) = (heap, order);
+                return f64::INFINITY;
+            }
             if top.ranks == 1 {
                 self.add(&mut top, i, v);
             } else {
@@ -383,7 +402,8 @@ impl Search<'_> {
     fn room(&self, leaf: &Leaf, share: u32) -> Option<usize> {
         let most = self.batch.tokens_per_rank.checked_sub(share)?;
         let mut at = if share <= leaf.space { leaf.packs } else { u32::MAX };
-        while let Some(pack) = self.packs.get(at as usize) {
+        for _ in 0..LOOK_BACK {
+            let pack = self.packs.get(at as usize)?;
             if pack.tokens <= most {
                 return Some(at as usize);
             }

@@ -2,8 +2,9 @@
 
 use super::super::cost::Cost;
 use super::super::{Batch, Placement};
+use super::LOOK_BACK;
 
-/// Most exchanges, and most ranks looked at for them.
+/// Most exchanges, and most ranks and samples looked at for them.
 const STEPS: usize = 1000;
 const LOOKS: usize = 100_000;
 /// So many of the idlest ranks are tried as partners.
@@ -23,8 +24,10 @@ struct Ranks<'a> {
 /// Lowers the largest load as long as a move or an exchange does, and packs each rank's own samples anew. `lengths` and `placed`: longest first.
 pub fn even(batch: &Batch, cost: &Cost, lengths: &[u32], placed: &mut [Placement]) {
     let mut ranks = Ranks::new(batch, cost, lengths, placed);
-    for _ in 0..STEPS.min(LOOKS / ranks.loads.len()) {
-        if !ranks.step() {
+    let mut looks = 0;
+    for _ in 0..STEPS {
+        looks += ranks.loads.len() + lengths.len() / ranks.loads.len();
+        if looks > LOOKS || !ranks.step() {
             break;
         }
     }
@@ -62,12 +65,14 @@ impl<'a> Ranks<'a> {
         self.cost.sample(self.lengths[i as usize], 1)
     }
 
-    /// The pack of each sample: the first one with room.
+    /// The pack of each sample: the first of the last ones with room.
     fn packs(&self, list: &[u32]) -> Vec<u32> {
         let mut room: Vec<u32> = Vec::new();
         let mut pack = |&i: &u32| {
             let length = self.lengths[i as usize];
-            let at = room.iter().position(|&r| r >= length).unwrap_or_else(|| {
+            let from = room.len().saturating_sub(LOOK_BACK);
+            let at = room[from..].iter().position(|&r| r >= length).map(|at| from + at);
+            let at = at.unwrap_or_else(|| {
                 room.push(self.tokens);
                 room.len() - 1
             });
