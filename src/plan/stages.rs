@@ -196,6 +196,10 @@ impl Builder<'_> {
         let arrived = self.trade_event();
         // The first exchange needs this rank's own keys, no gradients.
         let ready = if self.gathered(Tensor::K) { self.computed() } else { None };
+        // Even without work they are there: what forward saved lies where it was.
+        for &tensor in self.cargo() {
+            self.own_cargo(tensor);
+        }
         for tensor in [&[Tensor::DQ], self.homebound()].concat() {
             let acc = self.slot(Kind::Acc, tensor, 0);
             let rows = self.info(acc).rows;

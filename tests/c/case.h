@@ -282,7 +282,7 @@ static inline uint64_t mix(uint64_t n) {
     return z ^ (z >> 31);
 }
 
-/* Element `index` of global tensor `id`: Q 1, K 2, V 3, dO 4, sinks 5, bias 6. Exact in fp32. */
+/* Element `index` of global tensor `id`: Q 1, K 2, V 3, dO 4, sinks 5, bias 6, latents 7, their weights 8 and 9. Exact in fp32. */
 static inline float element(uint64_t id, uint64_t index) {
     uint64_t z = mix((id << 40) + index);
     uint64_t sum = (z & 0xFFFF) + (z >> 16 & 0xFFFF) + (z >> 32 & 0xFFFF) + (z >> 48);

@@ -604,6 +604,7 @@ fn bound_covers(case: &Case, group: &Group, comm: Comm, save: bool) {
         mask: p.mask,
         packed: p.packed,
         save,
+        latent: p.latent,
         ..config()
     };
     let mut layer = layer(config);

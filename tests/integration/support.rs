@@ -58,6 +58,7 @@ const FEATURES: &[(&str, Has)] = &[
             && c.sinks.is_some()
             && c.bias.is_some()
     }),
+    ("latents instead of keys and values (MLA), and their gradients", |c| c.latent.is_some()),
 ];
 
 fn packed(c: &Case) -> bool {
@@ -110,6 +111,11 @@ const REFUSED: &[Refusal] = &[
         "a bias for each head or entry but not each query",
         |c, _| c.bias = CP_BIAS | CP_BIAS_HEADS,
         "expand it: strides of 0 are allowed",
+    ),
+    (
+        "latents with fewer key than query heads",
+        |c, _| (c.latent_dim, c.latent_rope, c.kv_heads) = (128, 32, 2),
+        "latents are expanded for every query head; that is what they are for",
     ),
     (
         "head dimensions that are no multiple of 8, or beyond 256",

@@ -290,3 +290,199 @@ impl Contraction<'_> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::backend::cpu::{Cpu, Simd};
+
+    /// `[rows, heads, dim]` with gaps after every row and head, of values that every storage type holds.
+    struct Tensor {
+        _bytes: Vec<u8>,
+        view: View,
+    }
+
+    impl Tensor {
+        fn new(dtype: DType, rows: usize, heads: usize, dim: usize, seed: u64) -> Tensor {
+            let (head, row) = (dim + 8, heads * (dim + 8) + 16);
+            let mut bytes = vec![0xFF; rows.max(1) * row * dtype.size() + 64];
+            let at = bytes.as_ptr().align_offset(64);
+            let ptr = bytes[at..].as_mut_ptr();
+            let dense = View::dense(ptr, dtype, rows, heads, dim);
+            let view = View { stride_row: row, stride_head: head, ..dense };
+            let mut made = Tensor { _bytes: bytes, view };
+            let mut x = seed;
+            for (r, h, i) in indices(&view) {
+                x = x
+                    .wrapping_mul(6_364_136_223_846_793_005)
+                    .wrapping_add(1_442_695_040_888_963_407);
+                let value = if seed == 0 { 0.0 } else { ((x >> 33) % 33) as f32 / 8.0 - 2.0 };
+                made.put(r, h, i, value);
+            }
+            made
+        }
+
+        fn put(&mut self, row: usize, head: usize, i: usize, value: f32) {
+            let (dtype, at) = (self.view.dtype, self.view.at(row, head));
+            // SAFETY: inside the buffer by construction of the view.
+            unsafe { super::super::scalar::narrow(dtype, &value, at.add(i * dtype.size()), 1) };
+        }
+
+        fn get(&self, row: usize, head: usize, i: usize) -> f64 {
+            let mut value = 0f32;
+            let (dtype, at) = (self.view.dtype, self.view.at(row, head));
+            // SAFETY: inside the buffer by construction of the view.
+            unsafe { super::super::scalar::widen(dtype, at.add(i * dtype.size()), &mut value, 1) };
+            f64::from(value)
+        }
+    }
+
+    fn indices(view: &View) -> impl Iterator<Item = (usize, usize, usize)> + use<> {
+        let (rows, heads, dim) = (view.rows, view.heads, view.dim);
+        (0..rows).flat_map(move |r| (0..heads).flat_map(move |h| (0..dim).map(move |i| (r, h, i))))
+    }
+
+    /// Tensors of a step: latents, weights, K, V; dK, dV; gradients.
+    struct Step {
+        latent: Tensor,
+        up: [Tensor; 2],
+        made: [Tensor; 2],
+        given: [Tensor; 2],
+        d_latent: Tensor,
+        d_up: [Tensor; 2],
+    }
+
+    const HEADS: usize = 3;
+    const FIRST: usize = 1;
+
+    /// Rows × (dqk, dv, dim, rope).
+    fn run(
+        dtype: DType,
+        [dqk, dv, dim, rope]: [usize; 4],
+        rows: &[Range<u32>],
+        simd: Simd,
+        threads: usize,
+    ) -> Step {
+        let n = rows.last().map_or(0, |r| r.end as usize) + 2;
+        let pair = |rows: [usize; 2], heads, dims: [usize; 2], dtype, seed: u64| {
+            [0, 1].map(|i| Tensor::new(dtype, rows[i], heads, dims[i], seed * (i as u64 + 1)))
+        };
+        let (weights, all) = ([dqk - rope, dv], FIRST + HEADS + 1);
+        let step = Step {
+            latent: Tensor::new(dtype, n, 1, dim + rope, 7),
+            up: pair(weights, all, [dim; 2], dtype, 11),
+            made: pair([n; 2], HEADS, [dqk, dv], dtype, 0),
+            given: pair([n; 2], HEADS, [dqk, dv], DType::F32, 13),
+            d_latent: Tensor::new(DType::F32, n, 1, dim + rope, 17),
+            d_up: pair(weights, all, [dim; 2], DType::F32, 19),
+        };
+        let mut cpu = Cpu::new(threads, simd).unwrap();
+        let expand = Expand {
+            latent: step.latent.view,
+            up_k: step.up[0].view,
+            up_v: step.up[1].view,
+            first_head: FIRST,
+            k: step.made[0].view,
+            v: step.made[1].view,
+            rows,
+        };
+        let contract = Contract {
+            dk: step.given[0].view,
+            dv: step.given[1].view,
+            latent: step.latent.view,
+            up_k: step.up[0].view,
+            up_v: step.up[1].view,
+            first_head: FIRST,
+            d_latent: step.d_latent.view,
+            d_up_k: step.d_up[0].view,
+            d_up_v: step.d_up[1].view,
+            rows,
+        };
+        // SAFETY: the tensors outlive the calls and have the shapes that the steps say.
+        unsafe {
+            cpu.expand(&expand, &mut || Ok(())).unwrap();
+            cpu.contract(&contract, &mut || Ok(())).unwrap();
+        }
+        step
+    }
+
+    /// Values are so coarse that all sums are exact: whatever the instruction set, the result is the double loop's.
+    #[test]
+    fn latents_are_what_a_double_loop_says() {
+        let shapes = [[24, 16, 32, 8], [16, 8, 24, 0], [40, 48, 136, 16], [72, 32, 8, 64]];
+        let lists: [&[Range<u32>]; 3] = [&[0..5], &[0..1, 3..131, 140..273], &[2..259]];
+        for simd in Simd::ALL.into_iter().filter(|s| s.available()) {
+            for (n, shape) in shapes.into_iter().enumerate() {
+                for (m, rows) in lists.into_iter().enumerate() {
+                    let dtype = DType::ALL[(n + m) % 3];
+                    let what = format!("{} {dtype:?} {shape:?} {rows:?}", simd.name());
+                    check(&run(dtype, shape, rows, simd, 1), shape, rows, &what);
+                    let [one, two] = [1, 3].map(|n| run(dtype, shape, rows, simd, n));
+                    for (a, b) in [(&one.d_latent, &two.d_latent), (&one.d_up[0], &two.d_up[0])] {
+                        for (r, h, i) in indices(&a.view) {
+                            assert_eq!(a.get(r, h, i), b.get(r, h, i), "{what}");
+                        }
+                    }
+                }
+            }
+        }
+    }
+
+    fn check(s: &Step, [dqk, dv, dim, rope]: [usize; 4], rows: &[Range<u32>], what: &str) {
+        let nope = dqk - rope;
+        let rows: Vec<usize> = rows.iter().cloned().flatten().map(|r| r as usize).collect();
+        let fresh = |t: &Tensor, seed| {
+            let v = t.view;
+            Tensor::new(v.dtype, v.rows, v.heads, v.dim, seed)
+        };
+        for row in 0..s.latent.view.rows {
+            let touched = rows.contains(&row);
+            for (which, weights, width) in [(0, nope, dqk), (1, dv, dv)] {
+                for (head, n) in (0..HEADS).flat_map(|h| (0..width).map(move |n| (h, n))) {
+                    let sum: f64 = (0..dim)
+                        .map(|i| match n < weights {
+                            true => s.up[which].get(n, FIRST + head, i) * s.latent.get(row, 0, i),
+                            false => 0.0,
+                        })
+                        .sum();
+                    let want =
+                        if n < weights { sum } else { s.latent.get(row, 0, dim + n - weights) };
+                    let mut rounded = Tensor::new(s.latent.view.dtype, 1, 1, 8, 0);
+                    rounded.put(0, 0, 0, want as f32);
+                    let want = if touched { rounded.get(0, 0, 0) } else { 0.0 };
+                    assert_eq!(s.made[which].get(row, head, n), want, "{what}, row {row} {n}");
+                }
+            }
+            let before = fresh(&s.d_latent, 17);
+            for i in 0..dim + rope {
+                let mut want = before.get(row, 0, i);
+                for head in (0..HEADS).filter(|_| touched) {
+                    let of = |which: usize, n: usize| {
+                        s.given[which].get(row, head, n) * s.up[which].get(n, FIRST + head, i)
+                    };
+                    want += match i.checked_sub(dim) {
+                        Some(r) => s.given[0].get(row, head, nope + r),
+                        None => {
+                            (0..nope).map(|n| of(0, n)).sum::<f64>()
+                                + (0..dv).map(|n| of(1, n)).sum::<f64>()
+                        }
+                    };
+                }
+                assert_eq!(s.d_latent.get(row, 0, i), want, "{what}, d_latent row {row} {i}");
+            }
+        }
+        for (which, seed) in [(0, 19), (1, 38)] {
+            let before = fresh(&s.d_up[which], seed);
+            for (n, head, i) in indices(&before.view) {
+                let mut want = before.get(n, head, i);
+                if let Some(local) = head.checked_sub(FIRST).filter(|h| *h < HEADS) {
+                    let of =
+                        |row: &usize| s.given[which].get(*row, local, n) * s.latent.get(*row, 0, i);
+                    want += rows.iter().map(of).sum::<f64>();
+                }
+                let got = s.d_up[which].get(n, head, i);
+                assert_eq!(got, want, "{what}, d_up {which} head {head} row {n} {i}");
+            }
+        }
+    }
+}
