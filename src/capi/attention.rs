@@ -60,6 +60,7 @@ pub unsafe extern "C" fn cp_attention_create(
                 Attention::new(asked.config, cpu)?
             }
             Place::Cuda(ordinal) => {
+                asked.config.fits_device()?;
                 let mut cuda = Cuda::new(Device::get(ordinal)?)?;
                 cuda.set_margin(asked.sm_margin);
                 Attention::on_device(asked.config, cuda, asked.allocator)?
@@ -104,8 +105,8 @@ pub unsafe extern "C" fn cp_query_support(
             Place::Cpu => thread_count(asked.threads).map(|_| ())?,
             Place::Cuda(ordinal) => {
                 let Config { dtype, dim_qk, dim_v, .. } = config;
-                let cuda = Cuda::new(Device::get(ordinal)?)?;
                 config.fits_device()?;
+                let cuda = Cuda::new(Device::get(ordinal)?)?;
                 cuda.supports(dtype, dim_qk, dim_v, Scores::of(&config.score)?).map(|_| ())?
             }
         }

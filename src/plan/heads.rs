@@ -29,6 +29,8 @@ impl Builder<'_> {
             let src = self.slot(from, tensor, 0);
             let team = self.slot(Kind::Team, tensor, 0);
             let dense = packed(self.member_runs(self.survey.member, tensor), false);
+            // Latents go to all alike: one copy is enough.
+            let mut alike = None;
             for member in 0..self.problem.inner {
                 let heads = self.heads_of(member, tensor);
                 let count = heads.len() as u32;
@@ -37,8 +39,16 @@ impl Builder<'_> {
                     self.copy_heads(&[], (src, heads.start), (team, 0), count, runs, false);
                     continue;
                 }
-                let split = self.slot(Kind::Split, tensor, member);
-                self.copy_heads(&[], (src, heads.start), (split, 0), count, dense.clone(), false);
+                let split = match alike {
+                    Some(split) if tensor == Tensor::Latent && count > 0 => split,
+                    _ => {
+                        let split = self.slot(Kind::Split, tensor, member);
+                        let runs = dense.clone();
+                        self.copy_heads(&[], (src, heads.start), (split, 0), count, runs, false);
+                        alike = alike.or(Some(split).filter(|_| count > 0));
+                        split
+                    }
+                };
                 sends.push(self.to_member(member, tensor, split));
                 recvs.push(self.team_rows(member, tensor, team));
             }

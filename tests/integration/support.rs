@@ -113,6 +113,11 @@ const REFUSED: &[Refusal] = &[
         "expand it: strides of 0 are allowed",
     ),
     (
+        "latents on CUDA",
+        |c, _| (c.device_type, c.latent_dim) = (CP_DEVICE_CUDA, 128),
+        "the kernels are not written yet",
+    ),
+    (
         "latents with fewer key than query heads",
         |c, _| (c.latent_dim, c.latent_rope, c.kv_heads) = (128, 32, 2),
         "latents are expanded for every query head; that is what they are for",
