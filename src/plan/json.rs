@@ -87,7 +87,7 @@ pub fn problem(p: &Problem) -> String {
         ("dtype", dtype(p.dtype)),
         ("wire", text(if p.wire == Wire::F32 { "fp32" } else { "storage" })),
         ("scale", num(p.scale)),
-        ("latent", p.latent.map_or("null".into(), |l| list([num(l.dim), num(l.rope)].into_iter()))),
+        ("latent", p.latent.map_or("null".into(), |l| list([num(l.dim), num(l.rope)]))),
     ])
 }
 
