@@ -64,6 +64,7 @@ fn tensor(dtype: DType, rows: usize, heads: usize, dim: usize) -> (Vec<u32>, Vie
             DType::F32 => x.to_bits(),
             DType::Bf16 => u32::from(half::bf16::from_f32(x).to_bits()) * 0x1_0001,
             DType::F16 => u32::from(half::f16::from_f32(x).to_bits()) * 0x1_0001,
+            DType::Fp8(_) => unreachable!("no tensor is stored so"),
         }
     };
     let mut memory: Vec<u32> = (0..count).map(|_| number()).collect();

@@ -237,6 +237,18 @@
 // The whole group's: the same number on every rank, for one more exchange of some bytes.
 #define CP_REACH_GROUP 2
 
+// In the tensors' storage type.
+#define CP_KV_WIRE_STORAGE 0
+
+// As 8-bit numbers E4M3 (up to 448) in blocks: 32 consecutive elements of a row and head (the last block of a head has as many as are left) share a
+// power of two, the smallest with which rounding to nearest even gives nothing beyond the format's largest number. That is 1.03 bytes an element instead of 2 or 4. The result is
+// exactly attention of Q with K and V rounded so, whatever the communication type and the number of ranks, one included, and so are O, LSE, dQ; dK and dV are the
+// gradients of the rounded K and V, and travel as without it. A block with a NaN or an infinity becomes NaN.
+#define CP_KV_WIRE_E4M3 1
+
+// The same with E5M2 (up to 57344): one mantissa bit fewer, more range within a block.
+#define CP_KV_WIRE_E5M2 2
+
 // cp_forward_args.flags: dropout_seed is the address of the seed, a uint64_t in device memory that the kernels of forward and backward read when they
 // run: a graph draws another mask in every replay for which it is written before. On CUDA, with dropout. Forward and backward must find the same.
 #define CP_FORWARD_SEED_AT 1
@@ -753,6 +765,9 @@ typedef void (*cp_device_free_fn)(void *ctx, void *ptr, size_t bytes, void *stre
 // How far a number per head reaches.
 typedef uint32_t cp_reach;
 
+// How keys and values travel between ranks.
+typedef uint32_t cp_kv_wire;
+
 // A layer: what stays the same over its calls.
 typedef struct cp_attention_config {
     // sizeof(cp_attention_config).
@@ -824,6 +839,10 @@ typedef struct cp_attention_config {
     // With latent_dim: elements of r, the part of a key that all heads share and that comes with its positions rotated into it: a multiple of 8 below
     // head_dim_qk.
     uint32_t latent_rope;
+    // CP_KV_WIRE_*: how keys and values travel between ranks, and so what every rank attends, its own keys included; 0 = in `dtype`.
+    cp_kv_wire kv_wire;
+    // Must be 0.
+    uint32_t reserved;
 } cp_attention_config;
 
 // How a group communicates for a layer. All zero is p2p.

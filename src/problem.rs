@@ -1,7 +1,7 @@
 //! A [`Problem`] holds everything that decides what every rank does: shapes, lengths, mask, partition, communication. It is the
 //! same on all ranks; its [`Problem::hash`] is what they compare.
 
-use crate::dtype::DType;
+use crate::dtype::{DType, Fp8};
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::partition::{Partition, Side};
@@ -193,6 +193,9 @@ pub struct Problem {
     pub dtype: DType,
     /// Type of partial gradients on the wire.
     pub wire: Wire,
+    /// Format of keys and values on the wire, and so of what is attended, this rank's own keys included: the result does not depend on how many ranks
+    /// there are. `None`: the storage type. Gradients are those of the rounded K and V, passed on to K and V as they are.
+    pub kv_wire: Option<Fp8>,
     /// Multiplies q·k before the softmax.
     pub scale: f32,
     /// What else happens to scores, and what is asked about them.
@@ -220,13 +223,14 @@ impl Hash for Problem {
             dim_v,
             dtype,
             wire,
+            kv_wire,
             scale,
             score,
             latent,
         } = self;
         (ranks, inner, stages, relay, partition, mask, packed).hash(h);
-        (seqs, heads, kv_heads, dim_qk, dim_v, dtype, wire, scale.to_bits(), score).hash(h);
-        latent.hash(h);
+        (seqs, heads, kv_heads, dim_qk, dim_v, dtype).hash(h);
+        (wire, kv_wire, scale.to_bits(), score, latent).hash(h);
     }
 }
 
@@ -296,6 +300,11 @@ impl Problem {
         self.score.validate(self.heads)?;
         if let Some(latent) = self.latent {
             latent.validate(self.heads, self.kv_heads, self.dim_qk)?;
+            if self.kv_wire.is_some() {
+                return Err(Error::unsupported(
+                    "kv_wire: latents travel in the storage type; a format of 8 bits for them is not offered",
+                ));
+            }
         }
         if self.packed && self.score.bias.is_some_and(|b| b.batch) {
             return bad("bias: packed sequences have no batch dimension".into());
@@ -528,6 +537,7 @@ pub(crate) mod tests {
             dim_v: 8,
             dtype: DType::F32,
             wire: Wire::Storage,
+            kv_wire: None,
             scale: 1.0,
             score: Score::default(),
             latent: None,
@@ -537,7 +547,7 @@ pub(crate) mod tests {
     #[test]
     fn fingerprint_sees_every_field() {
         let base = small(4, 4, 2);
-        let changed: [fn(&mut Problem); 12] = [
+        let changed: [fn(&mut Problem); 13] = [
             |p| p.ranks = 5,
             |p| p.stages = 1,
             |p| p.relay = true,
@@ -546,6 +556,7 @@ pub(crate) mod tests {
             |p| p.seqs[0].k.len = 15,
             |p| p.dtype = DType::Bf16,
             |p| p.wire = Wire::F32,
+            |p| p.kv_wire = Some(Fp8::E5m2),
             |p| p.scale = 2.0,
             |p| p.score.softcap = 30.0,
             |p| p.score.slopes = [0.5; 4].into(),

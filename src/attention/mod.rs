@@ -7,7 +7,7 @@ use crate::backend::cpu::Cpu;
 use crate::backend::cuda::{Cuda, Scores, check_view};
 use crate::balance::Dealt;
 use crate::driver::{self, CUstream};
-use crate::dtype::DType;
+use crate::dtype::{DType, Fp8};
 use crate::error::{Error, Result, Status};
 use crate::exec::device::Target;
 use crate::exec::{self, Dropout, Memory};
@@ -54,6 +54,8 @@ pub struct Config {
     pub partition: Partition,
     /// Type of partial gradients on the wire.
     pub wire: Wire,
+    /// Format of keys and values on the wire, and so of what is attended; `None`: the storage type.
+    pub kv_wire: Option<Fp8>,
     /// Most rows of Q or K that a rank ever holds, padding included; 0 = no limit.
     pub max_rows: u32,
     /// Forward leaves head-split tensors for backward (u > 1); otherwise backward exchanges them again.
@@ -104,6 +106,7 @@ impl Config {
             dim_v: self.dim_v,
             dtype: self.dtype,
             wire: self.wire,
+            kv_wire: self.kv_wire,
             scale: if self.scale == 0.0 { 1.0 / (self.dim_qk as f32).sqrt() } else { self.scale },
             score: self.score.clone(),
             latent: self.latent,
@@ -128,6 +131,18 @@ impl Config {
             )),
             None => Ok(()),
         }
+    }
+
+    /// Has the CUDA backend kernels for it?
+    pub fn runs_on(&self, cuda: &Cuda) -> Result<()> {
+        self.fits_device()?;
+        if let Some(format) = self.kv_wire {
+            return Err(Error::unsupported(format!(
+                "kv_wire: {} is coded and decoded on the CPU only",
+                format.name()
+            )));
+        }
+        cuda.supports(self.dtype, self.dim_qk, self.dim_v, Scores::of(&self.score)?).map(|_| ())
     }
 
     /// Would a layer accept this on a group of `ranks`? The error is the one that it would give. Whether a memory cap can be kept
@@ -308,9 +323,7 @@ impl Attention {
         cuda: Cuda,
         allocator: Option<Allocator>,
     ) -> Result<Attention> {
-        config.fits_device()?;
-        let Config { dtype, dim_qk, dim_v, .. } = config;
-        cuda.supports(dtype, dim_qk, dim_v, Scores::of(&config.score)?)?;
+        config.runs_on(&cuda)?;
         let solo = Group::solo_on(cuda.device());
         Attention::with(config, Engine::on_device(cuda, allocator)?, solo)
     }

@@ -5,12 +5,14 @@
 //! forward.rs   one tile of queries        kernels.rs  what an instruction set must provide
 //! backward.rs  one block of keys          scalar.rs, simd_avx2.rs, simd_avx512.rs provide it
 //! rows.rs      copies and row sums        pool.rs     parked threads
-//! effects.rs   scores beyond scale·q·k    latent.rs   keys and values from latents, and back
+//! effects.rs   scores beyond scale·q·k    fp8.rs      rows as they travel
+//! latent.rs    keys and values from latents, and back
 //! ```
 
 mod backward;
 mod effects;
 mod forward;
+mod fp8;
 mod kernels;
 mod latent;
 mod pool;

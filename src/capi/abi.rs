@@ -378,6 +378,10 @@ pub struct cp_attention_config {
     /// CP_BIAS_*, CP_BIAS among them: an additive bias `[batch, heads, queries, keys]` comes with every call and is added to the scores after
     /// softmax_scale, soft-cap and ALiBi; 0 = none.
     pub bias: u32,
+    /// CP_KV_WIRE_*: how keys and values travel between ranks, and so what every rank attends, its own keys included; 0 = in `dtype`.
+    pub kv_wire: cp_kv_wire,
+    /// Must be 0.
+    pub reserved: u32,
     /// Multi-head latent attention: elements of the latent c that keys and values of a token are made of, a multiple of 8 up to 4096; 0 = none. Calls
     /// then have `latent`, `up_k` and `up_v` instead of `k` and `v`: head h has k = [up_k[h]·c ; r], v = up_v[h]·c, rounded to the storage type. Latents
     /// travel between ranks, and each rank expands those that it attends for its own heads. kv_heads is `heads`, or 0. Not on CUDA yet.
@@ -407,6 +411,18 @@ pub const CP_REACH_NONE: u32 = 0;
 pub const CP_REACH_RANK: u32 = 1;
 /// The whole group's: the same number on every rank, for one more exchange of some bytes.
 pub const CP_REACH_GROUP: u32 = 2;
+
+/// How keys and values travel between ranks.
+pub type cp_kv_wire = u32;
+/// In the tensors' storage type.
+pub const CP_KV_WIRE_STORAGE: u32 = 0;
+/// As 8-bit numbers E4M3 (up to 448) in blocks: 32 consecutive elements of a row and head (the last block of a head has as many as are left) share a
+/// power of two, the smallest with which rounding to nearest even gives nothing beyond the format's largest number. That is 1.03 bytes an element instead of 2 or 4. The result is
+/// exactly attention of Q with K and V rounded so, whatever the communication type and the number of ranks, one included, and so are O, LSE, dQ; dK and dV are the
+/// gradients of the rounded K and V, and travel as without it. A block with a NaN or an infinity becomes NaN.
+pub const CP_KV_WIRE_E4M3: u32 = 1;
+/// The same with E5M2 (up to 57344): one mantissa bit fewer, more range within a block.
+pub const CP_KV_WIRE_E5M2: u32 = 2;
 
 /// How a group communicates for a layer. All zero is p2p.
 #[repr(C)]

@@ -6,10 +6,10 @@ use super::group::cp_group;
 use super::guard::{
     Opaque, create, destroy, enter, extensible, guard, known_flags, object, output, report, zero,
 };
-use crate::attention::{Args, Attention, Config, Context};
+use crate::attention::{Args, Attention, Context};
 use crate::backend::View;
 use crate::backend::cpu::{Cpu, Simd};
-use crate::backend::cuda::{Cuda, Scores};
+use crate::backend::cuda::Cuda;
 use crate::driver::{CUstream, Device};
 use crate::dtype::DType;
 use crate::error::{Error, Result, Status};
@@ -104,10 +104,8 @@ pub unsafe extern "C" fn cp_query_support(
         match asked.place {
             Place::Cpu => thread_count(asked.threads).map(|_| ())?,
             Place::Cuda(ordinal) => {
-                let Config { dtype, dim_qk, dim_v, .. } = config;
                 config.fits_device()?;
-                let cuda = Cuda::new(Device::get(ordinal)?)?;
-                cuda.supports(dtype, dim_qk, dim_v, Scores::of(&config.score)?).map(|_| ())?
+                config.runs_on(&Cuda::new(Device::get(ordinal)?)?)?
             }
         }
         if ranks == 0 {

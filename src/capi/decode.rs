@@ -4,7 +4,7 @@ use super::abi::*;
 use super::guard::{extensible, known_flags, zero};
 use crate::attention::{Allocator, Comm, Config, Stages};
 use crate::backend::View;
-use crate::dtype::DType;
+use crate::dtype::{DType, Fp8};
 use crate::error::{Error, Result};
 use crate::group::Group;
 use crate::mask::Mask;
@@ -153,6 +153,7 @@ pub unsafe fn attention_config(ptr: *const cp_attention_config) -> Result<Layer>
             "config.flags: CP_ATTENTION_KV_CACHE: decoding with a KV cache is not offered; this library computes whole sequences (training, prefill)",
         ));
     }
+    zero("config.reserved", c.reserved.into())?;
     let packed = packed("config.format", c.format)?;
     for (name, flag, value) in [
         ("window_left", CP_ATTENTION_WINDOW_LEFT, c.window_left),
@@ -203,6 +204,7 @@ pub unsafe fn attention_config(ptr: *const cp_attention_config) -> Result<Layer>
         packed,
         partition: partition("config.partition", c.partition)?,
         wire: if has(CP_ATTENTION_WIRE_F32) { Wire::F32 } else { Wire::Storage },
+        kv_wire: kv_wire(c.kv_wire)?,
         max_rows: c.max_tokens_per_rank,
         save: has(CP_ATTENTION_SAVE),
         deterministic: has(CP_ATTENTION_DETERMINISTIC),
@@ -227,6 +229,17 @@ pub unsafe fn attention_config(ptr: *const cp_attention_config) -> Result<Layer>
         Place::Cuda(_) => {}
     }
     Ok(Layer { config, place, threads: c.threads, sm_margin: c.sm_margin, allocator })
+}
+
+fn kv_wire(kind: cp_kv_wire) -> Result<Option<Fp8>> {
+    match kind {
+        CP_KV_WIRE_STORAGE => Ok(None),
+        CP_KV_WIRE_E4M3 => Ok(Some(Fp8::E4m3)),
+        CP_KV_WIRE_E5M2 => Ok(Some(Fp8::E5m2)),
+        other => Err(Error::argument(format!(
+            "config.kv_wire: got {other}, allowed CP_KV_WIRE_STORAGE (0), _E4M3 (1), _E5M2 (2)"
+        ))),
+    }
 }
 
 fn allocator(c: &cp_attention_config) -> Result<Option<Allocator>> {
@@ -634,6 +647,7 @@ fn view(
         DType::F32 => (CP_CODE_FLOAT, 32),
         DType::F16 => (CP_CODE_FLOAT, 16),
         DType::Bf16 => (CP_CODE_BFLOAT, 16),
+        DType::Fp8(_) => return bad("dtype: no tensor is stored so".into()),
     };
     if (t.dtype_code, t.dtype_bits, t.dtype_lanes) != (code, bits, 1) {
         let got = (t.dtype_code, t.dtype_bits, t.dtype_lanes);

@@ -124,6 +124,7 @@ pub(super) unsafe fn problem(
         dim_v: 8,
         dtype: DType::F32,
         wire: Wire::Storage,
+        kv_wire: None,
         scale: 1.0,
         score: Score::default(),
         latent: None,

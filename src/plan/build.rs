@@ -6,7 +6,7 @@ use super::{
     Event, Kind, Lane, Message, Op, Options, Pass, Plan, Rows, Slot, SlotInfo, Step, Tensor, Value,
 };
 use crate::backend::Run;
-use crate::dtype::DType;
+use crate::dtype::{DType, Fp8};
 use crate::holding::holding;
 use crate::partition::Side;
 use crate::problem::{Problem, Wire};
@@ -130,8 +130,18 @@ impl<'a> Builder<'a> {
             // One row for all queries is there already.
             Tensor::Bias => self.problem.inner > 1 && bias.is_some_and(|b| b.queries),
             Tensor::DBias => self.problem.inner > 1 && bias.is_some_and(|b| b.gradient),
-            _ => self.problem.inner > 1 || (self.options.pack && tensor.key_side()),
+            _ => self.problem.inner > 1 || (self.packs_keys() && tensor.key_side()),
         }
+    }
+
+    /// Does a team of one gather its keys too? Those that are attended are not the caller's if they travel in another format.
+    fn packs_keys(&self) -> bool {
+        self.options.pack || self.problem.kv_wire.is_some()
+    }
+
+    /// The format in which a tensor travels, if it is another than that in which it is stored.
+    pub fn coded(&self, tensor: Tensor) -> Option<Fp8> {
+        self.problem.kv_wire.filter(|_| matches!(tensor, Tensor::K | Tensor::V))
     }
 
     /// Where the stages find an input: the caller's tensor, or the team's.
@@ -152,7 +162,7 @@ impl<'a> Builder<'a> {
             Kind::Caller if tensor.weights() => Plan::weight_rows(self.problem, tensor),
             Kind::Caller if tensor == Tensor::DBias => self.local_rows[0] / self.bias_copies(),
             Kind::Caller | Kind::Sum => self.local_rows[key],
-            Kind::Team | Kind::Acc => {
+            Kind::Team | Kind::Code | Kind::Acc => {
                 if key == 1 {
                     self.survey.mine.k.rows
                 } else {
@@ -209,8 +219,17 @@ impl<'a> Builder<'a> {
             _ if wired && p.wire == Wire::F32 => DType::F32,
             _ => p.dtype,
         };
-        let kept = [Tensor::Q, Tensor::K, Tensor::V, Tensor::Latent, Tensor::Lse].contains(&tensor);
-        let saved = self.options.saved && p.inner > 1 && kind == Kind::Team && kept;
+        let travels = !matches!(kind, Kind::Caller | Kind::Team | Kind::Seen);
+        let (dtype, dim) = match self.coded(tensor) {
+            Some(format) if travels => (DType::Fp8(format), Fp8::bytes(dim)),
+            _ => (dtype, dim),
+        };
+        use Tensor::{K, Latent, Lse, Q, V};
+        let kept = match self.coded(tensor) {
+            Some(_) => kind == Kind::Code,
+            None => kind == Kind::Team && matches!(tensor, Q | K | V | Latent | Lse),
+        };
+        let saved = self.options.saved && p.inner > 1 && kept;
         self.slots.insert(slot, SlotInfo { slot, rows, heads, dim, dtype, saved });
         slot
     }

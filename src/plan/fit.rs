@@ -1,7 +1,7 @@
 //! How many stages fit into a memory cap.
 
 use super::account::{ALIGN, workspace_bytes};
-use super::needs;
+use super::needs::{self, Interval};
 use super::stages::converts;
 use super::survey::{Everyone, Survey, stage_distances};
 use super::{Kind, Options, Pass, Plan, SlotInfo, build};
@@ -51,34 +51,32 @@ pub fn peaks(problem: &Problem) -> Vec<u64> {
         };
         let work = busy.iter().any(|d| arriving(*d) > 0);
         let survey = Survey::without_traffic(problem, rank, busy.len(), work);
-        // A relay passes on what it need not attend.
-        let attended = |d: u32| {
-            let (queries, keys) = (&everyone.queries, &everyone.keys);
-            let owner = &keys[((team + b - d) % b) as usize];
-            let idle = problem.relay
-                && problem.latent.is_some()
-                && needs::needed(problem, &queries[team as usize], owner).is_empty();
-            if idle { 0 } else { arriving(d) }
+        // A relay also passes on keys that it does not attend.
+        let attended = |d: u32| match problem.relay {
+            true if needs::count(&needed(problem, &everyone, team, d)) == 0 => 0,
+            _ => arriving(d),
         };
         let traffic: Vec<_> = counts
             .clone()
             .map(|n| {
-                [
+                let apart = problem.kv_wire.is_some() || problem.latent.is_some();
+                let seen = if apart { stage_rows(&busy, n, attended) } else { [0; 2] };
+                (
                     stage_rows(&busy, n, arriving),
                     stage_rows(&busy, n, leaving),
-                    stage_rows(&busy, n, attended),
-                ]
+                    seen[0].max(seen[1]),
+                )
             })
             .collect();
         for pass in [Pass::Forward, Pass::Backward] {
             let slots = build::plan(problem, rank, &survey, pass, Options::default()).slots;
-            for (peak, [rows, homes, attended]) in out.iter_mut().zip(&traffic) {
+            for (peak, (rows, homes, seen)) in out.iter_mut().zip(&traffic) {
                 let bytes = |s: &SlotInfo| {
                     let rows = match s.slot.kind {
                         Kind::Part if converts(problem) => rows[0].max(rows[1]),
+                        Kind::Seen => s.rows.max(*seen),
                         Kind::Recv | Kind::Part | Kind::Wire => rows[s.slot.index as usize],
                         Kind::Return => homes[s.slot.index as usize],
-                        Kind::Seen => s.rows.max(attended[0]).max(attended[1]),
                         _ => s.rows,
                     };
                     SlotInfo { rows, ..*s }.bytes().next_multiple_of(ALIGN) as u64
@@ -101,14 +99,20 @@ fn stage_rows(busy: &[u32], n: u32, rows: impl Fn(u32) -> u32) -> [u32; 2] {
     out
 }
 
+/// Keys at distance d that team t needs.
+fn needed(problem: &Problem, everyone: &Everyone, team: u32, d: u32) -> Vec<Interval> {
+    let b = problem.teams();
+    let owner = &everyone.keys[((team + b - d) % b) as usize];
+    needs::needed(problem, &everyone.queries[team as usize], owner)
+}
+
 /// Key rows that team t receives from distance d, as `[t][d]`.
 fn arriving_rows(problem: &Problem, everyone: &Everyone, busy: &[u32]) -> Vec<Vec<u32>> {
     let b = problem.teams();
     let from = |team: u32, d: u32| {
-        let owner = &everyone.keys[((team + b - d) % b) as usize];
         needs::count(&match problem.relay {
-            true => needs::everything(owner),
-            false => needs::needed(problem, &everyone.queries[team as usize], owner),
+            true => needs::everything(&everyone.keys[((team + b - d) % b) as usize]),
+            false => needed(problem, everyone, team, d),
         })
     };
     let of = |team: u32| {

@@ -27,7 +27,7 @@ impl Builder<'_> {
             }
             let from = if tensor == Tensor::Delta { Kind::Sum } else { Kind::Caller };
             let src = self.slot(from, tensor, 0);
-            let team = self.slot(Kind::Team, tensor, 0);
+            let team = self.arriving(tensor);
             let dense = packed(self.member_runs(self.survey.member, tensor), false);
             // Latents go to all alike: one copy is enough.
             let mut alike = None;
@@ -58,12 +58,17 @@ impl Builder<'_> {
         for &tensor in tensors {
             let members = if self.gathered(tensor) { self.packed_members(tensor) } else { vec![] };
             for member in members {
-                let (pack, team) =
-                    (self.slot(Kind::Pack, tensor, member), self.slot(Kind::Team, tensor, 0));
+                let (pack, team) = (self.slot(Kind::Pack, tensor, member), self.arriving(tensor));
                 let runs = unpack(self.member_runs(member, tensor));
                 self.copy(&[arrived], pack, team, runs, false);
             }
         }
+    }
+
+    /// The team's buffer that an input arrives in.
+    fn arriving(&mut self, tensor: Tensor) -> Slot {
+        let kind = if self.coded(tensor).is_some() { Kind::Code } else { Kind::Team };
+        self.slot(kind, tensor, 0)
     }
 
     /// Brings results from team buffers to the caller's tensors; gradients of shared key heads are summed in member order.

@@ -6,7 +6,8 @@
 //! Problem  { "fingerprint": "hex", "ranks", "inner", "stages", "relay", "partition": "zigzag" | "contiguous" | "striped" | List,
 //!            "mask": { "causal", "bottom_right", "left": n | null, "right": n | null }, "packed",
 //!            "sequences": [ { "q": Extent, "k": Extent }, … ], "heads", "kv_heads", "dim_qk", "dim_v",
-//!            "dtype": "fp32" | "bf16" | "fp16", "wire": "storage" | "fp32", "scale", "latent": [dim, rope] | null }
+//!            "dtype": "fp32" | "bf16" | "fp16", "wire": "storage" | "fp32", "kv_wire": "storage" | "e4m3" | "e5m2", "scale",
+//!            "latent": [dim, rope] | null }
 //! Extent   { "before", "len", "padded" }: padding tokens, true tokens, all tokens
 //! List     { "q": [per rank: [ { "seq", "start", "step", "len" }, … ], …], "k": likewise }
 //! Plan     { "rank", "pass": "forward" | "backward", "pack", "saved", "stages": n, "heads": [from, to],
@@ -86,6 +87,7 @@ pub fn problem(p: &Problem) -> String {
         ("dim_v", num(p.dim_v)),
         ("dtype", dtype(p.dtype)),
         ("wire", text(if p.wire == Wire::F32 { "fp32" } else { "storage" })),
+        ("kv_wire", text(p.kv_wire.map_or("storage", |f| f.name()))),
         ("scale", num(p.scale)),
         ("latent", p.latent.map_or("null".into(), |l| list([num(l.dim), num(l.rope)]))),
     ])

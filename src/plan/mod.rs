@@ -149,6 +149,8 @@ pub enum Kind {
     Caller,
     /// After the head exchange: the team's rows, this rank's heads.
     Team,
+    /// Keys or values as they travel, where that is not how they are stored: the team's rows, this rank's heads.
+    Code,
     /// Packed for member `index` of the team: local rows, that member's heads.
     Split,
     /// Received from member `index`: local rows, that member's heads.
@@ -159,7 +161,8 @@ pub enum Kind {
     Send,
     /// Keys or values of a stage, `index` = stage mod 2.
     Recv,
-    /// Keys and values of a stage, expanded from latents, or their fp32 gradients: of one stage at a time.
+    /// Keys and values as they are attended, where that is not how they travel: decoded, or expanded from latents, and then also their fp32 gradients. One
+    /// for all stages: they are attended one after another.
     Seen,
     /// fp32 gradients of a stage's keys or values, `index` = stage mod 2.
     Part,
@@ -217,7 +220,7 @@ impl fmt::Debug for Slot {
             Kind::Send | Kind::Recv | Kind::Part | Kind::Wire | Kind::Return => {
                 write!(f, "{:?}{:?}{}", self.kind, self.tensor, self.index)
             }
-            Kind::Team | Kind::Seen | Kind::Acc | Kind::Sum | Kind::Ranks => {
+            Kind::Team | Kind::Code | Kind::Seen | Kind::Acc | Kind::Sum | Kind::Ranks => {
                 write!(f, "{:?}{:?}", self.kind, self.tensor)
             }
         }
@@ -233,7 +236,7 @@ pub struct SlotInfo {
     pub rows: u32,
     /// Heads.
     pub heads: u32,
-    /// Elements per row and head.
+    /// Elements per row and head; of [`DType::Fp8`] bytes, those of the scales included.
     pub dim: u32,
     /// Storage type.
     pub dtype: DType,
@@ -392,7 +395,7 @@ pub enum Op {
         /// The largest instead of the sum.
         max: bool,
     },
-    /// Copies, converts or adds rows.
+    /// Copies, converts or adds rows; to and from [`DType::Fp8`] it encodes and decodes them.
     Copy {
         /// From.
         src: Slot,

@@ -169,7 +169,7 @@ fn cell(plan: &Plan, stage: impl Fn(u32) -> bool) -> [u64; 4] {
                     match (m.slot.kind, m.slot.tensor) {
                         (Kind::Recv, Tensor::K | Tensor::Latent) => keys += rows,
                         (Kind::Return, Tensor::DK | Tensor::DLatent) => home += rows,
-                        (Kind::Team | Kind::Merge | Kind::Pack, _) => traded += rows,
+                        (Kind::Team | Kind::Code | Kind::Merge | Kind::Pack, _) => traded += rows,
                         _ => {} // V and dV come with K and dK
                     }
                 }

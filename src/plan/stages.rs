@@ -39,18 +39,46 @@ impl Builder<'_> {
 
     /// Where this team's own cargo is sent from.
     fn own_cargo(&mut self, tensor: Tensor) -> Slot {
-        self.input(tensor)
+        match self.coded(tensor) {
+            Some(_) => self.slot(Kind::Code, tensor, 0),
+            None => self.input(tensor),
+        }
     }
 
     /// The keys that stage s attends, 0 being the own ones; their values lie in the same kind of slot.
     fn keys(&mut self, arrived: Option<Event>, s: u32) -> Slot {
         match s {
             _ if self.problem.latent.is_some() => self.expand(arrived, s),
-            0 => {
-                self.input(Tensor::V);
-                self.input(Tensor::K)
+            0 => self.own_keys(arrived),
+            _ => self.stage_keys(s, arrived),
+        }
+    }
+
+    /// The keys that stage 0 attends, there with the step before if not with `arrived`; their values lie in the same kind of slot.
+    fn own_keys(&mut self, arrived: Option<Event>) -> Slot {
+        for tensor in [Tensor::V, Tensor::K] {
+            let own = self.input(tensor);
+            if self.coded(tensor).is_some() {
+                let (code, rows) = (self.own_cargo(tensor), self.survey.mine.k.rows);
+                self.copy(&[arrived], code, own, vec![straight(rows)], false);
             }
-            _ => Slot::indexed(Kind::Recv, Tensor::K, s % 2),
+        }
+        self.input(Tensor::K)
+    }
+
+    /// The same of stage s.
+    fn stage_keys(&mut self, s: u32, arrived: Option<Event>) -> Slot {
+        for tensor in [Tensor::V, Tensor::K] {
+            if self.coded(tensor).is_some() {
+                let landed = Slot::indexed(Kind::Recv, tensor, s % 2);
+                let rows = self.survey.stage(s).arriving.rows;
+                let seen = self.slot_rows(Kind::Seen, tensor, 0, rows);
+                self.copy(&[arrived], landed, seen, vec![straight(rows)], false);
+            }
+        }
+        match self.coded(Tensor::K) {
+            Some(_) => Slot::of(Kind::Seen, Tensor::K),
+            None => Slot::indexed(Kind::Recv, Tensor::K, s % 2),
         }
     }
 
@@ -222,7 +250,11 @@ impl Builder<'_> {
         let mut gathered = self.gather_keys(1, arrived);
         let mut next = self.push_keys(1, &[ready, gathered]);
         gathered = self.gather_keys(2, arrived);
-        self.attend_backward(arrived, 0, first_half);
+        let own = match self.problem.latent {
+            Some(_) => None,
+            None => Some((self.own_keys(arrived), self.slot(Kind::Acc, Tensor::DK, 0))),
+        };
+        self.attend_backward(arrived, 0, own, first_half);
         // Exchanges: X[s] brings the keys of stage s and returns the gradients of stage s−2.
         for s in 1..=n + 1 {
             let this = next;
@@ -236,7 +268,7 @@ impl Builder<'_> {
             } else {
                 // Covers the last two returns.
                 self.stage = 0;
-                self.attend_backward(arrived, 0, std::mem::take(&mut second_half));
+                self.attend_backward(arrived, 0, own, std::mem::take(&mut second_half));
             }
             if !self.problem.relay && s >= 3 {
                 self.reduce(this, s - 2);
@@ -333,29 +365,40 @@ impl Builder<'_> {
             let part = self.part(tensor, s);
             self.clear(&[arrived], part, stage.arriving.rows);
         }
-        self.attend_backward(arrived, s, stage.work.clone());
+        if !stage.work.is_empty() {
+            let keys = match self.problem.latent {
+                Some(_) => None,
+                None => Some((self.stage_keys(s, arrived), self.part(Tensor::DK, s))),
+            };
+            self.attend_backward(arrived, s, keys, stage.work.clone());
+        }
     }
 
-    /// Adds what slices of stage s give, 0 being the own keys.
-    fn attend_backward(&mut self, arrived: Option<Event>, s: u32, slices: Vec<Slice>) {
+    /// Adds what slices of stage s give, 0 being the own keys, to the gradients `keys.1`; without `keys` they are expanded from latents.
+    fn attend_backward(
+        &mut self,
+        arrived: Option<Event>,
+        s: u32,
+        keys: Option<(Slot, Slot)>,
+        slices: Vec<Slice>,
+    ) {
         let [q, d_out, lse, delta] =
             [Tensor::Q, Tensor::DOut, Tensor::Lse, Tensor::Delta].map(|t| self.input(t));
-        let gradient = self.homebound()[0];
-        let of_keys = match s {
-            0 => Slot::of(Kind::Acc, gradient),
-            _ => self.part(gradient, s),
-        };
         if slices.is_empty() {
             return;
         }
-        if self.problem.latent.is_none() {
-            let (k, dk) = (self.keys(arrived, s), of_keys);
-            self.compute(&[arrived], Op::AttendBackward { q, d_out, lse, delta, k, dk, slices });
-            return;
-        }
-        let (k, dk) = self.expand_with_gradients(arrived, s);
+        let (k, dk) = match keys {
+            Some(keys) => keys,
+            None => self.expand_with_gradients(arrived, s),
+        };
         self.compute(&[arrived], Op::AttendBackward { q, d_out, lse, delta, k, dk, slices });
-        self.contract(s, dk, of_keys);
+        if keys.is_none() {
+            let d_latent = match s {
+                0 => Slot::of(Kind::Acc, Tensor::DLatent),
+                _ => self.part(Tensor::DLatent, s),
+            };
+            self.contract(s, dk, d_latent);
+        }
     }
 
     /// Relay: adds the travelling gradients to those of stage s, which are for the same owner.

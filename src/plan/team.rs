@@ -58,8 +58,10 @@ pub struct Team {
 }
 
 impl Team {
-    /// Team `team` of the problem. With `pack` the key rows are gathered even when the team is one rank.
+    /// Team `team` of the problem. With `pack` the key rows are gathered even when the team is one rank, as always if they travel in another
+    /// format than that in which they are stored.
     pub fn new(problem: &Problem, team: u32, pack: bool) -> Team {
+        let pack = pack || problem.kv_wire.is_some();
         let make = |side, direct| match direct {
             true => direct_side(problem, team, side),
             false => gathered_side(problem, team, side),

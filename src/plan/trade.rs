@@ -113,6 +113,7 @@ impl Trade {
             dim_v: 8,
             dtype: DType::F32,
             wire: Wire::Storage,
+            kv_wire: None,
             scale: 1.0,
             score: Score::default(),
             latent: None,

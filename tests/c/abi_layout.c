@@ -145,7 +145,7 @@ AT(cp_trade_args, whole, 40);
 AT(cp_trade_args, workspace, 48);
 AT(cp_trade_args, workspace_bytes, 56);
 
-SIZE(cp_attention_config, 136);
+SIZE(cp_attention_config, 144);
 AT(cp_attention_config, struct_size, 0);
 AT(cp_attention_config, flags, 4);
 AT(cp_attention_config, heads, 8);
@@ -174,8 +174,10 @@ AT(cp_attention_config, head_offset, 112);
 AT(cp_attention_config, sinks, 116);
 AT(cp_attention_config, max_logit, 120);
 AT(cp_attention_config, bias, 124);
-AT(cp_attention_config, latent_dim, 128);
-AT(cp_attention_config, latent_rope, 132);
+AT(cp_attention_config, kv_wire, 128);
+AT(cp_attention_config, reserved, 132);
+AT(cp_attention_config, latent_dim, 136);
+AT(cp_attention_config, latent_rope, 140);
 
 SIZE(cp_comm_config, 48);
 AT(cp_comm_config, struct_size, 0);

@@ -426,6 +426,8 @@ static void layers(void) {
     LAYER(CP_ERR_INVALID_ARGUMENT, "config.alibi_slopes: got", c.alibi_slopes = (const float *)(const void *)((const char *)slopes + 1));
     LAYER(CP_ERR_INVALID_ARGUMENT, "config.sinks: got 3, allowed CP_REACH_NONE (0)", c.sinks = 3);
     LAYER(CP_ERR_INVALID_ARGUMENT, "config.max_logit: got 3, allowed CP_REACH_NONE (0)", c.max_logit = 3);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "config.kv_wire: got 3, allowed CP_KV_WIRE_STORAGE (0), _E4M3 (1), _E5M2 (2)", c.kv_wire = 3);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "config.reserved", c.reserved = 1);
     LAYER(CP_ERR_INVALID_ARGUMENT, "config.bias: got unknown flag(s) 0x20", c.bias = CP_BIAS | 0x20);
     LAYER(CP_ERR_INVALID_ARGUMENT, "config.bias: got 0x4 without CP_BIAS", c.bias = CP_BIAS_HEADS);
     LAYER(CP_ERR_INVALID_ARGUMENT, "bias: a gradient needs one bias per query", c.bias = CP_BIAS | CP_BIAS_GRADIENT);

@@ -31,6 +31,7 @@ typedef struct test_case {
     uint32_t bias; /* CP_BIAS_*; 0: none */
     cp_reach sinks, max_logit;
     int latent_dim, latent_rope; /* 0: none */
+    cp_kv_wire kv_wire;
 } test_case;
 
 /* Key of the corpus' dropout. */
@@ -98,6 +99,7 @@ static inline test_case parse_case(char *line) {
     static const char *const biases[] = {"-", "1hss", "11ss", "b1ss", "bhss", "111s"};
     static const uint32_t full = CP_BIAS | CP_BIAS_QUERIES | CP_BIAS_GRADIENT;
     const uint32_t shapes[] = {0, full | CP_BIAS_HEADS, full, full | CP_BIAS_BATCH, full | CP_BIAS_BATCH | CP_BIAS_HEADS, CP_BIAS};
+    static const char *const wires[] = {"-", "e4m3", "e5m2"};
     char *f[COLUMNS];
     test_case c;
     int n = 0;
@@ -134,8 +136,9 @@ static inline test_case parse_case(char *line) {
     c.sinks = (cp_reach)word_of(f[24], reaches, 3, f[0]);
     c.max_logit = (cp_reach)word_of(f[25], reaches, 3, f[0]);
     c.bias = shapes[word_of(f[22], biases, 6, f[0])];
-    if (strcmp(f[26], "-") != 0 || strcmp(f[28], "-") != 0)
-        die("slices, kv_wire: not read yet", f[0]);
+    c.kv_wire = (cp_kv_wire)word_of(f[28], wires, 3, f[0]);
+    if (strcmp(f[26], "-") != 0)
+        die("slices: not read yet", f[0]);
     if (strcmp(f[27], "-") != 0 && sscanf(f[27], "%d:%d", &c.latent_dim, &c.latent_rope) != 2)
         die("latent is dim:rope", f[0]);
     if (c.heads > MOST_HEADS)
@@ -332,6 +335,32 @@ static inline float decode(uint32_t bits, cp_dtype dtype) {
 
 static inline float rounded(float x, cp_dtype dtype) {
     return dtype == CP_DTYPE_F32 ? x : decode(encode(x, dtype), dtype);
+}
+
+/* The nearest number with so many mantissa bits and the least exponent of a normal number, ties to even. */
+static inline double nearest(double x, int mantissa, int least) {
+    int exponent;
+    double step;
+    frexp(x, &exponent);
+    step = ldexp(1, (exponent - 1 > least ? exponent - 1 : least) - mantissa);
+    return rint(x / step) * step;
+}
+
+/* What is left of n <= 32 elements that travelled as 8-bit numbers with a common power of two. */
+static inline void travelled(float *x, int n, cp_kv_wire to, cp_dtype dtype) {
+    int mantissa = to == CP_KV_WIRE_E4M3 ? 3 : 2, least = to == CP_KV_WIRE_E4M3 ? -6 : -14, e = -127, i;
+    double top = to == CP_KV_WIRE_E4M3 ? 448 : 57344, largest = 0;
+    double most = dtype == CP_DTYPE_F16 ? 65504 : float_of(dtype == CP_DTYPE_BF16 ? 0x7F7F0000 : 0x7F7FFFFF);
+    for (i = 0; i < n && isfinite(x[i]); i++)
+        largest = fabs((double)x[i]) > largest ? fabs((double)x[i]) : largest;
+    if (i < n)
+        largest = NAN;
+    while (largest == largest && nearest(ldexp(largest, -e), mantissa, least) > top)
+        e++;
+    for (i = 0; i < n; i++) {
+        double back = ldexp(nearest(ldexp((double)x[i], -e), mantissa, least), e);
+        x[i] = largest != largest ? NAN : (float)(back > most ? most : back < -most ? -most : back);
+    }
 }
 
 /* The sequences of a case as the library wants them. The arrays live in here. */

@@ -398,7 +398,7 @@ static int body(world *w) {
     int i, left_out = 0;
     documented(w, &t);
     for (i = 0; i < case_count; i++)
-        if (on_cuda && (has_tag(&cases[i], "score") || cases[i].latent_dim > 0))
+        if (on_cuda && (has_tag(&cases[i], "score") || has_tag(&cases[i], "wire") || cases[i].latent_dim > 0))
             left_out++; /* not on CUDA yet */
         else if ((only_tag == NULL || has_tag(&cases[i], only_tag)) && tokens_of(&cases[i], 0) <= most_tokens && tokens_of(&cases[i], 1) <= most_tokens)
             whole_case(w, &cases[i], &t);

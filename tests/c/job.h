@@ -203,6 +203,7 @@ static inline cp_attention_config layer_config(const test_case *c, cp_dtype dtyp
     k.bias = c->bias;
     k.latent_dim = (uint32_t)c->latent_dim;
     k.latent_rope = (uint32_t)c->latent_rope;
+    k.kv_wire = c->kv_wire;
     k.threads = here != NULL ? 0 : vary & VARY_THREADS ? 2 : 1;
     k.device_type = place_type();
     k.device_id = place_id();

@@ -209,6 +209,14 @@ static inline void check_yardstick(const reference *r) {
     }
 }
 
+/* Keys or values as every rank attends them. */
+static inline void attended(const test_case *c, float *x, int dim, cp_dtype dtype) {
+    int row, at;
+    for (row = 0; c->kv_wire != CP_KV_WIRE_STORAGE && row < tokens_of(c, 1) * c->kv_heads; row++)
+        for (at = 0; at < dim; at += 32)
+            travelled(x + (size_t)row * (size_t)dim + at, dim - at < 32 ? dim - at : 32, c->kv_wire, dtype);
+}
+
 static inline void make_reference(reference *r, const test_case *c, cp_dtype dtype) {
     int seq, head, i, j, n, result;
     size_t most = 1, at, dims[4];
@@ -221,6 +229,8 @@ static inline void make_reference(reference *r, const test_case *c, cp_dtype dty
     r->q = make_input(c, 1, 0, c->heads * c->dim_qk, dtype);
     r->k = make_input(c, 2, 1, c->kv_heads * c->dim_qk, dtype);
     r->v = make_input(c, 3, 1, c->kv_heads * c->dim_v, dtype);
+    attended(c, r->k, c->dim_qk, dtype);
+    attended(c, r->v, c->dim_v, dtype);
     r->d_out = make_input(c, 4, 0, c->heads * c->dim_v, dtype);
     if (c->latent_dim > 0) {
         make_latents(&r->made, c);

@@ -36,9 +36,11 @@ fn corpus(way: Way) {
     let turn = ways.iter().position(|w| *w == way).expect("one of the three");
     let mut tally = Tally::default();
     let fits = |c: &&Case| {
-        // There is no bias on CUDA yet, and there are no latents.
-        let there = c.bias.is_none() && c.latent.is_none();
-        c.tokens(Side::Query).max(c.tokens(Side::Key)) <= LONGEST && there
+        // There are neither biases, coded keys nor latents on CUDA yet.
+        c.tokens(Side::Query).max(c.tokens(Side::Key)) <= LONGEST
+            && c.bias.is_none()
+            && c.kv_wire.is_none()
+            && c.latent.is_none()
     };
     let short = cases().iter().filter(fits);
     for (index, case) in short.enumerate().filter(|(_, c)| !fast() || c.is("fast")) {

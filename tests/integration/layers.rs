@@ -42,6 +42,7 @@ pub fn config() -> Config {
         packed: false,
         partition: Partition::Zigzag,
         wire: Wire::Storage,
+        kv_wire: None,
         max_rows: 0,
         save: false,
         deterministic: false,
@@ -603,6 +604,7 @@ fn bound_covers(case: &Case, group: &Group, comm: Comm, save: bool) {
         dim_v: p.dim_v,
         mask: p.mask,
         packed: p.packed,
+        kv_wire: p.kv_wire,
         save,
         latent: p.latent,
         ..config()

@@ -8,6 +8,7 @@ mod cuda_capi;
 mod cuda_layers;
 mod cuda_ranks;
 mod header;
+mod kv_wire;
 mod latents;
 mod layers;
 mod memory;

@@ -19,6 +19,7 @@ mod leakage;
 mod metric;
 mod plain;
 mod selftest;
+mod wire;
 
 pub use case::{Case, Dealing, Format, SEED, cases, number};
 pub use inputs::{Inputs, decode, element, encode, gather, inputs, mix, scatter};
@@ -26,6 +27,7 @@ pub use latent::Latents;
 pub use leakage::leakage;
 pub use metric::{Reference, Tensor, reference};
 pub use plain::{Variation, plain};
+pub use wire::attended;
 
 /// Outputs and gradients, global.
 #[derive(Clone, Debug)]

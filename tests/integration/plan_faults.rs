@@ -2,7 +2,7 @@
 
 use crate::plans::problem;
 use crate::plans_latent::latent;
-use context_parallel::dtype::DType;
+use context_parallel::dtype::{DType, Fp8};
 use context_parallel::mask::{Mask, Slice};
 use context_parallel::plan::check::check;
 use context_parallel::plan::{
@@ -37,6 +37,11 @@ pub fn good_plans() -> Vec<Vec<Plan>> {
         // Three heads over two members: uneven shares, and one key head in both.
         (Problem { seqs: batch, ..problem(4, CommType::A2aP2p, 2, 10, 3, 1) }, plain),
         (problem(3, CommType::A2a, 0, 12, 6, 3), Options { saved: true, ..plain }),
+        (Problem { kv_wire: Some(Fp8::E4m3), ..problem(3, CommType::P2p, 0, 13, 2, 1) }, plain),
+        (
+            Problem { kv_wire: Some(Fp8::E5m2), ..problem(4, CommType::A2aP2p, 2, 11, 3, 1) },
+            Options { saved: true, ..plain },
+        ),
         (Problem { score, ..problem(4, CommType::A2aP2p, 2, 11, 3, 1) }, plain),
         (latent(3, CommType::P2p, 0, 13, 2), plain),
         (latent(4, CommType::A2aP2p, 2, 11, 3), plain),
@@ -450,7 +455,7 @@ fn steps_that_are_missing_or_wrong() {
             drop_step(&mut plans[rank], index);
             true
         },
-        &["nobody wrote", "is not the sum"],
+        &["nobody wrote", "is not the sum", ", rounded"],
     );
     every(
         "wrong head in a copy",
@@ -641,7 +646,15 @@ fn slots_that_are_confused() {
             list[n].index = 1 - list[n].index;
             true
         },
-        &["twice", "nobody wrote", "no slot", "not row", "nothing orders", "is not the sum"],
+        &[
+            "twice",
+            "nobody wrote",
+            "no slot",
+            "not row",
+            "nothing orders",
+            "is not the sum",
+            ", rounded",
+        ],
     );
     // Two stages in one slot, everywhere: right on one queue, wrong on two.
     for kind in [Kind::Recv, Kind::Part, Kind::Wire, Kind::Return] {

@@ -36,6 +36,7 @@ pub fn problem(
         dim_v: 8,
         dtype: DType::Bf16,
         wire: Wire::Storage,
+        kv_wire: None,
         scale: 0.25,
     }
 }

@@ -3,7 +3,7 @@
 
 use crate::plans::prove;
 use context_parallel::balance::Dealt;
-use context_parallel::dtype::DType;
+use context_parallel::dtype::{DType, Fp8};
 use context_parallel::error::Status;
 use context_parallel::mask::Mask;
 use context_parallel::partition::{Partition, Stretch};
@@ -145,6 +145,7 @@ pub fn any_problem(r: &mut Random) -> Problem {
         dim_v: 8 * r.within(1, 3),
         dtype: r.of(&[DType::F32, DType::Bf16, DType::F16]),
         wire: r.of(&[Wire::Storage, Wire::F32]),
+        kv_wire: r.of(&[None, None, Some(Fp8::E4m3), Some(Fp8::E5m2)]),
         scale: 1.0,
     };
     if r.one_in(4) {

@@ -112,6 +112,7 @@ impl Local {
                     DType::F32 => base.cast::<f32>().add(at + i).write(*x),
                     DType::Bf16 => base.cast::<bf16>().add(at + i).write(bf16::from_f32(*x)),
                     DType::F16 => base.cast::<f16>().add(at + i).write(f16::from_f32(*x)),
+                    DType::Fp8(_) => unreachable!("no tensor is stored so"),
                 }
             }
         }
@@ -127,6 +128,7 @@ impl Local {
                     DType::F32 => base.cast::<f32>().add(at + i).read(),
                     DType::Bf16 => base.cast::<bf16>().add(at + i).read().to_f32(),
                     DType::F16 => base.cast::<f16>().add(at + i).read().to_f32(),
+                    DType::Fp8(_) => unreachable!("no tensor is stored so"),
                 }
             };
         }

@@ -7,7 +7,7 @@ use context_parallel::capi::about::cp_last_error;
 use context_parallel::capi::attention::{
     cp_attention_create, cp_attention_destroy, cp_query_support,
 };
-use context_parallel::dtype::DType;
+use context_parallel::dtype::{DType, Fp8};
 use context_parallel::partition::Side;
 use context_parallel::problem::CommType;
 use std::ffi::CStr;
@@ -51,6 +51,8 @@ const FEATURES: &[(&str, Has)] = &[
     ("dropout, the same for any number of ranks", |c| c.dropout > 0.0),
     ("softmax sinks and their gradient", |c| c.sinks.is_some()),
     ("largest score per head", |c| c.max_logit.is_some()),
+    ("keys and values travel as E4M3", |c| c.kv_wire == Some(Fp8::E4m3)),
+    ("keys and values travel as E5M2", |c| c.kv_wire == Some(Fp8::E5m2)),
     ("all of these at once", |c| {
         c.softcap > 0.0
             && !c.slopes.is_empty()
@@ -116,6 +118,11 @@ const REFUSED: &[Refusal] = &[
         "latents on CUDA",
         |c, _| (c.device_type, c.latent_dim) = (CP_DEVICE_CUDA, 128),
         "the kernels are not written yet",
+    ),
+    (
+        "latents in 8 bits on the wire",
+        |c, _| (c.latent_dim, c.kv_wire) = (128, CP_KV_WIRE_E4M3),
+        "latents are small already, and their error would reach every head",
     ),
     (
         "latents with fewer key than query heads",

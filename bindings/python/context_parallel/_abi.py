@@ -47,6 +47,7 @@ CP_ATTENTION_SAVE = 32
 CP_ATTENTION_KV_CACHE = 64
 CP_ATTENTION_DETERMINISTIC = 128
 CP_REACH_NONE, CP_REACH_RANK, CP_REACH_GROUP = 0, 1, 2
+CP_KV_WIRE_STORAGE, CP_KV_WIRE_E4M3, CP_KV_WIRE_E5M2 = 0, 1, 2
 CP_BIAS, CP_BIAS_BATCH, CP_BIAS_HEADS, CP_BIAS_QUERIES, CP_BIAS_GRADIENT = 1, 2, 4, 8, 16
 CP_FORWARD_SEED_AT = 1
 CP_COMM_RELAY = 1
@@ -175,6 +176,8 @@ class cp_attention_config(Sized):
         ("sinks", c_uint32),
         ("max_logit", c_uint32),
         ("bias", c_uint32),
+        ("kv_wire", c_uint32),
+        ("reserved", c_uint32),
         ("latent_dim", c_uint32),
         ("latent_rope", c_uint32),
     ]

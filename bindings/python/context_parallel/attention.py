@@ -18,6 +18,7 @@ _COMMS = {
     "a2a": _abi.CP_COMM_A2A,
     "a2a+p2p": _abi.CP_COMM_A2A_P2P,
 }
+_KV_WIRES = {"storage": _abi.CP_KV_WIRE_STORAGE, "e4m3": _abi.CP_KV_WIRE_E4M3, "e5m2": _abi.CP_KV_WIRE_E5M2}
 _REACHES = {"rank": _abi.CP_REACH_RANK, "group": _abi.CP_REACH_GROUP}
 _BIASES = {
     "bhss": _abi.CP_BIAS | _abi.CP_BIAS_BATCH | _abi.CP_BIAS_HEADS | _abi.CP_BIAS_QUERIES,
@@ -64,6 +65,9 @@ class Attention:
     bias_gradient: backward returns its gradient too (not of "111s"). latent: multi-head latent attention: (elements of c, elements of r) of a token:
     forward takes latents and weights instead of k and v, ranks exchange latents, and each expands those that it attends. Not on CUDA yet.
 
+    kv_wire: "e4m3" or "e5m2": keys and values travel as 8-bit numbers in blocks of 32 with a common power of two, 1.03 bytes an element. What is
+    attended is K and V rounded so on every rank, the own ones included, also on one rank; gradients pass straight through. See CP_KV_WIRE_E4M3.
+
     device: where arrays are and work is done: "cpu", "cuda:0", ("cuda", 0), a torch.device; "cuda" is torch's current one. On CUDA dtype is bfloat16 or
     float16, and there are: deterministic: equal bits run after run, at some cost in speed; sm_margin: multiprocessors left to others; max_segments: most
     pieces of the mask in one stage (see cp_attention_config); allocator: of workspace: "torch" (the caching allocator, and the default where torch has
@@ -75,14 +79,14 @@ class Attention:
     def __init__(self, *, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=False, bottom_right=False, window=(None, None),
                  format="bshd", partition="zigzag", softmax_scale=None, save=False, wire_fp32=False, max_tokens_per_rank=0, threads=0,
                  device=None, deterministic=False, sm_margin=0, max_segments=0, allocator=None, softcap=None, alibi=None, dropout=0.0,
-                 head_offset=0, sinks=None, max_logit=None, bias=None, bias_gradient=True, latent=None):  # fmt: skip
+                 head_offset=0, sinks=None, max_logit=None, bias=None, bias_gradient=True, kv_wire=None, latent=None):  # fmt: skip
         pointer = c_void_p()
         config = _config(
             heads=heads, head_dim=head_dim, dtype=dtype, kv_heads=kv_heads, head_dim_v=head_dim_v, causal=causal, bottom_right=bottom_right,
             window=window, format=format, partition=partition, softmax_scale=softmax_scale, save=save, wire_fp32=wire_fp32,
             max_tokens_per_rank=max_tokens_per_rank, threads=threads, device=device, deterministic=deterministic, sm_margin=sm_margin,
             max_segments=max_segments, softcap=softcap, alibi=alibi, dropout=dropout, head_offset=head_offset, sinks=sinks,
-            max_logit=max_logit, bias=bias, bias_gradient=bias_gradient, latent=latent)  # fmt: skip
+            max_logit=max_logit, bias=bias, bias_gradient=bias_gradient, kv_wire=kv_wire, latent=latent)  # fmt: skip
         self._heads, self._sinks, self._max_logit = heads, sinks is not None, max_logit is not None
         self._d_bias = bool(config.bias & _abi.CP_BIAS_GRADIENT)
         self._latent = latent is not None
@@ -352,7 +356,7 @@ def query_support(ranks, comm="p2p", *, stages=None, inner_size=None, level_size
 def _config(*, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=False, bottom_right=False, window=(None, None),
             format="bshd", partition="zigzag", softmax_scale=None, save=False, wire_fp32=False, max_tokens_per_rank=0, threads=0,
             device=None, deterministic=False, sm_margin=0, max_segments=0, softcap=None, alibi=None, dropout=0.0, head_offset=0,
-            sinks=None, max_logit=None, bias=None, bias_gradient=True, latent=None):  # fmt: skip
+            sinks=None, max_logit=None, bias=None, bias_gradient=True, kv_wire=None, latent=None):  # fmt: skip
     """A layer's configuration: the arguments of Attention."""
     kind, index = _device.device(device)
     choice("format", format, _FORMATS)
@@ -397,6 +401,7 @@ def _config(*, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=Fa
         max_logit=_reach("max_logit", max_logit),
         latent_dim=0 if latent is None else number("latent", latent[0]),
         latent_rope=0 if latent is None else number("latent", latent[1]),
+        kv_wire=_abi.CP_KV_WIRE_STORAGE if kv_wire is None else choice("kv_wire", kv_wire, _KV_WIRES),
         bias=0 if bias is None else choice("bias", bias, _BIASES) | (_abi.CP_BIAS_GRADIENT if bias_gradient and bias != "111s" else 0),
     )
     if alibi is True and head_offset:

@@ -12,6 +12,7 @@ import context_parallel as cp
 
 ROOT = Path(__file__).resolve().parents[3]
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+FP8 = {"e4m3": np.dtype(ml_dtypes.float8_e4m3fn), "e5m2": np.dtype(ml_dtypes.float8_e5m2)}
 EPSILON = {"float32": 2.0**-24, "bfloat16": 2.0**-8, "float16": 2.0**-11}
 LSE_BOUND = 1e-5
 SEED = 0x0123456789ABCDEF  # key of the corpus' dropout
@@ -47,6 +48,7 @@ class Case:
     dropout: float
     sinks: str | None
     max_logit: str | None
+    kv_wire: str | None  # how keys and values travel
     latent: tuple | None = None  # elements of c, of r
 
     def side(self, side):
@@ -156,7 +158,7 @@ class Case:
             heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim_qk, head_dim_v=self.dim_v, dtype=dtype, causal=self.causal,
             bottom_right=self.bottom_right, window=(self.left, self.right), format=self.format, partition=self.partition, softmax_scale=self.scale,
             softcap=self.softcap, alibi=self.slopes() if self.alibi else None,
-            bias=self.bias, dropout=self.dropout, sinks=self.sinks, max_logit=self.max_logit, latent=self.latent)  # fmt: skip
+            bias=self.bias, dropout=self.dropout, sinks=self.sinks, max_logit=self.max_logit, kv_wire=self.kv_wire, latent=self.latent)  # fmt: skip
         return cp.Attention(**{**settings, **options})
 
 
@@ -183,7 +185,7 @@ def _case(row):
         assert len(lens) == len(padded) == len(before) == batch, row["name"]
         return tuple(Extent(*e) for e in zip(before, lens, padded))
 
-    assert all(row[name] == "-" for name in ("slices", "kv_wire")), f"{row['name']}: not read yet"
+    assert row["slices"] == "-", f"{row['name']}: not read yet"
     limit = lambda name: None if row[name] == "-" else int(row[name])
     flag = lambda name: {"0": False, "1": True}[row[name]]
     numbers = (int(row[name]) for name in ("heads", "kv_heads", "dim_qk", "dim_v"))
@@ -191,7 +193,7 @@ def _case(row):
     score = (maybe("softcap"), flag("alibi"), maybe("bias", str), maybe("dropout") or 0.0, maybe("sinks", str), maybe("max_logit", str))
     latent = maybe("latent", lambda text: tuple(int(n) for n in text.split(":")))
     return Case(row["name"], tuple(row["tags"].split()), row["format"], side("q"), side("k"), *numbers, flag("causal"), flag("bottom_right"),
-                limit("window_left"), limit("window_right"), row["partition"], maybe("scale"), *score, latent)  # fmt: skip
+                limit("window_left"), limit("window_right"), row["partition"], maybe("scale"), *score, maybe("kv_wire", str), latent)  # fmt: skip
 
 
 def mix(n):
@@ -268,6 +270,23 @@ def contracted(case, given, dk, dv, size=lambda x: x):
     return {"d_latent": d_latent, "d_up_k": np.einsum("thn,td->hnd", dk[:, :, :nope], c), "d_up_v": np.einsum("thn,td->hnd", dv, c)}
 
 
+def attended(rows, format):
+    """[token, head, dim] as it is after travelling in an 8-bit format: 32 neighbours share the smallest power of two with which none is too large."""
+    dim, dtype, to = rows.shape[-1], rows.dtype, FP8[format]
+    x = np.zeros((*rows.shape[:-1], -(-dim // 32) * 32), np.float32)
+    x[..., :dim] = rows
+    x = x.reshape(*x.shape[:-1], -1, 32)
+    finite = np.isfinite(x).all(axis=-1, keepdims=True)
+    x = np.where(finite, x, 0)
+    largest = abs(x).max(axis=-1, keepdims=True)
+    # frexp's number is below 1, so this is the power of two with which the largest number has the format's largest exponent, which may be too small.
+    power = np.maximum(np.frexp(largest)[1] - 1 - ml_dtypes.finfo(to).maxexp + 1, -127)
+    power += ~np.isfinite(np.ldexp(largest, -power).astype(to).astype(np.float32))
+    back = np.ldexp(np.ldexp(x, -power).astype(to).astype(np.float64), power)
+    most = float(ml_dtypes.finfo(dtype).max)
+    back = np.where(finite, np.clip(back, -most, most), np.nan)
+    return back.reshape(*rows.shape[:-1], -1)[..., :dim].astype(dtype)
+
 SHAPES = {"out": ("q", "heads", "dim_v"), "dq": ("q", "heads", "dim_qk"), "dk": ("k", "kv_heads", "dim_qk"), "dv": ("k", "kv_heads", "dim_v")}
 
 
@@ -283,6 +302,8 @@ class Reference:
 @functools.lru_cache(maxsize=8)
 def reference(case, dtype):
     given = inputs(case, dtype)
+    if case.kv_wire:
+        given = {**given, **{name: attended(given[name], case.kv_wire) for name in ("k", "v")}}
     empty = lambda: {name: np.zeros((case.tokens(side), getattr(case, h), getattr(case, d))) for name, (side, h, d) in SHAPES.items()}
     made = Reference(empty(), empty(), empty(), np.zeros(case.tokens("k"), bool), np.zeros(case.tokens("q"), bool))
     made.right["lse"] = np.full((case.tokens("q"), case.heads), -np.inf)

@@ -129,6 +129,7 @@ impl Lanes {
                 DType::F32 => row.cast::<f32>().add(key as usize).read(),
                 DType::Bf16 => row.cast::<half::bf16>().add(key as usize).read().to_f32(),
                 DType::F16 => row.cast::<half::f16>().add(key as usize).read().to_f32(),
+                DType::Fp8(_) => unreachable!("only keys and values travel so"),
             }
         }
     }

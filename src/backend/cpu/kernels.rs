@@ -15,7 +15,7 @@ use super::scalar;
 use super::simd::Simd;
 #[cfg(target_arch = "x86_64")]
 use super::{simd_avx2, simd_avx512};
-use crate::dtype::DType;
+use crate::dtype::{DType, Fp8};
 
 /// Lanes of a panel: the query rows that one call of the softmax handles, and the columns of a B panel.
 pub const LANES: usize = 32;
@@ -128,6 +128,10 @@ pub struct Kernels {
     pub widen: unsafe fn(DType, *const u8, *mut f32, usize),
     /// Writes a row of fp32 numbers in a storage type, rounding to nearest.
     pub narrow: unsafe fn(DType, *const f32, *mut u8, usize),
+    /// A row of a head to bytes as they travel: format, numbers, how many, destination.
+    pub encode: unsafe fn(Fp8, *const f32, usize, *mut u8),
+    /// The way back, to numbers that the storage type holds.
+    pub decode: unsafe fn(Fp8, *const u8, usize, *mut f32, DType),
     /// Rows `[32][stride]` of units to a panel `[units][32]`: source, stride, units, destination.
     pub transpose: unsafe fn(*const u32, usize, usize, *mut u32),
     /// Pairs two rows of 16-bit numbers: first row, second row, length, destination.

@@ -43,9 +43,15 @@ pub unsafe fn add(to: *mut f32, from: *const f32, len: usize, scale: f32) {
 /// # Safety
 /// The views are valid for the rows and heads named, and do not overlap.
 pub unsafe fn copy(step: &CopyRows, kernels: &Kernels) {
-    let dim = step.src.dim;
+    // What is encoded and decoded is so head by head.
+    let (coded, dim) = match (step.src.dtype, step.dst.dtype) {
+        (DType::Fp8(a), DType::Fp8(b)) => (a != b, step.src.dim),
+        (DType::Fp8(_), _) => (true, step.dst.dim),
+        (_, DType::Fp8(_)) => (true, step.src.dim),
+        _ => (false, step.src.dim),
+    };
     let joined = step.heads == 1 || (step.src.stride_head == dim && step.dst.stride_head == dim);
-    let (pieces, len) = if joined { (1, step.heads * dim) } else { (step.heads, dim) };
+    let (pieces, len) = if joined && !coded { (1, step.heads * dim) } else { (step.heads, dim) };
     for run in step.runs {
         for i in 0..run.rows {
             let from = (run.src + i * run.src_step) as usize;
@@ -67,7 +73,7 @@ pub unsafe fn copy(step: &CopyRows, kernels: &Kernels) {
 }
 
 /// # Safety
-/// Both sides are valid for `len` elements of their types and do not overlap.
+/// Both sides are valid for `len` elements of their types and do not overlap; what is coded is one head, at most [`CHUNK`] elements.
 unsafe fn convert(
     from: *const u8,
     from_type: DType,
@@ -83,6 +89,17 @@ unsafe fn convert(
             return from.copy_to_nonoverlapping(to, len * read);
         }
         let mut chunk = [0f32; CHUNK];
+        match (from_type, to_type) {
+            (DType::Fp8(format), _) => {
+                (kernels.decode)(format, from, len, chunk.as_mut_ptr(), to_type);
+                return (kernels.narrow)(to_type, chunk.as_ptr(), to, len);
+            }
+            (_, DType::Fp8(format)) => {
+                (kernels.widen)(from_type, from, chunk.as_mut_ptr(), len);
+                return (kernels.encode)(format, chunk.as_ptr(), len, to);
+            }
+            _ => {}
+        }
         for at in (0..len).step_by(CHUNK) {
             let count = (len - at).min(CHUNK);
             (kernels.widen)(from_type, from.add(at * read), chunk.as_mut_ptr(), count);

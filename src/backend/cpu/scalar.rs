@@ -1,12 +1,23 @@
 //! The reference loops: plain Rust, libm's exp, nothing a debugger or valgrind could stumble over.
 
+use super::fp8;
 use super::kernels::{Gemm, Gradient, Into, Kernels, LANES, Softmax};
 use crate::dtype::DType;
 use half::{bf16, f16};
 
 /// For every storage type; operands are fp32.
-pub static KERNELS: Kernels =
-    Kernels { pairs: 1, gemm, softmax, gradient, widen, narrow, transpose, interleave };
+pub static KERNELS: Kernels = Kernels {
+    pairs: 1,
+    gemm,
+    softmax,
+    gradient,
+    widen,
+    narrow,
+    encode: fp8::encode,
+    decode: fp8::decode,
+    transpose,
+    interleave,
+};
 
 /// # Safety
 /// The tiles are as [`Gemm`] says; C overlaps neither A nor B.
@@ -125,6 +136,7 @@ pub unsafe fn widen(dtype: DType, from: *const u8, to: *mut f32, len: usize) {
                 DType::F32 => from.cast::<f32>().add(i).read(),
                 DType::Bf16 => from.cast::<bf16>().add(i).read().to_f32(),
                 DType::F16 => from.cast::<f16>().add(i).read().to_f32(),
+                DType::Fp8(_) => unreachable!("decoded by blocks"),
             })
         };
     }
@@ -141,6 +153,7 @@ pub unsafe fn narrow(dtype: DType, from: *const f32, to: *mut u8, len: usize) {
                 DType::F32 => to.cast::<f32>().add(i).write(x),
                 DType::Bf16 => to.cast::<bf16>().add(i).write(bf16::from_f32(x)),
                 DType::F16 => to.cast::<f16>().add(i).write(f16::from_f32(x)),
+                DType::Fp8(_) => unreachable!("encoded by blocks"),
             }
         }
     }

@@ -1,14 +1,25 @@
 //! AVX2 with FMA: fp32 operands for all storage types. See `simd_avx512.rs`, which does the same twice as wide.
 
+use super::fp8;
 use super::kernels::{EXP_MIN, EXP2, Gemm, Gradient, Into, Kernels, LANES, LOG2_E_REST, Softmax};
 use super::scalar;
 use super::scalar::{interleave, transpose};
-use crate::dtype::DType;
+use crate::dtype::{DType, Fp8};
 use std::arch::x86_64::*;
 
 /// For every storage type; operands are fp32.
-pub static KERNELS: Kernels =
-    Kernels { pairs: 1, gemm, softmax, gradient, widen, narrow, transpose, interleave };
+pub static KERNELS: Kernels = Kernels {
+    pairs: 1,
+    gemm,
+    softmax,
+    gradient,
+    widen,
+    narrow,
+    encode,
+    decode,
+    transpose,
+    interleave,
+};
 
 /// Vectors of a panel.
 const QUARTERS: usize = LANES / 8;
@@ -202,10 +213,27 @@ unsafe fn widen(dtype: DType, from: *const u8, to: *mut f32, len: usize) {
                     _mm256_castsi256_ps(_mm256_slli_epi32::<16>(x))
                 }
                 DType::F16 => _mm256_cvtph_ps(_mm_loadu_si128(half)),
+                DType::Fp8(_) => unreachable!("decoded by blocks"),
             };
             _mm256_storeu_ps(to.add(i), x);
         }
     }
+}
+
+/// # Safety
+/// As [`fp8::encode`].
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn encode(format: Fp8, from: *const f32, dim: usize, to: *mut u8) {
+    // SAFETY: the caller's promise.
+    unsafe { fp8::encode(format, from, dim, to) }
+}
+
+/// # Safety
+/// As [`fp8::decode`].
+#[target_feature(enable = "avx2,fma,f16c")]
+unsafe fn decode(format: Fp8, from: *const u8, dim: usize, to: *mut f32, dtype: DType) {
+    // SAFETY: the caller's promise.
+    unsafe { fp8::decode(format, from, dim, to, dtype) }
 }
 
 /// # Safety
@@ -238,6 +266,7 @@ unsafe fn narrow(dtype: DType, from: *const f32, to: *mut u8, len: usize) {
                     _mm_packus_epi32(low, high)
                 }
                 DType::F16 => _mm256_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x),
+                DType::Fp8(_) => unreachable!("encoded by blocks"),
             };
             _mm_storeu_si128(to.cast::<u16>().add(i).cast(), half);
         }

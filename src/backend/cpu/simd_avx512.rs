@@ -1,7 +1,8 @@
 //! AVX-512: fp32 FMA for all storage types, and the bf16 dot product for bf16 where the CPU has it.
 
+use super::fp8;
 use super::kernels::{EXP_MIN, EXP2, Gemm, Gradient, Into, Kernels, LANES, LOG2_E_REST, Softmax};
-use crate::dtype::DType;
+use crate::dtype::{DType, Fp8};
 use std::arch::x86_64::*;
 
 /// For every storage type; operands are fp32.
@@ -12,6 +13,8 @@ pub static KERNELS: Kernels = Kernels {
     gradient: gradient_f32,
     widen,
     narrow,
+    encode,
+    decode,
     transpose,
     interleave,
 };
@@ -374,10 +377,27 @@ unsafe fn widen(dtype: DType, from: *const u8, to: *mut f32, len: usize) {
                 DType::F16 => {
                     _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(mask, from.cast::<i16>().add(i)))
                 }
+                DType::Fp8(_) => unreachable!("decoded by blocks"),
             };
             _mm512_mask_storeu_ps(to.add(i), mask, x);
         }
     }
+}
+
+/// # Safety
+/// As [`fp8::encode`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn encode(format: Fp8, from: *const f32, dim: usize, to: *mut u8) {
+    // SAFETY: the caller's promise.
+    unsafe { fp8::encode(format, from, dim, to) }
+}
+
+/// # Safety
+/// As [`fp8::decode`].
+#[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl")]
+unsafe fn decode(format: Fp8, from: *const u8, dim: usize, to: *mut f32, dtype: DType) {
+    // SAFETY: the caller's promise.
+    unsafe { fp8::decode(format, from, dim, to, dtype) }
 }
 
 /// # Safety
@@ -405,6 +425,7 @@ unsafe fn narrow(dtype: DType, from: *const f32, to: *mut u8, len: usize) {
                     _mm512_cvtepi32_epi16(_mm512_srli_epi32::<16>(rounded))
                 }
                 DType::F16 => _mm512_cvtps_ph::<_MM_FROUND_TO_NEAREST_INT>(x),
+                DType::Fp8(_) => unreachable!("encoded by blocks"),
             };
             _mm256_mask_storeu_epi16(to.cast::<i16>().add(i), mask, half);
         }

@@ -294,6 +294,7 @@ impl Case {
             (true, DType::F32) => f64::from(x as f32),
             (true, DType::Bf16) => half::bf16::from_f32(x as f32).to_f64(),
             (true, DType::F16) => half::f16::from_f32(x as f32).to_f64(),
+            (true, DType::Fp8(_)) => unreachable!("no tensor is stored so"),
         };
         let exp = |x: f64| if plain { f64::from((x as f32).exp()) } else { x.exp() };
         let dot = |a: &[f64], b: &[f64]| -> f64 {
@@ -362,6 +363,7 @@ impl Case {
             DType::F32 => f64::from(f32::EPSILON) / 2.0,
             DType::Bf16 => 1.0 / 256.0,
             DType::F16 => 1.0 / 2048.0,
+            DType::Fp8(_) => unreachable!("no tensor is stored so"),
         };
         let tensors = [&got.out, &got.dq, &got.dk, &got.dv];
         for (t, name) in ["O", "dQ", "dK", "dV"].iter().enumerate() {

@@ -10,6 +10,7 @@ pub fn type_code(dtype: DType) -> u32 {
         DType::F32 => 0,
         DType::Bf16 => 1,
         DType::F16 => 2,
+        DType::Fp8(_) => unreachable!("refused when the layer was made"),
     }
 }
 

@@ -52,6 +52,7 @@ fn decode(bytes: &[u8], dtype: DType) -> Vec<f32> {
             bytes.chunks_exact(2).map(|b| bf16::from_ne_bytes(pair(b)).to_f32()).collect()
         }
         DType::F16 => bytes.chunks_exact(2).map(|b| f16::from_ne_bytes(pair(b)).to_f32()).collect(),
+        DType::Fp8(_) => unreachable!("no tensor is stored so"),
     }
 }
 
@@ -128,6 +129,7 @@ pub fn tolerance(dtype: DType) -> [f64; 5] {
         DType::F32 => 1e-5,
         DType::F16 => 4e-3,
         DType::Bf16 => 3e-2,
+        DType::Fp8(_) => unreachable!("no tensor is stored so"),
     };
     [relative, 2e-5, relative, relative, relative]
 }

@@ -295,6 +295,7 @@ pub fn problem_json(p: &Problem) -> String {
         .raw("head_dim_v", p.dim_v)
         .text("dtype", p.dtype.name())
         .raw("wire", string(if p.wire == Wire::F32 { "fp32" } else { "storage" }))
+        .text("kv_wire", p.kv_wire.map_or("storage", |f| f.name()))
         .raw("hash", string(&format!("{:#x}", p.fingerprint())))
         .end()
 }

@@ -81,6 +81,7 @@ fn stored(x: f32, dtype: DType) -> f64 {
         DType::F32 => x,
         DType::Bf16 => bf16::from_f32(x).to_f32(),
         DType::F16 => f16::from_f32(x).to_f32(),
+        DType::Fp8(_) => unreachable!("no tensor is stored so"),
     })
 }
 

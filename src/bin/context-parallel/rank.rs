@@ -88,6 +88,7 @@ impl Local {
                         DType::F32 => bytes.extend_from_slice(&x.to_ne_bytes()),
                         DType::Bf16 => bytes.extend_from_slice(&bf16::from_f32(*x).to_ne_bytes()),
                         DType::F16 => bytes.extend_from_slice(&f16::from_f32(*x).to_ne_bytes()),
+                        DType::Fp8(_) => unreachable!("no tensor is stored so"),
                     }
                 }
             }

@@ -2,7 +2,7 @@
 
 use crate::args::{Failure, Given, Opt, opt, usage};
 use context_parallel::attention::{Comm, Config, Stages};
-use context_parallel::dtype::DType;
+use context_parallel::dtype::{DType, Fp8};
 use context_parallel::error::Result;
 use context_parallel::mask::Mask;
 use context_parallel::partition::Partition;
@@ -50,6 +50,7 @@ pub const SPLIT: (&str, &[Opt]) = (
             "who holds which tokens: zigzag (default), contiguous, striped;\nbalanced: packed documents whole where they can be",
         ),
         opt("wire", "TYPE", "partial dK, dV travel in storage type (default) or fp32"),
+        opt("kv-wire", "TYPE", "K, V travel in storage type (default), or as e4m3 or e5m2"),
     ],
 );
 
@@ -107,6 +108,10 @@ pub fn config(given: &Given, dtype: DType) -> std::result::Result<Config, Failur
         "fp32" => Some(Wire::F32),
         _ => None,
     };
+    let kv_wire = |w: &str| match w {
+        "storage" => Some(None),
+        _ => Fp8::parse(w).map(Some),
+    };
     let heads = given.small("heads", 8, 1..=4096)?;
     let default = if heads.is_multiple_of(4) { heads / 4 } else { heads };
     Ok(Config {
@@ -122,6 +127,7 @@ pub fn config(given: &Given, dtype: DType) -> std::result::Result<Config, Failur
         packed: given.flag("cu-seqlens"),
         partition,
         wire: given.word("wire", Wire::Storage, "storage, fp32", wire)?,
+        kv_wire: given.word("kv-wire", None, "storage, e4m3, e5m2", kv_wire)?,
         max_rows: 0,
         save: false,
         deterministic: false,

@@ -1,7 +1,7 @@
 //! A plan is well formed by itself.
 
 use super::Access;
-use crate::dtype::DType;
+use crate::dtype::{DType, Fp8};
 use crate::mask::Slice;
 use crate::plan::{Event, Kind, Lane, Op, Plan, Slot, SlotInfo, Step, Tensor, Value};
 use std::collections::HashSet;
@@ -98,6 +98,7 @@ fn meaning(plan: &Plan, step: &Step) -> Result<(), String> {
             Ok(())
         }
         Op::Attend { slices, .. } | Op::AttendBackward { slices, .. } => {
+            stored(plan, &step.op)?;
             score_slots(plan, &step.op)?;
             same_rows(plan, &step.op, slices)?;
             if !slices.is_sorted_by_key(|s| (s.q, s.k)) {
@@ -143,11 +144,17 @@ fn meaning(plan: &Plan, step: &Step) -> Result<(), String> {
             if src_head + heads > from.heads || dst_head + heads > to.heads {
                 return Err(format!("{src:?} has {} heads, {dst:?} {}", from.heads, to.heads));
             }
-            if from.dim != to.dim {
-                return Err(format!("{src:?} and {dst:?} have rows of different lengths"));
+            if *add && (to.dtype != DType::F32 || matches!(from.dtype, DType::Fp8(_))) {
+                return Err(format!("adds {src:?} into {dst:?}, which is not fp32, or coded"));
             }
-            if *add && to.dtype != DType::F32 {
-                return Err(format!("adds into {dst:?}, which is not fp32"));
+            let lengths_fit = match (from.dtype, to.dtype) {
+                (DType::Fp8(a), DType::Fp8(b)) => a == b && from.dim == to.dim,
+                (DType::Fp8(_), _) => from.dim == Fp8::bytes(to.dim),
+                (_, DType::Fp8(_)) => to.dim == Fp8::bytes(from.dim),
+                _ => from.dim == to.dim,
+            };
+            if !lengths_fit {
+                return Err(format!("{src:?} and {dst:?} have rows of different lengths"));
             }
             Ok(())
         }
@@ -172,6 +179,18 @@ fn latent_shapes(plan: &Plan, latent: Slot, k: Slot, v: Slot, dtype: DType) -> R
         let info = find(plan, slot)?;
         if (info.heads, info.dim, info.dtype) != (heads, dim, dtype) {
             return Err(format!("{info:?} is not made of {latent:?}"));
+        }
+    }
+    Ok(())
+}
+
+/// Nothing is computed with numbers as they travel.
+fn stored(plan: &Plan, op: &Op) -> Result<(), String> {
+    let (Op::Attend { q, k, .. } | Op::AttendBackward { q, k, .. }) = op else { return Ok(()) };
+    for slot in [*q, *k, Slot { tensor: Tensor::V, ..*k }] {
+        let got = find(plan, slot)?.dtype;
+        if got != plan.problem.dtype {
+            return Err(format!("{slot:?} is attended as {}", got.name()));
         }
     }
     Ok(())

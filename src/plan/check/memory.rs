@@ -1,5 +1,6 @@
 //! One rank's buffers, holding identities, and what compute steps do to them.
 
+use crate::dtype::DType;
 use crate::holding::holding;
 use crate::mask::Slice;
 use crate::partition::{Segment, Side};
@@ -16,6 +17,9 @@ const PAD: u32 = u32::MAX;
 fn identity(tensor: Tensor, head: u32, token: u32) -> u64 {
     (tensor as u64) << 56 | u64::from(head) << 32 | u64::from(token)
 }
+
+/// Marks the identity of an element that was rounded to the format it travels in.
+const ROUNDED: u64 = 1 << 55;
 
 /// Weight of a triple (splitmix64's finaliser).
 pub(super) fn weight(head: u32, query: u32, key: u32) -> u64 {
@@ -165,6 +169,9 @@ pub(super) fn initial(plan: &Plan) -> Memory {
             let segments = if tensor.key_side() { &team.k.segments } else { &team.q.segments };
             let first = plan.share.side(tensor.key_side()).start;
             fill(segments, if tensor == Tensor::Latent { 0 } else { first });
+            if matches!(info.dtype, DType::Fp8(_)) {
+                buffer.data.iter_mut().filter(|v| **v != POISON).for_each(|v| *v |= ROUNDED);
+            }
         }
         out.push(buffer);
     }
@@ -195,10 +202,12 @@ pub(super) fn compute(plan: &Plan, memory: &mut Memory, step: &Step) -> Result<(
             Ok(())
         }
         Op::Copy { src, src_head, dst, dst_head, heads, runs, add } => {
+            let rounded = matches!(plan.info(*dst).dtype, DType::Fp8(_));
             let (src, dst) = (memory.index(*src), memory.index(*dst));
             for (r, i) in runs.iter().flat_map(|r| (0..r.rows).map(move |i| (r, i))) {
                 for head in 0..*heads {
                     let value = memory.0[src].read(r.src + i * r.src_step, src_head + head)?;
+                    let value = if rounded { value | ROUNDED } else { value };
                     let (row, head) = (r.dst + i * r.dst_step, dst_head + head);
                     match add {
                         true => memory.0[dst].add(row, head, value)?,
@@ -213,7 +222,7 @@ pub(super) fn compute(plan: &Plan, memory: &mut Memory, step: &Step) -> Result<(
             let delta = memory.index(Slot::of(Kind::Sum, Tensor::Delta));
             let info = plan.info(memory.0[delta].slot);
             for (row, head) in elements(&[Rows::range(0, info.rows)], info.heads) {
-                let token = memory.token(&inputs, row, head, head)?;
+                let token = memory.token(&inputs, row, head, head, 0)?;
                 memory.0[delta].put(row, head, identity(Tensor::Delta, head, token));
             }
             Ok(())
@@ -259,7 +268,7 @@ pub(super) fn compute(plan: &Plan, memory: &mut Memory, step: &Step) -> Result<(
             let info = plan.info(terms);
             for (row, head) in elements(&[Rows::range(0, info.rows)], info.heads) {
                 memory.of(Slot::caller(Tensor::Sinks)).read(0, head)?;
-                let term = match memory.token(&inputs, row, head, head)? {
+                let term = match memory.token(&inputs, row, head, head, 0)? {
                     PAD => 0,
                     token => weight(head, token, 0),
                 };
@@ -413,14 +422,15 @@ impl Memory {
     ) -> Result<(), String> {
         let map = plan.head_map();
         let keys = [(k, Tensor::K), (Slot { tensor: Tensor::V, ..k }, Tensor::V)];
+        let rounded = if plan.problem.kv_wire.is_some() { ROUNDED } else { 0 };
         for head in 0..plan.share.q.len() as u32 {
             let kv_head = map.kv_of(head as usize) as u32;
             let tokens = (s.k..s.k + s.k_len)
-                .map(|row| self.true_token(&keys, row, kv_head, map.kv_first + kv_head))
+                .map(|row| self.true_token(&keys, row, kv_head, map.kv_first + kv_head, rounded))
                 .collect::<Result<Vec<u32>, String>>()?;
             for i in 0..s.q_len {
                 let q_row = s.q + i;
-                let query = self.true_token(queries, q_row, head, map.q_first + head)?;
+                let query = self.true_token(queries, q_row, head, map.q_first + head, 0)?;
                 for k_row in s.keys_of(i) {
                     let weight = weight(map.q_first + head, query, tokens[(k_row - s.k) as usize]);
                     f(self, Triple { q_row, k_row, head, kv_head, weight })?;
@@ -432,7 +442,7 @@ impl Memory {
 
     /// The true token whose latent a row is.
     fn latent(&self, slot: Slot, row: u32) -> Result<u32, String> {
-        self.true_token(&[(slot, Tensor::Latent)], row, 0, 0)
+        self.true_token(&[(slot, Tensor::Latent)], row, 0, 0, 0)
     }
 
     fn true_token(
@@ -441,26 +451,29 @@ impl Memory {
         row: u32,
         head: u32,
         global: u32,
+        mark: u64,
     ) -> Result<u32, String> {
-        match self.token(slots, row, head, global)? {
+        match self.token(slots, row, head, global, mark)? {
             PAD => Err(format!("{:?} row {row} is padding", slots[0].0)),
             token => Ok(token),
         }
     }
 
-    /// The token in a row, after checking that every slot has it there, with this global head.
+    /// The token in a row, after checking that every slot has it there, with this global head and this mark.
     fn token(
         &self,
         slots: &[(Slot, Tensor)],
         row: u32,
         head: u32,
         global: u32,
+        mark: u64,
     ) -> Result<u32, String> {
         let token = self.of(slots[0].0).read(row, head)? as u32;
         for (slot, tensor) in slots {
-            if self.of(*slot).read(row, head)? != identity(*tensor, global, token) {
+            if self.of(*slot).read(row, head)? != identity(*tensor, global, token) | mark {
+                let how = if mark == 0 { "" } else { ", rounded" };
                 return Err(format!(
-                    "{slot:?} row {row} head {head} is not {tensor:?} of head {global}, token {token}"
+                    "{slot:?} row {row} head {head} is not {tensor:?} of head {global}, token {token}{how}"
                 ));
             }
         }

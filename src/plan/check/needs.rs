@@ -86,8 +86,11 @@ fn received(plan: &Plan) -> Vec<(Kind, Tensor, u64)> {
         let Op::Exchange { recvs, .. } = &step.op else { continue };
         for m in recvs {
             // What is packed goes on to the team buffer.
-            let kind = if m.slot.kind == Kind::Pack { Kind::Team } else { m.slot.kind };
             let tensor = m.slot.tensor;
+            let kind = match m.slot.kind {
+                Kind::Pack | Kind::Code => Kind::Team,
+                kind => kind,
+            };
             match out.iter_mut().find(|(k, t, _)| (*k, *t) == (kind, tensor)) {
                 Some(sum) => sum.2 += u64::from(m.count()),
                 None => out.push((kind, tensor, u64::from(m.count()))),

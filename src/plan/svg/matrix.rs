@@ -244,7 +244,7 @@ fn draw_tiles(
                 continue;
             };
             let mut arrived = Vec::new();
-            if k.kind == Kind::Recv {
+            if matches!(k.kind, Kind::Recv | Kind::Seen) {
                 for t in &survey.stage(stage).arriving.transfers {
                     let owner = team_segments(p, t.owner, Side::Key);
                     let mut row = t.base;
@@ -254,7 +254,7 @@ fn draw_tiles(
                     }
                 }
             }
-            let keys = if k.kind == Kind::Recv { &arrived } else { &own };
+            let keys = if matches!(k.kind, Kind::Recv | Kind::Seen) { &arrived } else { &own };
             for s in slices {
                 let (Some(q), Some(k)) = (find(&queries, s.q), find(keys, s.k)) else { continue };
                 if !visible[q.seq as usize] {

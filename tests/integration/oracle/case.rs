@@ -1,7 +1,7 @@
 //! The corpus: `tests/data/cases.csv`, described in `tests/data/README.md`.
 
 use context_parallel::balance::Dealt;
-use context_parallel::dtype::DType;
+use context_parallel::dtype::{DType, Fp8};
 use context_parallel::error::Result;
 use context_parallel::mask::Mask;
 use context_parallel::partition::{Partition, Side, Stretch};
@@ -56,6 +56,8 @@ pub struct Case {
     pub bias: Option<BiasShape>,
     /// K and V are made of latents.
     pub latent: Option<Latent>,
+    /// How keys and values travel.
+    pub kv_wire: Option<Fp8>,
 }
 
 /// Key of the corpus' dropout.
@@ -85,7 +87,7 @@ fn parse(text: &str) -> Vec<Case> {
 fn line(line: &str) -> Case {
     let f: Vec<&str> = line.split(',').collect();
     assert_eq!(f.len(), COLUMNS.split(',').count(), "cases.csv: {line}");
-    assert_eq!([f[26], f[28]], ["-"; 2], "{}: slices, kv_wire: not read yet", f[0]);
+    assert_eq!(f[26], "-", "{}: slices: not read yet", f[0]);
     let number =
         |i: usize| -> usize { f[i].parse().unwrap_or_else(|e| panic!("{}: {e}: {}", f[0], f[i])) };
     let batch = number(3);
@@ -143,6 +145,7 @@ fn line(line: &str) -> Case {
         sinks: reach(24),
         max_logit: reach(25),
         latent: latent(f[27]),
+        kv_wire: (f[28] != "-").then(|| Fp8::parse(f[28]).unwrap_or_else(|| panic!("{}", f[28]))),
     }
 }
 
@@ -321,6 +324,7 @@ impl Case {
             dim_v: self.dim_v as u32,
             dtype,
             wire: Wire::Storage,
+            kv_wire: self.kv_wire,
             scale: self.scale,
             score: Score {
                 softcap: self.softcap,

@@ -45,6 +45,7 @@ pub fn round(x: f32, dtype: DType) -> f32 {
         DType::F32 => x,
         DType::Bf16 => half::bf16::from_f32(x).to_f32(),
         DType::F16 => half::f16::from_f32(x).to_f32(),
+        DType::Fp8(_) => unreachable!("no tensor is stored so"),
     }
 }
 
@@ -109,6 +110,7 @@ pub fn encode(values: &[f32], dtype: DType) -> Vec<u8> {
         DType::F32 => values.iter().flat_map(|x| x.to_ne_bytes()).collect(),
         DType::Bf16 => values.iter().flat_map(|&x| half::bf16::from_f32(x).to_ne_bytes()).collect(),
         DType::F16 => values.iter().flat_map(|&x| half::f16::from_f32(x).to_ne_bytes()).collect(),
+        DType::Fp8(_) => unreachable!("no tensor is stored so"),
     }
 }
 
@@ -125,5 +127,6 @@ pub fn decode(bytes: &[u8], dtype: DType) -> Vec<f32> {
         DType::F16 => {
             bytes.chunks_exact(2).map(|b| half::f16::from_ne_bytes(two(b)).to_f32()).collect()
         }
+        DType::Fp8(_) => unreachable!("no tensor is stored so"),
     }
 }

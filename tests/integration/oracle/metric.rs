@@ -13,6 +13,7 @@ use super::case::Case;
 use super::exact::{Exact, exact};
 use super::inputs::{Inputs, inputs};
 use super::plain::{Variation, plain};
+use super::wire::attended;
 use context_parallel::dtype::DType;
 use context_parallel::partition::Side;
 use std::collections::HashMap;
@@ -78,9 +79,10 @@ pub fn reference(case: &Case, dtype: DType) -> Arc<Reference> {
 impl Reference {
     fn new(case: &Case, dtype: DType) -> Reference {
         let inputs = inputs(case, dtype);
-        let exact = exact(case, &inputs);
+        let attended = attended(case, &inputs, dtype);
+        let exact = exact(case, &attended);
         let sees = |seq, i, j| case.sees(seq, i, j);
-        let plain = plain(case, &inputs, dtype, &Variation::of(case, &sees));
+        let plain = plain(case, &attended, dtype, &Variation::of(case, &sees));
         Reference { case: case.clone(), dtype, inputs, exact, plain }
     }
 
@@ -322,6 +324,7 @@ fn epsilon(dtype: DType) -> f64 {
         DType::F32 => 2f64.powi(-24),
         DType::Bf16 => 2f64.powi(-8),
         DType::F16 => 2f64.powi(-11),
+        DType::Fp8(_) => unreachable!("no tensor is stored so"),
     }
 }
 

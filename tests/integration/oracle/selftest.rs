@@ -15,7 +15,7 @@ fn case(name: &str) -> &'static Case {
 fn corpus_is_well_formed() {
     let tags: HashSet<&str> = [
         "fast", "tiny", "long", "mask", "window", "cross", "blind", "pad", "format", "thd",
-        "heads", "dims", "scale", "score", "latent",
+        "heads", "dims", "scale", "score", "wire", "latent",
     ]
     .into();
     let mut names = HashSet::new();

@@ -158,6 +158,7 @@ impl Tensor {
                 DType::F32 => at.cast::<f32>().add(d).read(),
                 DType::Bf16 => bf16::from_bits(at.cast::<u16>().add(d).read()).to_f32(),
                 DType::F16 => f16::from_bits(at.cast::<u16>().add(d).read()).to_f32(),
+                DType::Fp8(_) => unreachable!("no tensor is stored so"),
             }
         }
     }
@@ -170,6 +171,7 @@ impl Tensor {
                 DType::F32 => at.cast::<f32>().add(d).write(value),
                 DType::Bf16 => at.cast::<u16>().add(d).write(bf16::from_f32(value).to_bits()),
                 DType::F16 => at.cast::<u16>().add(d).write(f16::from_f32(value).to_bits()),
+                DType::Fp8(_) => unreachable!("no tensor is stored so"),
             }
         }
     }
