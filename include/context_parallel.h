@@ -832,6 +832,10 @@ typedef struct cp_attention_config {
     // CP_BIAS_*, CP_BIAS among them: an additive bias `[batch, heads, queries, keys]` comes with every call and is added to the scores after
     // softmax_scale, soft-cap and ALiBi; 0 = none.
     uint32_t bias;
+    // CP_KV_WIRE_*: how keys and values travel between ranks, and so what every rank attends, its own keys included; 0 = in `dtype`.
+    cp_kv_wire kv_wire;
+    // Must be 0.
+    uint32_t reserved;
     // Multi-head latent attention: elements of the latent c that keys and values of a token are made of, a multiple of 8 up to 4096; 0 = none. Calls
     // then have `latent`, `up_k` and `up_v` instead of `k` and `v`: head h has k = [up_k[h]·c ; r], v = up_v[h]·c, rounded to the storage type. Latents
     // travel between ranks, and each rank expands those that it attends for its own heads. kv_heads is `heads`, or 0. Not on CUDA yet.
@@ -839,10 +843,6 @@ typedef struct cp_attention_config {
     // With latent_dim: elements of r, the part of a key that all heads share and that comes with its positions rotated into it: a multiple of 8 below
     // head_dim_qk.
     uint32_t latent_rope;
-    // CP_KV_WIRE_*: how keys and values travel between ranks, and so what every rank attends, its own keys included; 0 = in `dtype`.
-    cp_kv_wire kv_wire;
-    // Must be 0.
-    uint32_t reserved;
 } cp_attention_config;
 
 // How a group communicates for a layer. All zero is p2p.

@@ -154,7 +154,7 @@ pub fn any_problem(r: &mut Random) -> Problem {
         p.partition = Partition::Balanced;
         Dealt::default().resolve(&mut p);
     }
-    if r.one_in(4) {
+    if p.kv_wire.is_none() && r.one_in(4) {
         p.kv_heads = p.heads;
         let rope = 8 * r.within(0, p.dim_qk / 8 - 1);
         p.latent = Some(Latent { dim: 8 * r.within(1, 5), rope });
