@@ -212,6 +212,12 @@
 // CUDA: through page-locked host memory and a transport of the CPU's, the last resort. Slow: hosts wait for their devices; nothing is capturable.
 #define CP_TRANSPORT_STAGED 4
 
+// cp_mask_slice.flags: `lo` counts (without it there is no least difference).
+#define CP_SLICE_LO 1
+
+// cp_mask_slice.flags: `hi` counts (without it there is no greatest difference).
+#define CP_SLICE_HI 2
+
 // cp_attention_config.bias: there is one; without other flags it is the same for all batch entries, heads and queries.
 #define CP_BIAS 1
 
@@ -475,6 +481,28 @@ typedef struct cp_stretch {
     uint32_t len;
 } cp_stretch;
 
+// A part of a mask of the caller's own: queries q_begin … q_end - 1 of a sequence see its keys k_begin … k_end - 1, as far as
+// lo <= key - query <= hi and the layer's own mask (causal, window) lets them. Positions count from the sequence's first true token, and no
+// range goes beyond the true tokens. So {s, 0, n, 0, n} is all of sequence s, and with hi = 0 and CP_SLICE_HI its causal half.
+typedef struct cp_mask_slice {
+    // Index of the sequence.
+    uint32_t sequence;
+    // First query.
+    uint32_t q_begin;
+    // One past the last query; greater than `q_begin`.
+    uint32_t q_end;
+    // First key.
+    uint32_t k_begin;
+    // One past the last key; greater than `k_begin`.
+    uint32_t k_end;
+    // CP_SLICE_*.
+    uint32_t flags;
+    // Least key - query; counts with CP_SLICE_LO, else 0.
+    int32_t lo;
+    // Greatest key - query; counts with CP_SLICE_HI, else 0.
+    int32_t hi;
+} cp_mask_slice;
+
 // The sequences of one call: all of them, with their global lengths, equal on every rank. All arrays are host memory and are read during
 // the call only. A k field that is zero or NULL means "as q".
 typedef struct cp_sequences {
@@ -514,6 +542,11 @@ typedef struct cp_sequences {
     const uint32_t *list_q_counts;
     // Number of key stretches of each rank.
     const uint32_t *list_k_counts;
+    // What queries see at most, `[slice_count]`, in any order; NULL = what the layer's mask lets them see. Where there are slices, nothing else
+    // is seen of any sequence, and no query sees a key in two of them. Attention only: who holds what does not depend on it.
+    const struct cp_mask_slice *slices;
+    // Number of slices; 0 exactly if `slices` is NULL.
+    uint64_t slice_count;
 } cp_sequences;
 
 // Which side of attention: queries or keys.

@@ -19,12 +19,12 @@
 //! stage, `a2a` (Ulysses) is u = P, `a2a+p2p` both.
 //!
 //! **Masks are geometry.** Full, causal, windows, packed documents, padding: all are [`mask::Slice`]s, made by intersecting
-//! [`partition::Segment`]s with one [`mask::Band`]. Nothing downstream knows a mask's name.
+//! [`partition::Segment`]s with one [`mask::Band`], within the caller's [`regions`] where there are some. Nothing downstream knows a mask's name.
 //!
 //! # Where to read
 //! | room | what it is for |
 //! |---|---|
-//! | [`partition`], [`mask`], [`score`], [`problem`], [`holding`], [`dtype`], [`error`] | the vocabulary; pure |
+//! | [`partition`], [`mask`], [`regions`], [`score`], [`problem`], [`holding`], [`dtype`], [`error`] | the vocabulary; pure |
 //! | [`mesh`], [`layers`], [`padding`] | what surrounds a layer in Megatron: the rank grid, communication types per layer, padding rules; pure |
 //! | [`balance`] | deals documents out so that all ranks compute alike and few keys move |
 //! | [`collect`] | rows of any bytes between ranks: shifted, or whole sequences on every rank |
@@ -40,7 +40,7 @@
 //! | [`capi`] | translates C to all of the above and decides nothing |
 //!
 //! # Invariants, most of them absences
-//! * Imports run one way: partition ← mask ← problem ← balance ← holding ← plan ← exec ← group ← attention ← capi. `plan` knows neither kernels nor
+//! * Imports run one way: partition ← mask ← regions ← problem ← balance ← holding ← plan ← exec ← group ← attention ← capi. `plan` knows neither kernels nor
 //!   transports; a test reads the `use` lines.
 //! * `exec` names no communication type and no mask; a test reads it.
 //! * No waiting without a deadline; no error on one rank that leaves another waiting.
@@ -66,6 +66,7 @@ pub mod padding;
 pub mod partition;
 pub mod plan;
 pub mod problem;
+pub mod regions;
 pub mod rows;
 pub mod schedule;
 pub mod score;

@@ -5,6 +5,7 @@ use crate::dtype::{DType, Fp8};
 use crate::error::{Error, Result};
 use crate::mask::Mask;
 use crate::partition::{Partition, Side};
+use crate::regions::{Regions, Sight};
 use crate::score::Score;
 use std::hash::{Hash, Hasher};
 
@@ -181,6 +182,8 @@ pub struct Problem {
     pub packed: bool,
     /// The sequences.
     pub seqs: Vec<Sequence>,
+    /// If there are any, what queries see at most, under `mask`: nothing else of any sequence.
+    pub regions: Regions,
     /// Query heads H, a multiple of `kv_heads`.
     pub heads: u32,
     /// Key heads.
@@ -217,6 +220,7 @@ impl Hash for Problem {
             mask,
             packed,
             seqs,
+            regions,
             heads,
             kv_heads,
             dim_qk,
@@ -229,7 +233,7 @@ impl Hash for Problem {
             latent,
         } = self;
         (ranks, inner, stages, relay, partition, mask, packed).hash(h);
-        (seqs, heads, kv_heads, dim_qk, dim_v, dtype).hash(h);
+        (seqs, regions, heads, kv_heads, dim_qk, dim_v, dtype).hash(h);
         (wire, kv_wire, scale.to_bits(), score, latent).hash(h);
     }
 }
@@ -248,6 +252,12 @@ impl Problem {
     /// Columns of an additive bias: keys of a padded sequence, of the longest if they are packed.
     pub fn bias_columns(&self) -> u32 {
         self.seqs.iter().map(|s| s.k.padded).max().unwrap_or(0)
+    }
+
+    /// What the queries of a sequence may see of its keys.
+    pub fn sight(&self, seq: u32) -> Sight<'_> {
+        let s = &self.seqs[seq as usize];
+        self.regions.sight(seq, self.mask.band(s.q.len, s.k.len))
     }
 
     /// 64 bits that two ranks compare; includes the library's version. FNV-1a.
@@ -311,6 +321,10 @@ impl Problem {
         }
         for side in [Side::Query, Side::Key] {
             self.validate_lengths(side)?;
+        }
+        if !self.regions.is_empty() {
+            let lengths: Vec<_> = self.seqs.iter().map(|s| (s.q.len, s.k.len)).collect();
+            self.regions.validate(&lengths)?;
         }
         if self.partition == Partition::Balanced {
             self.validate_balanced()?;
@@ -519,6 +533,7 @@ impl Hasher for Fnv {
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
+    use crate::regions::Region;
 
     /// One causal sequence of 16 tokens over `ranks` ranks, plain ring.
     pub(crate) fn small(ranks: u32, heads: u32, kv_heads: u32) -> Problem {
@@ -531,6 +546,7 @@ pub(crate) mod tests {
             mask: Mask::CAUSAL,
             packed: false,
             seqs: vec![Sequence::square(16)],
+            regions: Regions::default(),
             heads,
             kv_heads,
             dim_qk: 8,
@@ -547,13 +563,14 @@ pub(crate) mod tests {
     #[test]
     fn fingerprint_sees_every_field() {
         let base = small(4, 4, 2);
-        let changed: [fn(&mut Problem); 13] = [
+        let changed: [fn(&mut Problem); 14] = [
             |p| p.ranks = 5,
             |p| p.stages = 1,
             |p| p.relay = true,
             |p| p.partition = Partition::Striped,
             |p| p.mask.left = Some(3),
             |p| p.seqs[0].k.len = 15,
+            |p| p.regions = Regions::new(&[Region::full(0, (0, 16), (0, 16))]),
             |p| p.dtype = DType::Bf16,
             |p| p.wire = Wire::F32,
             |p| p.kv_wire = Some(Fp8::E5m2),

@@ -1,6 +1,7 @@
 //! An attention layer: a configuration, the groups it has been attached to, and the two passes.
 
 pub(crate) mod engine;
+mod names;
 
 use crate::backend::View;
 use crate::backend::cpu::Cpu;
@@ -18,9 +19,11 @@ use crate::partition::{Partition, Side};
 use crate::plan::account::{ALIGN, Account, account};
 use crate::plan::{Kind, Options, Pass, Plan, Slot, Tensor, fewest_stages};
 use crate::problem::{CommType, Fnv, Latent, Problem, Sequence, Wire};
+use crate::regions::Regions;
 use crate::score::{BiasShape, Score, Seed};
 pub use engine::{AllocFn, Allocator, FreeFn};
 use engine::{Engine, Lease};
+pub use names::name;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
@@ -78,7 +81,19 @@ impl Config {
         seqs: Vec<Sequence>,
         partition: &Partition,
     ) -> Result<Arc<Problem>> {
-        self.problem_dealt(comm, ranks, seqs, partition, &Dealt::default())
+        self.problem_within(comm, ranks, seqs, partition, &Regions::default())
+    }
+
+    /// The same where queries see no more than these regions.
+    pub fn problem_within(
+        &self,
+        comm: Comm,
+        ranks: u32,
+        seqs: Vec<Sequence>,
+        partition: &Partition,
+        regions: &Regions,
+    ) -> Result<Arc<Problem>> {
+        self.problem_dealt(comm, ranks, seqs, partition, regions, &Dealt::default())
     }
 
     fn problem_dealt(
@@ -87,6 +102,7 @@ impl Config {
         ranks: u32,
         seqs: Vec<Sequence>,
         partition: &Partition,
+        regions: &Regions,
         dealt: &Dealt,
     ) -> Result<Arc<Problem>> {
         let inner = comm.kind.inner(ranks, comm.inner)?;
@@ -100,6 +116,7 @@ impl Config {
             mask: self.mask,
             packed: self.packed,
             seqs,
+            regions: regions.clone(),
             heads: self.heads,
             kv_heads: self.kv_heads,
             dim_qk: self.dim_qk,
@@ -293,6 +310,8 @@ struct Attached {
 pub struct Args {
     /// The sequences, all of them, as they are before they are dealt out.
     pub seqs: Vec<Sequence>,
+    /// If there are any, what queries see at most, under the layer's mask.
+    pub regions: Regions,
     /// The caller's own partition, instead of the configured one.
     pub list: Option<Partition>,
     /// Every tensor of the pass.
@@ -418,13 +437,15 @@ impl Attention {
         at: &Attached,
         seqs: &[Sequence],
         partition: &Partition,
+        regions: &Regions,
     ) -> Result<Arc<Problem>> {
         let mut h = Fnv::default();
-        (at.comm, at.group.size(), seqs, partition).hash(&mut h);
+        (at.comm, at.group.size(), seqs, partition, regions).hash(&mut h);
         let key = h.finish();
         let same = |r: &Recent| {
             (r.comm, r.ranks) == (at.comm, at.group.size())
                 && r.problem.seqs == seqs
+                && r.problem.regions == *regions
                 && r.partition == *partition
         };
         let now = self.asked.get() + 1;
@@ -433,7 +454,7 @@ impl Attention {
             recent.asked = now;
             return Ok(recent.problem.clone());
         }
-        let problem = self.new_problem(at, seqs.to_vec(), partition)?;
+        let problem = self.new_problem(at, seqs.to_vec(), partition, regions)?;
         let mut recent = self.recent.borrow_mut();
         if recent.len() >= RECENT_PROBLEMS {
             let oldest = recent.iter().min_by_key(|(_, r)| r.asked).map(|(key, _)| *key);
@@ -450,35 +471,38 @@ impl Attention {
         at: &Attached,
         seqs: Vec<Sequence>,
         partition: &Partition,
+        regions: &Regions,
     ) -> Result<Arc<Problem>> {
-        let Stages::Within(cap) = at.comm.stages else {
-            return self.config.problem_dealt(
-                at.comm,
-                at.group.size(),
-                seqs,
-                partition,
-                &self.dealt,
-            );
+        let made = |comm| {
+            let ranks = at.group.size();
+            self.config.problem_dealt(comm, ranks, seqs, partition, regions, &self.dealt)
         };
-        let named = Comm { stages: Stages::Named, ..at.comm };
-        let p = self.config.problem_dealt(named, at.group.size(), seqs, partition, &self.dealt)?;
+        let Stages::Within(cap) = at.comm.stages else { return made(at.comm) };
+        let p = made(Comm { stages: Stages::Named, ..at.comm })?;
         let stages = self.fitted.stages(&p, cap)?;
         Ok(Arc::new(Problem { stages, ..(*p).clone() }))
     }
 
     /// The current problem for these sequences.
     pub fn problem(&self, seqs: Vec<Sequence>, list: Option<Partition>) -> Result<Arc<Problem>> {
-        self.problem_for(
-            &self.known[&self.current],
-            &seqs,
-            list.as_ref().unwrap_or(&self.config.partition),
-        )
+        self.problem_within(&seqs, list.as_ref(), &Regions::default())
+    }
+
+    /// The same where queries see no more than these regions.
+    pub fn problem_within(
+        &self,
+        seqs: &[Sequence],
+        list: Option<&Partition>,
+        regions: &Regions,
+    ) -> Result<Arc<Problem>> {
+        let partition = list.unwrap_or(&self.config.partition);
+        self.problem_for(&self.known[&self.current], seqs, partition, regions)
     }
 
     /// What a pass over these sequences runs, K and V being dense: from the caches, if it was asked before.
     pub fn prepared(&self, seqs: &[Sequence], pass: Pass) -> Result<Arc<Prepared>> {
         let at = &self.known[&self.current];
-        let problem = self.problem_for(at, seqs, &self.config.partition)?;
+        let problem = self.problem_for(at, seqs, &self.config.partition, &Regions::default())?;
         Ok(at.group.prepare(&problem, pass, self.options(&at.group, false), self.target()))
     }
 
@@ -645,6 +669,7 @@ impl Attention {
                 &at,
                 &args.seqs,
                 args.list.as_ref().unwrap_or(&self.config.partition),
+                &args.regions,
             )?;
             let hash = problem.fingerprint();
             if expected.is_some_and(|e| e != hash) {
@@ -844,38 +869,5 @@ impl Attention {
     pub fn saved_bytes(&self, problem: &Arc<Problem>) -> usize {
         let options = self.options(self.group(), false);
         self.group().prepare(problem, Pass::Forward, options, self.target()).saved
-    }
-}
-
-/// Name of a tensor as callers write it.
-pub fn name(tensor: Tensor) -> &'static str {
-    match tensor {
-        Tensor::Q => "q",
-        Tensor::K => "k",
-        Tensor::V => "v",
-        Tensor::Out => "out",
-        Tensor::Lse => "lse",
-        Tensor::DOut => "d_out",
-        Tensor::DQ => "dq",
-        Tensor::DK => "dk",
-        Tensor::DV => "dv",
-        Tensor::Delta => "delta",
-        Tensor::Max => "max",
-        Tensor::Sum => "sum",
-        Tensor::Sinks => "sinks",
-        Tensor::DSinks => "d_sinks",
-        Tensor::SinkTerms => "sink terms",
-        Tensor::Top => "row maxima",
-        Tensor::MaxLogit => "max_logit",
-        Tensor::Bias => "bias",
-        Tensor::DBias => "d_bias",
-        Tensor::Latent => "latent",
-        Tensor::DLatent => "d_latent",
-        Tensor::UpK => "up_k",
-        Tensor::UpV => "up_v",
-        Tensor::DUpK => "d_up_k",
-        Tensor::DUpV => "d_up_v",
-        Tensor::Local => "local",
-        Tensor::Whole => "whole",
     }
 }

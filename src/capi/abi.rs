@@ -258,6 +258,37 @@ pub struct cp_stretch {
     pub len: u32,
 }
 
+/// cp_mask_slice.flags: `lo` counts (without it there is no least difference).
+pub const CP_SLICE_LO: u32 = 1;
+/// cp_mask_slice.flags: `hi` counts (without it there is no greatest difference).
+pub const CP_SLICE_HI: u32 = 2;
+
+/// A part of a mask of the caller's own: queries q_begin … q_end - 1 of a sequence see its keys k_begin … k_end - 1, as far as
+/// lo <= key - query <= hi and the layer's own mask (causal, window) lets them. Positions count from the sequence's first true token, and no
+/// range goes beyond the true tokens. So {s, 0, n, 0, n} is all of sequence s, and with hi = 0 and CP_SLICE_HI its causal half.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub struct cp_mask_slice {
+    /// Index of the sequence.
+    pub sequence: u32,
+    /// First query.
+    pub q_begin: u32,
+    /// One past the last query; greater than `q_begin`.
+    pub q_end: u32,
+    /// First key.
+    pub k_begin: u32,
+    /// One past the last key; greater than `k_begin`.
+    pub k_end: u32,
+    /// CP_SLICE_*.
+    pub flags: u32,
+    /// Least key - query; counts with CP_SLICE_LO, else 0.
+    pub lo: i32,
+    /// Greatest key - query; counts with CP_SLICE_HI, else 0.
+    pub hi: i32,
+}
+
+const _: () = assert!(size_of::<cp_mask_slice>() == 32);
+
 /// The sequences of one call: all of them, with their global lengths, equal on every rank. All arrays are host memory and are read during
 /// the call only. A k field that is zero or NULL means "as q".
 #[repr(C)]
@@ -299,6 +330,11 @@ pub struct cp_sequences {
     pub list_q_counts: *const u32,
     /// Number of key stretches of each rank.
     pub list_k_counts: *const u32,
+    /// What queries see at most, `[slice_count]`, in any order; NULL = what the layer's mask lets them see. Where there are slices, nothing else
+    /// is seen of any sequence, and no query sees a key in two of them. Attention only: who holds what does not depend on it.
+    pub slices: *const cp_mask_slice,
+    /// Number of slices; 0 exactly if `slices` is NULL.
+    pub slice_count: u64,
 }
 
 /// Gives `bytes` bytes of device memory, aligned to 64, that work enqueued on `stream` (a CUstream) from now on may use; NULL on failure. Called

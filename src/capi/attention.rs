@@ -6,6 +6,7 @@ use super::group::cp_group;
 use super::guard::{
     Opaque, create, destroy, enter, extensible, guard, known_flags, object, output, report, zero,
 };
+use super::slices::mask_slices;
 use crate::attention::{Args, Attention, Context};
 use crate::backend::View;
 use crate::backend::cpu::{Cpu, Simd};
@@ -509,6 +510,8 @@ unsafe fn pass_args(
     let list = matches!(config.partition, Partition::List { .. });
     // SAFETY: the caller's promise.
     let (seqs, list) = unsafe { decode::sequences(sequences, config.packed, list, ranks)? };
+    // SAFETY: likewise.
+    let regions = unsafe { mask_slices(sequences)? };
     let place = Place::of_group(layer.group());
     let (mut views, mut shapes) = (Vec::with_capacity(9), Vec::with_capacity(9));
     for (i, (tensor, t)) in inputs.iter().chain(outputs).enumerate() {
@@ -538,6 +541,7 @@ unsafe fn pass_args(
     let stream = std::ptr::null_mut();
     Ok(Args {
         seqs,
+        regions,
         list,
         views,
         shapes,
@@ -577,7 +581,9 @@ unsafe fn problem(layer: &Attention, sequences: *const cp_sequences) -> Result<A
     // SAFETY: the caller's promise.
     let (seqs, list) =
         unsafe { decode::sequences(sequences, config.packed, list, layer.group().size())? };
-    layer.problem(seqs, list)
+    // SAFETY: likewise.
+    let regions = unsafe { mask_slices(sequences)? };
+    layer.problem_within(&seqs, list.as_ref(), &regions)
 }
 
 /// This rank's plan for these sequences on the current group, as text or JSON. Writes at most `capacity` bytes, ended by 0, and the full

@@ -10,6 +10,7 @@ use crate::holding::tokens;
 use crate::mask::Mask;
 use crate::partition::{Partition, Side, padded_length};
 use crate::problem::{Problem, Wire};
+use crate::regions::Regions;
 use crate::score::Score;
 
 /// Smallest length at or above `length` that gives every rank the same number of tokens: a multiple of 2·ranks for zigzag, else of
@@ -118,6 +119,7 @@ pub(super) unsafe fn problem(
         mask: Mask::FULL,
         packed,
         seqs,
+        regions: Regions::default(),
         heads: 1,
         kv_heads: 1,
         dim_qk: 8,

@@ -4,11 +4,12 @@
 //! { "version": "0.1.0", "problem": Problem, "plans": [Plan, …] }
 //!
 //! Problem  { "fingerprint": "hex", "ranks", "inner", "stages", "relay", "partition": "zigzag" | "contiguous" | "striped" | List,
-//!            "mask": { "causal", "bottom_right", "left": n | null, "right": n | null }, "packed",
+//!            "mask": { "causal", "bottom_right", "left": n | null, "right": n | null }, "slices": [Region, …] (none: the mask alone), "packed",
 //!            "sequences": [ { "q": Extent, "k": Extent }, … ], "heads", "kv_heads", "dim_qk", "dim_v",
 //!            "dtype": "fp32" | "bf16" | "fp16", "wire": "storage" | "fp32", "kv_wire": "storage" | "e4m3" | "e5m2", "scale",
 //!            "latent": [dim, rope] | null }
 //! Extent   { "before", "len", "padded" }: padding tokens, true tokens, all tokens
+//! Region   [seq, first query, one past the last, first key, one past the last, lo | null, hi | null]: within it lo <= key − query <= hi
 //! List     { "q": [per rank: [ { "seq", "start", "step", "len" }, … ], …], "k": likewise }
 //! Plan     { "rank", "pass": "forward" | "backward", "pack", "saved", "stages": n, "heads": [from, to],
 //!            "kv_heads": [from, to], "events": n, "slots": [Slot, …], "steps": [Step, …], "account": Account }
@@ -37,6 +38,7 @@ use crate::dtype::DType;
 use crate::mask::Slice;
 use crate::partition::{Partition, Stretch};
 use crate::problem::{Extent, Problem, Wire};
+use crate::regions::Region;
 use std::fmt::{Display, Write};
 use std::ops::Range;
 
@@ -79,6 +81,7 @@ pub fn problem(p: &Problem) -> String {
         ("relay", num(p.relay)),
         ("partition", partition),
         ("mask", mask),
+        ("slices", list(p.regions.list().iter().map(region))),
         ("packed", num(p.packed)),
         ("sequences", list(p.seqs.iter().map(sequence))),
         ("heads", num(p.heads)),
@@ -91,6 +94,12 @@ pub fn problem(p: &Problem) -> String {
         ("scale", num(p.scale)),
         ("latent", p.latent.map_or("null".into(), |l| list([num(l.dim), num(l.rope)]))),
     ])
+}
+
+fn region(r: &Region) -> String {
+    let limit = |x: Option<i32>| x.map_or("null".into(), num);
+    let plain = [r.seq, r.q.0, r.q.1, r.k.0, r.k.1].map(num);
+    list(plain.into_iter().chain([limit(r.lo), limit(r.hi)]))
 }
 
 fn stretches(lists: &[Vec<Stretch>]) -> String {

@@ -1,6 +1,6 @@
 //! Which key rows one team needs of another, and the slices that they make.
 
-use crate::mask::{Slice, overlap};
+use crate::mask::{Overlap, Slice};
 use crate::partition::Segment;
 use crate::plan::Rows;
 use crate::problem::Problem;
@@ -16,16 +16,15 @@ pub struct Interval {
     pub to: u32,
 }
 
-/// Keys of `owner` that some query of `reader` may see; both sorted by (sequence, start). In a band, the keys that a segment of
-/// queries sees in a segment of keys are one interval without holes, so this is exactly what is needed.
+/// Keys of `owner` that some query of `reader` may see; both sorted by (sequence, start). The keys of an overlap are one interval without
+/// holes, so this is exactly what is needed.
 pub fn needed(problem: &Problem, reader: &[Segment], owner: &[Segment]) -> Vec<Interval> {
     let mut out: Vec<Interval> = Vec::new();
     let mut spans: Vec<(u32, u32)> = Vec::new();
     for_pairs(reader, owner, |qs, index, key| {
-        let s = &problem.seqs[key.seq as usize];
-        let band = problem.mask.band(s.q.len, s.k.len);
+        let sight = problem.sight(key.seq);
         spans.clear();
-        spans.extend(qs.iter().filter_map(|q| overlap(q, key, band)).map(|o| o.k));
+        spans.extend(qs.iter().flat_map(|q| sight.overlaps(q, key)).map(|o| o.k));
         spans.sort_unstable();
         for &(from, to) in &spans {
             match out.last_mut() {
@@ -37,18 +36,17 @@ pub fn needed(problem: &Problem, reader: &[Segment], owner: &[Segment]) -> Vec<I
     out
 }
 
-/// Does some query of `reader` see a key of `owner`? Gives up with yes when `patience`, counted in pairs of segments, is over.
+/// Does some query of `reader` see a key of `owner`? Gives up with yes when `patience`, counted in overlaps that are tried, is over.
 pub fn any(problem: &Problem, reader: &[Segment], owner: &[Segment], patience: &mut usize) -> bool {
     let mut at = 0;
     for key in owner {
         at += reader[at..].iter().take_while(|q| q.seq < key.seq).count();
-        let s = &problem.seqs[key.seq as usize];
-        let band = problem.mask.band(s.q.len, s.k.len);
+        let sight = problem.sight(key.seq);
         for q in reader[at..].iter().take_while(|q| q.seq == key.seq) {
-            if *patience == 0 || overlap(q, key, band).is_some() {
+            if *patience == 0 || sight.overlaps(q, key).next().is_some() {
                 return true;
             }
-            *patience -= 1;
+            *patience = patience.saturating_sub(sight.tries(q));
         }
     }
     false
@@ -116,23 +114,30 @@ pub fn slices(
 ) {
     let mut at = 0;
     let mut row = base;
+    // First row of each interval of a segment.
+    let mut firsts: Vec<u32> = Vec::new();
     for_pairs(reader, owner, |qs, index, key| {
-        let s = &problem.seqs[key.seq as usize];
-        let band = problem.mask.band(s.q.len, s.k.len);
+        let sight = problem.sight(key.seq);
         while at < intervals.len() && intervals[at].segment < index {
             row += intervals[at].to - intervals[at].from;
             at += 1;
         }
-        while at < intervals.len() && intervals[at].segment == index {
-            let i = intervals[at];
-            for q in qs {
-                if let Some(o) = overlap(q, key, band).filter(|o| i.from <= o.k.0 && o.k.1 <= i.to)
-                {
-                    out.push(o.slice(i64::from(q.offset), i64::from(row) - i64::from(i.from)));
-                }
-            }
+        let mine = intervals[at..].iter().take_while(|i| i.segment == index).count();
+        let mine = &intervals[at..at + mine];
+        at += mine.len();
+        firsts.clear();
+        for i in mine {
+            firsts.push(row);
             row += i.to - i.from;
-            at += 1;
+        }
+        // Intervals are made of overlaps, so each lies in one, if these are the keys of this reader.
+        let place = |o: &Overlap| mine.partition_point(|i| i.from <= o.k.0).checked_sub(1);
+        for q in qs {
+            for o in sight.overlaps(q, key) {
+                let Some(n) = place(&o).filter(|n| o.k.1 <= mine[*n].to) else { continue };
+                let first = i64::from(firsts[n]) - i64::from(mine[n].from);
+                out.push(o.slice(i64::from(q.offset), first));
+            }
         }
     });
 }
@@ -141,11 +146,11 @@ pub fn slices(
 pub fn own_slices(problem: &Problem, reader: &[Segment], owner: &[Segment]) -> Vec<Slice> {
     let mut out = Vec::new();
     for_pairs(reader, owner, |qs, _, key| {
-        let s = &problem.seqs[key.seq as usize];
-        let band = problem.mask.band(s.q.len, s.k.len);
-        out.extend(qs.iter().filter_map(|q| {
-            Some(overlap(q, key, band)?.slice(i64::from(q.offset), i64::from(key.offset)))
-        }));
+        let sight = problem.sight(key.seq);
+        for q in qs {
+            let slice = |o: Overlap| o.slice(i64::from(q.offset), i64::from(key.offset));
+            out.extend(sight.overlaps(q, key).map(slice));
+        }
     });
     sort(&mut out);
     out

@@ -138,5 +138,12 @@ fn caption(plans: &[Plan]) -> String {
         let right = if mask.causal { "0".to_string() } else { side(mask.right) };
         let _ = write!(out, ", window {} | {right}", side(mask.left));
     }
+    match p.regions.list().len() {
+        0 => {}
+        1 => out += ", 1 slice",
+        n => {
+            let _ = write!(out, ", {n} slices");
+        }
+    }
     out
 }

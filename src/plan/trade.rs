@@ -24,6 +24,7 @@ use crate::holding::holding;
 use crate::mask::Mask;
 use crate::partition::{Partition, Side};
 use crate::problem::{Extent, Fnv, Problem, Sequence, Wire};
+use crate::regions::Regions;
 use crate::score::Score;
 use std::collections::BTreeMap;
 use std::hash::{Hash, Hasher};
@@ -107,6 +108,7 @@ impl Trade {
             mask: Mask::FULL,
             packed,
             seqs: extents.map(|e| Sequence { q: e, k: e }).collect(),
+            regions: Regions::default(),
             heads,
             kv_heads: heads,
             dim_qk: 8,

@@ -112,7 +112,17 @@ AT(cp_stretch, start, 4);
 AT(cp_stretch, step, 8);
 AT(cp_stretch, len, 12);
 
-SIZE(cp_sequences, 120);
+SIZE(cp_mask_slice, 32);
+AT(cp_mask_slice, sequence, 0);
+AT(cp_mask_slice, q_begin, 4);
+AT(cp_mask_slice, q_end, 8);
+AT(cp_mask_slice, k_begin, 12);
+AT(cp_mask_slice, k_end, 16);
+AT(cp_mask_slice, flags, 20);
+AT(cp_mask_slice, lo, 24);
+AT(cp_mask_slice, hi, 28);
+
+SIZE(cp_sequences, 136);
 AT(cp_sequences, struct_size, 0);
 AT(cp_sequences, flags, 4);
 AT(cp_sequences, count, 8);
@@ -131,6 +141,8 @@ AT(cp_sequences, list_q, 88);
 AT(cp_sequences, list_k, 96);
 AT(cp_sequences, list_q_counts, 104);
 AT(cp_sequences, list_k_counts, 112);
+AT(cp_sequences, slices, 120);
+AT(cp_sequences, slice_count, 128);
 
 SIZE(cp_trade_args, 64);
 AT(cp_trade_args, struct_size, 0);

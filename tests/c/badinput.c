@@ -560,7 +560,15 @@ static void layer_functions(cp_group *g, cp_attention *layer) {
         TRUE_(bytes == 99);                                                    \
     } while (0)
 
+/* The same with two slices, of which the second is spoilt. */
+#define SLICES(layer, words, change)                                           \
+    do {                                                                       \
+        cp_mask_slice slices[2] = {{0, 0, 8, 0, 5, 0, 0, 0}, {0, 4, 8, 5, 8, 0, 0, 0}}; \
+        SEQUENCES(layer, words, (s.slices = slices, s.slice_count = 2, change)); \
+    } while (0)
+
 static void lengths(void) {
+    static const cp_mask_slice slices[1] = {{0, 0, 8, 0, 5, 0, 0, 0}};
     static const int32_t cu[] = {0, 5, 16}, from_one[] = {1, 5, 16}, falling[] = {0, 16, 5}, wide[] = {0, 8, 20}, narrow[] = {0, 4, 16};
     static const int32_t negative[] = {-1, 5}, lens[] = {10, 17}, before[] = {7, 0}, extreme[] = {0, INT32_MAX, INT32_MIN};
     cp_stretch list[3] = {{0, 0, 1, 16}, {1, 0, 1, 16}, {1, 0, 1, 1}};
@@ -583,6 +591,19 @@ static void lengths(void) {
     SEQUENCES(layer, "sequences.lens_q: got a pointer that is not aligned", s.lens_q = (const int32_t *)((const char *)lens + 1));
     SEQUENCES(layer, "CP_FORMAT_DENSE", s.cu_seqlens_q = cu);
     SEQUENCES(layer, "sequences.list_*: given", s.list_q = list);
+    SEQUENCES(layer, "sequences.slice_count: got 1 with slices", s.slice_count = 1);
+    SEQUENCES(layer, "sequences.slice_count: got 0 with slices", s.slices = slices);
+    SEQUENCES(layer, "sequences.slice_count: got 4294967296", (s.slices = slices, s.slice_count = (uint64_t)1 << 32));
+    SLICES(layer, "sequences.slices: got a pointer that is not aligned", s.slices = (const cp_mask_slice *)((const char *)slices + 2));
+    SLICES(layer, "slices[1].flags: got unknown flag(s) 0x4", slices[1].flags = 4);
+    SLICES(layer, "slices[1].lo: without its flag", slices[1].lo = 1);
+    SLICES(layer, "slices[1].hi: without its flag", slices[1].hi = -1);
+    SLICES(layer, "slices[1]: got sequence 2, there are 2", slices[1].sequence = 2);
+    SLICES(layer, "slices[1]: got queries 4 … 17", slices[1].q_end = 17);
+    SLICES(layer, "slices[1]: got queries 4 … 4", slices[1].q_end = 4);
+    SLICES(layer, "slices[1]: got keys 9 … 8", slices[1].k_begin = 9);
+    SLICES(layer, "slices[1]: got lo 3 and hi 2", (slices[1].flags = 3, slices[1].lo = 3, slices[1].hi = 2));
+    SLICES(layer, "slices[0] and slices[1] both let query 7 of sequence 0 see key 4", slices[1].k_begin = 4);
     GOOD(cp_attention_destroy(layer));
     config.format = CP_FORMAT_PACKED;
     base = dense(0);

@@ -9,7 +9,7 @@
 #include <stdlib.h>
 #include <string.h>
 
-enum { MOST_SEQS = 64, MOST_CASES = 256, MOST_STRETCHES = 4096, MOST_RANKS = 16, MOST_HEADS = 18, COLUMNS = 29 };
+enum { MOST_SEQS = 64, MOST_CASES = 256, MOST_STRETCHES = 4096, MOST_RANKS = 16, MOST_HEADS = 18, MOST_SLICES = 64, COLUMNS = 29 };
 enum { BSHD, SBHD, THD };
 
 typedef struct extent {
@@ -31,6 +31,8 @@ typedef struct test_case {
     uint32_t bias; /* CP_BIAS_*; 0: none */
     cp_reach sinks, max_logit;
     int latent_dim, latent_rope; /* 0: none */
+    int slice_count;
+    cp_mask_slice slices[MOST_SLICES];
     cp_kv_wire kv_wire;
 } test_case;
 
@@ -92,6 +94,48 @@ static inline void extents(extent *out, int count, const char *lens, const char 
     }
 }
 
+/* Two numbers with a colon between them; what stands where, and which are there: 1 the first, 2 the second. Moves `text` behind them. */
+static inline uint32_t pair(const char **text, long out[2]) {
+    uint32_t there = 0;
+    int n;
+    for (n = 0; n < 2; n++) {
+        char *end;
+        out[n] = strtol(*text, &end, 10);
+        there |= end == *text ? 0u : 1u << n;
+        out[n] = end == *text ? 0 : out[n];
+        if (n == 0 && *end++ != ':')
+            die("not two numbers with a colon", *text);
+        *text = end;
+    }
+    return there;
+}
+
+/* The slices: `seq/q0:q1/k0:k1`, some with `/lo:hi`. */
+static inline void parse_slices(const char *text, test_case *c) {
+    while (strcmp(text, "-") != 0 && *text != 0) {
+        cp_mask_slice s;
+        long q[2], k[2], band[2] = {0, 0};
+        char *end;
+        memset(&s, 0, sizeof s);
+        s.sequence = (uint32_t)strtol(text, &end, 10);
+        text = end + 1;
+        if (*end != '/' || pair(&text, q) != 3 || *text++ != '/' || pair(&text, k) != 3 || c->slice_count == MOST_SLICES)
+            die("slices that this reader cannot read", c->name);
+        if (*text == '/') {
+            text++;
+            s.flags = pair(&text, band);
+        }
+        s.q_begin = (uint32_t)q[0];
+        s.q_end = (uint32_t)q[1];
+        s.k_begin = (uint32_t)k[0];
+        s.k_end = (uint32_t)k[1];
+        s.lo = (int32_t)band[0];
+        s.hi = (int32_t)band[1];
+        c->slices[c->slice_count++] = s;
+        text += *text == ' ';
+    }
+}
+
 static inline test_case parse_case(char *line) {
     static const char *const formats[] = {"bshd", "sbhd", "thd"};
     static const char *const partitions[] = {"zigzag", "contiguous", "striped", "list", "balanced"};
@@ -136,9 +180,8 @@ static inline test_case parse_case(char *line) {
     c.sinks = (cp_reach)word_of(f[24], reaches, 3, f[0]);
     c.max_logit = (cp_reach)word_of(f[25], reaches, 3, f[0]);
     c.bias = shapes[word_of(f[22], biases, 6, f[0])];
+    parse_slices(f[26], &c);
     c.kv_wire = (cp_kv_wire)word_of(f[28], wires, 3, f[0]);
-    if (strcmp(f[26], "-") != 0)
-        die("slices: not read yet", f[0]);
     if (strcmp(f[27], "-") != 0 && sscanf(f[27], "%d:%d", &c.latent_dim, &c.latent_rope) != 2)
         die("latent is dim:rope", f[0]);
     if (c.heads > MOST_HEADS)
@@ -188,8 +231,15 @@ static inline int after_diagonal(const test_case *c, int seq, int i, int j) {
 
 /* May query i of a sequence see its key j? This is the definition of the mask. */
 static inline int sees(const test_case *c, int seq, int i, int j) {
-    int after = after_diagonal(c, seq, i, j);
+    int after = after_diagonal(c, seq, i, j), n, in = c->slice_count == 0;
     if (c->causal && after > 0)
+        return 0;
+    for (n = 0; n < c->slice_count && !in; n++) {
+        const cp_mask_slice *s = &c->slices[n];
+        in = (int)s->sequence == seq && (int)s->q_begin <= i && i < (int)s->q_end && (int)s->k_begin <= j && j < (int)s->k_end &&
+             (!(s->flags & CP_SLICE_LO) || s->lo <= j - i) && (!(s->flags & CP_SLICE_HI) || j - i <= s->hi);
+    }
+    if (!in)
         return 0;
     return (c->left < 0 || after >= -c->left) && (c->causal || c->right < 0 || after <= c->right);
 }
@@ -412,8 +462,8 @@ static inline void make_sequences(const test_case *c, int ranks, int explicit_k,
             out->lens[side][i] = e.len;
             out->before[side][i] = e.before;
             if (c->format == THD && (c->side[0][i].before > 0 || c->side[1][i].before > 0)) {
-                if (c->partition != CP_PARTITION_CONTIGUOUS)
-                    die("padding before packed tokens needs a contiguous partition here", c->name);
+                if (c->partition != CP_PARTITION_CONTIGUOUS || c->slice_count > 0)
+                    die("padding before packed tokens needs a contiguous partition here, and no slices", c->name);
                 out->cu[side][n + 1] = out->cu[side][n];
                 out->cu_padded[side][n + 1] = out->cu_padded[side][n] + e.before;
                 n++;
@@ -441,6 +491,8 @@ static inline void make_sequences(const test_case *c, int ranks, int explicit_k,
         out->s.lens_k = explicit_k && !trivial[1] ? out->lens[1] : NULL;
         out->s.before_k = explicit_k && !trivial[1] ? out->before[1] : NULL;
     }
+    out->s.slices = c->slice_count > 0 ? c->slices : NULL;
+    out->s.slice_count = (uint64_t)c->slice_count;
     if (c->partition == CP_PARTITION_LIST) {
         list_partition(c, 0, ranks, out);
         list_partition(c, 1, ranks, out);

@@ -300,6 +300,13 @@ fn wrong_command_lines_are_named() {
         ("plan --memory-cap 1k --seq 64k", vec!["memory cap", "1024"]),
         ("plan --window 3", vec!["--window", "L,R"]),
         ("plan --window 3,4", vec!["--window", "causal"]),
+        ("plan --slices 0:8", vec!["--slices", "0:8", "q0:q1/k0:k1"]),
+        ("plan --slices @/nowhere", vec!["--slices @/nowhere"]),
+        ("plan --seq 8 --slices 0:8/0:9", vec!["slices[0]", "0 … 9", "8"]),
+        (
+            "plan --seq 8 --slices 0:8/0:4,4:8/3:8",
+            vec!["slices[0] and slices[1]", "query 7", "key 3"],
+        ),
         ("plan --rank 4", vec!["--rank", "to 3"]),
         ("plan --cu-seqlens 0,9,3", vec!["--cu-seqlens", "never fall"]),
         ("plan --cu-seqlens 0,9 --seq 9", vec!["--seq", "--cu-seqlens"]),

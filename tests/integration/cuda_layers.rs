@@ -13,6 +13,7 @@ use context_parallel::group::{Group, OnDevice};
 use context_parallel::partition::Partition;
 use context_parallel::plan::{Pass, Tensor};
 use context_parallel::problem::{CommType, Problem, Sequence};
+use context_parallel::regions::Regions;
 use context_parallel::score::{Reach, Score, Seed};
 use context_parallel::transport::Transport;
 use context_parallel::transport::device::join::{Way, join};
@@ -99,6 +100,7 @@ impl Batch {
             seed: self.seed,
             ids: Vec::new(),
             seqs: self.seqs.clone(),
+            regions: Regions::default(),
             list: None,
             views: tensors()
                 .map(|((t, l), b)| (*t, View { ptr: b.address() as *mut u8, ..l.view }))

@@ -15,6 +15,7 @@ use context_parallel::partition::{Partition, Side};
 use context_parallel::plan::account::ALIGN;
 use context_parallel::plan::{Pass, Tensor};
 use context_parallel::problem::{CommType, Problem, Sequence, Wire};
+use context_parallel::regions::Regions;
 use context_parallel::score::{Score, Seed};
 use context_parallel::transport::local::local_group;
 use context_parallel::transport::{Message, Transport};
@@ -79,7 +80,18 @@ unsafe impl Send for Batch {}
 impl Batch {
     /// Dealt out as the layer's group and partition say now.
     pub fn new(layer: &Attention, seqs: &[Sequence], inputs: &Inputs, layout: Layout) -> Batch {
-        let problem = layer.problem(seqs.to_vec(), None).unwrap();
+        Batch::within(layer, seqs, &Regions::default(), inputs, layout)
+    }
+
+    /// The same where queries see no more than these regions.
+    pub fn within(
+        layer: &Attention,
+        seqs: &[Sequence],
+        regions: &Regions,
+        inputs: &Inputs,
+        layout: Layout,
+    ) -> Batch {
+        let problem = layer.problem_within(seqs, None, regions).unwrap();
         let shard = Shard::deal(&problem, layer.group().rank(), inputs, layout);
         let saved_bytes = layer.saved_bytes(&problem);
         Batch {
@@ -101,6 +113,7 @@ impl Batch {
             seed: Seed::default(),
             ids: Vec::new(),
             seqs: self.seqs.clone(),
+            regions: self.problem.regions.clone(),
             list: None,
             views: self.shard.views().into_iter().filter(|(t, _)| wanted(t)).collect(),
             shapes: self.shard.0.iter().map(shape).filter(|(t, _)| wanted(t)).collect(),
@@ -611,7 +624,7 @@ fn bound_covers(case: &Case, group: &Group, comm: Comm, save: bool) {
     };
     let mut layer = layer(config);
     layer.set_group(group, Ok(comm)).unwrap();
-    let Ok(problem) = layer.problem(p.seqs.clone(), Some(p.partition.clone())) else {
+    let Ok(problem) = layer.problem_within(&p.seqs, Some(&p.partition), &p.regions) else {
         return; // no number of stages stays within the cap
     };
     let rows = |r, side| holding(&problem, r, side).rows;

@@ -28,6 +28,7 @@ mod plans_svg;
 mod plans_time;
 mod ranks;
 mod review;
+mod slices;
 mod support;
 mod tidy;
 mod trade;

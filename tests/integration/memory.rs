@@ -13,6 +13,7 @@ use context_parallel::mask::Mask;
 use context_parallel::partition::Partition;
 use context_parallel::plan::{Pass, Tensor};
 use context_parallel::problem::{CommType, Sequence, Wire};
+use context_parallel::regions::Regions;
 use context_parallel::score::{Score, Seed};
 use context_parallel::transport::local::local_group;
 use std::alloc::{GlobalAlloc, Layout as Shape, System};
@@ -222,6 +223,7 @@ fn measure(
             seed: Seed::default(),
             ids: Vec::new(),
             seqs: seqs.clone(),
+            regions: Regions::default(),
             list: None,
             views: shard.views().into_iter().filter(|(t, _)| wanted(t)).collect(),
             shapes: shard.0.iter().map(|(t, l)| (*t, l.shape)).filter(|(t, _)| wanted(t)).collect(),

@@ -6,6 +6,7 @@ use context_parallel::partition::Partition;
 use context_parallel::plan::account::layout;
 use context_parallel::plan::{Options, Pass, Plan, check::check};
 use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
+use context_parallel::regions::Regions;
 use context_parallel::score::Score;
 use std::sync::Arc;
 
@@ -30,6 +31,7 @@ pub fn problem(
         mask: Mask::CAUSAL,
         packed: false,
         seqs: vec![Sequence::square(len)],
+        regions: Regions::default(),
         heads,
         kv_heads,
         dim_qk: 8,

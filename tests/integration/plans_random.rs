@@ -11,6 +11,7 @@ use context_parallel::plan::account::workspace_bytes;
 use context_parallel::plan::check::check;
 use context_parallel::plan::{self, Options, Pass, Plan};
 use context_parallel::problem::{CommType, Extent, Latent, Problem, Sequence, Wire};
+use context_parallel::regions::{Region, Regions};
 use context_parallel::score::{BiasShape, Reach, Score};
 use std::sync::Arc;
 
@@ -138,6 +139,7 @@ pub fn any_problem(r: &mut Random) -> Problem {
         partition: r.of(&[Partition::Zigzag, Partition::Contiguous, Partition::Striped]),
         mask: any_mask(r, seqs[0].k.padded),
         packed,
+        regions: any_regions(r, &seqs),
         seqs,
         heads: kv_heads * r.within(1, 4),
         kv_heads,
@@ -198,6 +200,45 @@ fn any_mask(r: &mut Random, length: u32) -> Mask {
         _ => None,
     };
     Mask { causal: !r.one_in(3), bottom_right: r.one_in(3), left: window(r), right: window(r) }
+}
+
+/// In one of three problems: some regions of each sequence, of all of it or of small parts, without a pair in common.
+fn any_regions(r: &mut Random, seqs: &[Sequence]) -> Regions {
+    let mut list: Vec<Region> = Vec::new();
+    let wanted = if r.one_in(3) { r.within(1, 12) } else { 0 };
+    let lengths: Vec<(u32, u32)> = seqs.iter().map(|s| (s.q.len, s.k.len)).collect();
+    for _ in 0..wanted {
+        let seq = r.within(0, seqs.len() as u32 - 1);
+        let (q, k) = lengths[seq as usize];
+        if q == 0 || k == 0 {
+            continue;
+        }
+        let region = any_region(r, seq, q, k);
+        list.push(region);
+        if Regions::new(&list).validate(&lengths).is_err() {
+            list.pop();
+        }
+    }
+    let place = |r: &mut Random, list: &[Region]| r.within(0, list.len() as u32 - 1) as usize;
+    for i in 0..list.len() {
+        let other = place(r, &list);
+        list.swap(i, other);
+    }
+    Regions::new(&list)
+}
+
+fn any_region(r: &mut Random, seq: u32, q: u32, k: u32) -> Region {
+    let range = |r: &mut Random, len: u32| {
+        let from = if r.one_in(3) { 0 } else { r.within(0, len - 1) };
+        (from, if r.one_in(3) { len } else { r.within(from + 1, len) })
+    };
+    let limit = |r: &mut Random| (!r.one_in(3)).then(|| r.within(0, q + k) as i32 - q as i32);
+    let (lo, hi) = (limit(r), limit(r));
+    let hi = match (lo, hi) {
+        (Some(lo), Some(hi)) => Some(hi.max(lo)),
+        _ => hi,
+    };
+    Region { seq, q: range(r, q), k: range(r, k), lo, hi }
 }
 
 /// A batch of equal padded lengths, padded left or right, or packed documents; sometimes with other lengths for keys.

@@ -3,6 +3,7 @@
 use crate::plans::problem;
 use crate::plans_random::{Random, any_problem};
 use crate::plans_time::documents;
+use crate::slices::blocks;
 use context_parallel::mask::Mask;
 use context_parallel::partition::Partition;
 use context_parallel::plan::account::account;
@@ -131,6 +132,14 @@ fn tiles_cover_what_is_computed() {
     for (p, pixels) in [
         (problem(4, CommType::P2p, 0, 48, 1, 1), 720.0 / 48.0),
         (Problem { mask: window, ..problem(3, CommType::AllGather, 0, 77, 1, 1) }, 720.0 / 77.0),
+        (
+            Problem {
+                regions: blocks(&mut Random::new(3), 60, 7),
+                mask: Mask::FULL,
+                ..problem(4, CommType::P2p, 0, 60, 1, 1)
+            },
+            720.0 / 60.0,
+        ),
         // Straight edges instead of steps: half a pixel's row on the diagonal, nothing at this length.
         (problem(8, CommType::P2p, 0, 20000, 1, 1), 720.0 / 20000.0),
     ] {

@@ -2,7 +2,9 @@
 
 use crate::plans::problem;
 use crate::plans_random::Random;
+use crate::slices;
 use context_parallel::dtype::DType;
+use context_parallel::partition::Partition;
 use context_parallel::plan::trade::{Trade, Traded};
 use context_parallel::plan::{Options, Pass, Plan, fewest_stages};
 use context_parallel::problem::{CommType, Problem, Sequence};
@@ -32,6 +34,17 @@ fn planning_time() {
     }
     for comm in CommType::ALL {
         cases.push((format!("300 documents, 64 ranks, {}", comm.name()), documents(64, comm)));
+    }
+    for kind in ["documents", "prompt", "blocks"] {
+        for partition in [Partition::Zigzag, Partition::Striped] {
+            let regions = slices::thousand(kind, 128_000);
+            let name = format!("1,000 slices ({kind}), 64 ranks, p2p, {partition:?}");
+            let p = Problem { regions, partition, ..problem(64, CommType::P2p, 0, 128_000, 32, 8) };
+            let start = Instant::now();
+            p.validate().unwrap();
+            println!("{:8.3} ms  validation: {name}", start.elapsed().as_secs_f64() * 1e3);
+            cases.push((name, p));
+        }
     }
     for (name, p) in cases {
         let p = Arc::new(p);

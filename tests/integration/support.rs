@@ -32,6 +32,11 @@ const FEATURES: &[(&str, Has)] = &[
     }),
     ("packed documents (thd)", packed),
     ("padding between documents", |c| packed(c) && c.is("pad")),
+    ("masks of the caller's slices (documents, prefix-LM, shared prompts, blocks)", sliced),
+    ("slices under a sliding window", |c| sliced(c) && c.left.is_some()),
+    ("slices with bias, dropout and sinks", |c| {
+        sliced(c) && c.bias.is_some() && c.dropout > 0.0 && c.sinks.is_some()
+    }),
     ("MHA", |c| c.heads == c.kv_heads && c.heads > 1),
     ("GQA", |c| c.heads > c.kv_heads && c.kv_heads > 1),
     ("MQA", |c| c.kv_heads == 1 && c.heads > 1),
@@ -63,6 +68,10 @@ const FEATURES: &[(&str, Has)] = &[
     ("latents instead of keys and values (MLA), and their gradients", |c| c.latent.is_some()),
 ];
 
+fn sliced(c: &Case) -> bool {
+    !c.slices.is_empty()
+}
+
 fn packed(c: &Case) -> bool {
     c.format == Format::Thd
 }
@@ -75,7 +84,8 @@ fn shape(c: &Case) -> Option<[bool; 3]> {
 fn row(name: &str, has: Has) -> String {
     let tokens = |c: &&Case| c.tokens(Side::Query) + c.tokens(Side::Key);
     // More than some tokens, so that every rank has some.
-    let case = cases().iter().filter(|c| has(c) && tokens(c) >= 40).min_by_key(tokens);
+    let least = |c: &&Case| (sliced(c), tokens(c));
+    let case = cases().iter().filter(|c| has(c) && tokens(c) >= 40).min_by_key(least);
     let case = case.unwrap_or_else(|| panic!("{name}: no case of the corpus has it"));
     let cells = CommType::ALL.map(|comm| {
         let run = Run::plain(case, 4, comm, DType::Bf16);

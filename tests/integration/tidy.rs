@@ -54,14 +54,15 @@ fn imports(text: &str) -> BTreeSet<String> {
     rooms
 }
 
-/// design: partition ← mask ← problem ← balance ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
+/// design: partition ← mask ← regions ← problem ← balance ← holding ← plan ← exec ← group ← attention ← capi. Each room names all that it may import.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("error", &[]),
     ("dtype", &[]),
     ("mask", &["partition"]),
     ("partition", &[]),
     ("score", &["error"]),
-    ("problem", &["dtype", "error", "mask", "partition", "score"]),
+    ("regions", &["error", "mask", "partition"]),
+    ("problem", &["dtype", "error", "mask", "partition", "regions", "score"]),
     ("balance", &["partition", "problem"]),
     ("holding", &["balance", "partition", "problem"]),
     ("rows", &["holding", "partition", "problem"]),
@@ -70,7 +71,20 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("layers", &["error", "problem"]),
     ("padding", &["error"]),
     // Of `backend` the plan uses plain data only: `HeadMap` and `Run`.
-    ("plan", &["backend", "dtype", "error", "holding", "mask", "partition", "problem", "score"]),
+    (
+        "plan",
+        &[
+            "backend",
+            "dtype",
+            "error",
+            "holding",
+            "mask",
+            "partition",
+            "problem",
+            "regions",
+            "score",
+        ],
+    ),
     ("schedule", &["error"]),
     ("driver", &["error"]),
     ("backend", &["driver", "dtype", "error", "mask", "partition", "score"]),
@@ -95,6 +109,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "partition",
             "plan",
             "problem",
+            "regions",
             "score",
         ],
     ),
@@ -139,6 +154,7 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
             "partition",
             "plan",
             "problem",
+            "regions",
             "rows",
             "schedule",
             "score",

@@ -47,6 +47,7 @@ from .rows import (
     shift_tokens,
 )
 from .schedule import Schedule, ScheduleCost, schedule_samples
+from .slices import mask_slices
 from .trade import heads_of_rank, heads_to_sequence, sequence_to_heads, trade_workspace_size
 
 __version__ = "0.1.0"
@@ -82,6 +83,7 @@ __all__ = [
     "loss_scale",
     "loss_tokens",
     "loss_weights",
+    "mask_slices",
     "pad_cu_seqlens",
     "pad_sequence_tail",
     "pad_thd_sequences_for_cp",

@@ -38,6 +38,8 @@ CP_PARTITION_CONTIGUOUS = 1
 CP_PARTITION_STRIPED = 2
 CP_PARTITION_LIST = 3
 CP_PARTITION_BALANCED = 4
+CP_SLICE_LO = 1
+CP_SLICE_HI = 2
 CP_ATTENTION_CAUSAL = 1
 CP_ATTENTION_BOTTOM_RIGHT = 2
 CP_ATTENTION_WINDOW_LEFT = 4
@@ -123,6 +125,19 @@ class cp_stretch(Structure):
     _fields_ = [("seq", c_uint32), ("start", c_uint32), ("step", c_uint32), ("len", c_uint32)]
 
 
+class cp_mask_slice(Structure):
+    _fields_ = [
+        ("sequence", c_uint32),
+        ("q_begin", c_uint32),
+        ("q_end", c_uint32),
+        ("k_begin", c_uint32),
+        ("k_end", c_uint32),
+        ("flags", c_uint32),
+        ("lo", c_int32),
+        ("hi", c_int32),
+    ]
+
+
 class cp_sequences(Sized):
     _fields_ = [
         ("struct_size", c_uint32),
@@ -143,6 +158,8 @@ class cp_sequences(Sized):
         ("list_k", c_void_p),
         ("list_q_counts", c_void_p),
         ("list_k_counts", c_void_p),
+        ("slices", c_void_p),
+        ("slice_count", c_uint64),
     ]
 
 

@@ -7,6 +7,7 @@ import numpy as np
 from . import _abi
 from ._arrays import on_host
 from ._lib import argument_error, check, lib, number
+from .slices import slice_array
 
 _PARTITIONS = {
     "zigzag": _abi.CP_PARTITION_ZIGZAG,
@@ -34,10 +35,18 @@ class Sequences:
 
     `stretches` is for layers with partition="list": for every rank, the tokens it holds in the order of its rows, as
     (sequence, first position, step, number of tokens); `stretches_k` the same for keys (None: as queries).
+
+    `slices` are the caller's own mask, in any order: (sequence, (q begin, q end), (k begin, k end), lo, hi) lets those queries of a sequence see those keys
+    as far as lo <= key - query <= hi and the layer's mask lets them; a lo or hi that is None or left out is no limit. Positions count from the first true
+    token. Where there are slices nothing else is seen, and no query sees a key in two of them. mask_slices makes them from ranges.
     """
 
-    def __init__(self, struct, keep, stretches, stretches_k):
+    def __init__(self, struct, keep, stretches, stretches_k, slices=None):
         self._struct, self._keep = struct, keep
+        if slices is not None:
+            array = slice_array(slices)
+            self._point("slices", array)
+            struct.slice_count = len(array)
         self._ranks = None if stretches is None else len(stretches)
         if stretches_k is not None and len(stretches_k) != self._ranks:
             raise argument_error(f"stretches_k: for {len(stretches_k)} ranks, stretches are for {self._ranks}")
@@ -59,7 +68,7 @@ class Sequences:
             setattr(self._struct, field, array.ctypes.data)
 
     @classmethod
-    def dense(cls, batch, seq, seq_k=None, *, lens=None, lens_k=None, before=None, before_k=None, stretches=None, stretches_k=None):
+    def dense(cls, batch, seq, seq_k=None, *, lens=None, lens_k=None, before=None, before_k=None, stretches=None, stretches_k=None, slices=None):
         """`batch` sequences of `seq` tokens (keys: `seq_k`) over all ranks, padding included.
 
         lens: true length of every sequence; before: padding tokens before the first true one (left padding); None: no padding. The `_k` ones are
@@ -67,7 +76,7 @@ class Sequences:
         """
         count = number("batch", batch)
         struct = _abi.cp_sequences(count=count, seq_q=number("seq", seq), seq_k=0 if seq_k is None else number("seq_k", seq_k))
-        made = cls(struct, [], stretches, stretches_k)
+        made = cls(struct, [], stretches, stretches_k, slices)
         made._point("lens_q", _int32("lens", lens, count))
         made._point("lens_k", _int32("lens_k", lens_k, count))
         made._point("before_q", _int32("before", before, count))
@@ -75,7 +84,7 @@ class Sequences:
         return made
 
     @classmethod
-    def packed(cls, cu_seqlens, cu_seqlens_k=None, *, padded=None, padded_k=None, stretches=None, stretches_k=None):
+    def packed(cls, cu_seqlens, cu_seqlens_k=None, *, padded=None, padded_k=None, stretches=None, stretches_k=None, slices=None):
         """Sequences one after another (thd): cu_seqlens are the cumulative true lengths, from 0; `padded` those with padding after each.
 
         Plans are made on the host: lengths on a device are copied from there once, here, and that waits for the device.
@@ -83,7 +92,7 @@ class Sequences:
         lengths = _int32("cu_seqlens", cu_seqlens)
         if lengths is None or len(lengths) == 0:
             raise argument_error("cu_seqlens: got nothing, need at least [0, length]")
-        made = cls(_abi.cp_sequences(count=len(lengths) - 1), [], stretches, stretches_k)
+        made = cls(_abi.cp_sequences(count=len(lengths) - 1), [], stretches, stretches_k, slices)
         made._point("cu_seqlens_q", lengths)
         made._point("cu_seqlens_k", _int32("cu_seqlens_k", cu_seqlens_k, len(lengths)))
         made._point("cu_seqlens_q_padded", _int32("padded", padded, len(lengths)))

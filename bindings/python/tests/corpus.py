@@ -48,6 +48,7 @@ class Case:
     dropout: float
     sinks: str | None
     max_logit: str | None
+    slices: tuple  # (sequence, (q begin, q end), (k begin, k end), lo, hi); none: the layer's mask alone
     kv_wire: str | None  # how keys and values travel
     latent: tuple | None = None  # elements of c, of r
 
@@ -87,6 +88,18 @@ class Case:
             allowed &= after >= -self.left
         if self.right is not None and not self.causal:
             allowed &= after <= self.right
+        if self.slices:
+            i, j = np.ogrid[: self.q[seq].len, : self.k[seq].len]
+            i, j = i[queries], j[:, keys]
+            inside = np.zeros(allowed.shape, bool)
+            for _, q, k, lo, hi in (s for s in self.slices if s[0] == seq):
+                one = (q[0] <= i) & (i < q[1]) & (k[0] <= j) & (j < k[1])
+                if lo is not None:
+                    one &= j - i >= lo
+                if hi is not None:
+                    one &= j - i <= hi
+                inside |= one
+            allowed &= inside
         return allowed
 
     def slopes(self):
@@ -123,9 +136,9 @@ class Case:
         return np.float32(self.scale) if self.scale is not None else np.float32(1) / np.sqrt(np.float32(self.dim_qk))
 
     def sequences(self, ranks):
-        lists = {}
+        lists = {"slices": self.slices or None}
         if self.partition == "list":
-            lists = {"stretches": self.stretches(ranks, "q"), "stretches_k": self.stretches(ranks, "k")}
+            lists |= {"stretches": self.stretches(ranks, "q"), "stretches_k": self.stretches(ranks, "k")}
         if self.format == "thd":
             cumulated = lambda lengths: np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
             lens, padded = [], []
@@ -185,7 +198,6 @@ def _case(row):
         assert len(lens) == len(padded) == len(before) == batch, row["name"]
         return tuple(Extent(*e) for e in zip(before, lens, padded))
 
-    assert row["slices"] == "-", f"{row['name']}: not read yet"
     limit = lambda name: None if row[name] == "-" else int(row[name])
     flag = lambda name: {"0": False, "1": True}[row[name]]
     numbers = (int(row[name]) for name in ("heads", "kv_heads", "dim_qk", "dim_v"))
@@ -193,7 +205,18 @@ def _case(row):
     score = (maybe("softcap"), flag("alibi"), maybe("bias", str), maybe("dropout") or 0.0, maybe("sinks", str), maybe("max_logit", str))
     latent = maybe("latent", lambda text: tuple(int(n) for n in text.split(":")))
     return Case(row["name"], tuple(row["tags"].split()), row["format"], side("q"), side("k"), *numbers, flag("causal"), flag("bottom_right"),
-                limit("window_left"), limit("window_right"), row["partition"], maybe("scale"), *score, maybe("kv_wire", str), latent)  # fmt: skip
+                limit("window_left"), limit("window_right"), row["partition"], maybe("scale"), *score, _slices(row["slices"]),
+                maybe("kv_wire", str), latent)  # fmt: skip
+
+
+def _slices(text):
+    """`seq/q0:q1/k0:k1`, some with `/lo:hi`."""
+    made = []
+    for one in [] if text == "-" else text.split():
+        seq, q, k, *band = one.split("/")
+        pair = lambda words: tuple(int(n) if n else None for n in words.split(":"))
+        made.append((int(seq), pair(q), pair(k), *(pair(band[0]) if band else (None, None))))
+    return tuple(made)
 
 
 def mix(n):

@@ -3,7 +3,6 @@
 use crate::json::{Object, array, string};
 use crate::text::{self, Align, bold, dim};
 use context_parallel::holding::holding;
-use context_parallel::mask::overlap;
 use context_parallel::partition::{Partition, Segment, Side};
 use context_parallel::plan::account::{Account, account};
 use context_parallel::plan::{HeadShare, Plan};
@@ -183,11 +182,10 @@ fn key_rows(p: &Problem) -> (u64, u64) {
 
 /// How many keys of a segment some query sees.
 fn seen(p: &Problem, queries: &[Segment], key: &Segment) -> u64 {
-    let lengths = &p.seqs[key.seq as usize];
-    let band = p.mask.band(lengths.q.len, lengths.k.len);
+    let sight = p.sight(key.seq);
     let same = queries.iter().filter(|q| q.seq == key.seq);
     let mut ranges: Vec<(u32, u32)> =
-        same.filter_map(|q| overlap(q, key, band)).map(|o| o.k).collect();
+        same.flat_map(|q| sight.overlaps(q, key)).map(|o| o.k).collect();
     ranges.sort_unstable();
     let (mut count, mut end) = (0, 0);
     for (from, to) in ranges {
@@ -213,8 +211,13 @@ fn mask(p: &Problem) -> String {
         (true, true) => "causal-bottom-right",
         (false, _) => "full",
     };
+    let name = match p.regions.list().len() {
+        0 => name.to_string(),
+        1 => format!("{name} in 1 slice"),
+        n => format!("{name} in {n} slices"),
+    };
     match (p.mask.left, p.mask.right) {
-        (None, None) => name.into(),
+        (None, None) => name,
         (left, right) => {
             let side = |s: Option<u32>| s.map_or("∞".into(), |n| n.to_string());
             let right = if p.mask.causal { "0".into() } else { side(right) };
@@ -287,6 +290,7 @@ pub fn problem_json(p: &Problem) -> String {
         .raw("causal", p.mask.causal)
         .raw("bottom_right", p.mask.bottom_right)
         .raw("window", array([side(p.mask.left), side(p.mask.right)]))
+        .raw("slices", array(p.regions.list().iter().map(|r| string(&r.to_string()))))
         .raw("packed", p.packed)
         .raw("sequences_before_len_padded", array(seqs))
         .raw("heads", p.heads)

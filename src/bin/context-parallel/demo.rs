@@ -15,6 +15,7 @@ use context_parallel::holding::stretches;
 use context_parallel::partition::{Side, Stretch};
 use context_parallel::plan::{Options, Pass, Plan, account::account};
 use context_parallel::problem::{CommType, Problem, Sequence};
+use context_parallel::regions::Regions;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -62,7 +63,12 @@ pub fn job(given: &Given, mut bytes: Vec<u8>) -> Result<Job, Failure> {
     let ranks = given.small("ranks", 4, 2..=64)?;
     bytes.truncate(given.number("seq-limit", 16 << 10, 1..=1 << 24)? as usize);
     let seqs = vec![Sequence::square(bytes.len() as u32)];
-    let case = |kind| Case { config: config.clone(), comm: Comm::of(kind), seqs: seqs.clone() };
+    let case = |kind| Case {
+        config: config.clone(),
+        comm: Comm::of(kind),
+        seqs: seqs.clone(),
+        regions: Regions::default(),
+    };
     let threads = given.number("threads", (probe::cores() / u64::from(ranks)).max(1), 1..=1024)?;
     Ok(Job {
         cases: CommType::ALL.into_iter().map(case).collect(),

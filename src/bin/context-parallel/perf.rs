@@ -92,7 +92,12 @@ pub fn job(given: &Given) -> Result<Job, Failure> {
     for seq in sizes(given)? {
         for kind in shape::comm_types(given, "all")? {
             let seqs = shape::sequences(given, seq)?;
-            let case = Case { config: config.clone(), comm: shape::comm(given, kind)?, seqs };
+            let case = Case {
+                config: config.clone(),
+                comm: shape::comm(given, kind)?,
+                seqs,
+                regions: shape::regions(given)?,
+            };
             case.problem(ranks).map_err(|e| usage(format!("{}: {}", kind.name(), e.text)))?;
             cases.push(case);
         }

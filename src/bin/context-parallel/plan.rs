@@ -51,6 +51,10 @@ pub const COMMAND: Command = Command {
         ),
         ("plan --cp 16 --seq 256k --memory-cap 2G", "the fewest stages that fit"),
         ("plan --cp 2 --cu-seqlens 0,100,300,310 --svg plan.svg", "packed documents, drawn"),
+        (
+            "plan --cp 4 --seq 600 --slices 0:200/0:200,200:600/0:200,200:400/200:400,400:600/400:600",
+            "a prompt and two answers that share it",
+        ),
     ],
     notes: "Numbers may end in k, m or g: 128k = 131072. Default storage type: bf16.",
 };
@@ -68,8 +72,12 @@ pub fn run(given: &Given) -> Result<(), Failure> {
     };
     let ranks = given.small("cp", 4, 1..=4096)?;
     let seqs = shape::sequences(given, 8192)?;
-    let case =
-        Case { config: shape::config(given, DType::Bf16)?, comm: shape::comm(given, kind)?, seqs };
+    let case = Case {
+        config: shape::config(given, DType::Bf16)?,
+        comm: shape::comm(given, kind)?,
+        seqs,
+        regions: shape::regions(given)?,
+    };
     let problem = case.problem(ranks).map_err(|e| usage(e.text))?;
     let both = [Pass::Forward, Pass::Backward];
     let passes = given.word("pass", both.to_vec(), "forward, backward", |w| match w {

@@ -115,7 +115,7 @@ pub fn run(job: &Job, group: &Group, each: &mut dyn FnMut(Report) -> Result<()>)
 fn one(job: &Job, case: &Case, group: &Group) -> Result<Report> {
     let mut layer = job.place.layer(group, &case.config, job.threads)?;
     layer.set_group(group, Ok(case.comm))?;
-    let problem = layer.problem(case.seqs.clone(), None)?;
+    let problem = layer.problem_within(&case.seqs, None, &case.regions)?;
     let (p, rank) = (&*problem, group.rank());
     let inputs = [Tensor::Q, Tensor::K, Tensor::V, Tensor::DOut];
     let mut locals: Vec<Local> =
@@ -140,6 +140,7 @@ fn one(job: &Job, case: &Case, group: &Group) -> Result<Report> {
             seed: Seed::default(),
             ids: Vec::new(),
             seqs: case.seqs.clone(),
+            regions: case.regions.clone(),
             list: None,
             views: locals.iter().enumerate().map(view).collect(),
             shapes: locals.iter().map(|l| (l.tensor, shape(l))).collect(),

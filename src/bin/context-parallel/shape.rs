@@ -7,6 +7,7 @@ use context_parallel::error::Result;
 use context_parallel::mask::Mask;
 use context_parallel::partition::Partition;
 use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
+use context_parallel::regions::{Region, Regions};
 use context_parallel::score::Score;
 use std::sync::Arc;
 
@@ -67,6 +68,11 @@ pub const HEADS: &[Opt] = &[
 pub const MASK: &[Opt] = &[
     opt("mask", "NAME", "causal (default), full, causal-bottom-right"),
     opt("window", "L,R", "see at most L keys before and R after the diagonal; −1 for no limit"),
+    opt(
+        "slices",
+        "LIST|@FILE",
+        "queries and keys that see each other, under the mask: [seq/]q0:q1/k0:k1[/lo:hi] with\nlo <= key − query <= hi, separated by commas or spaces; nothing else is seen",
+    ),
 ];
 
 /// The lengths.
@@ -167,6 +173,33 @@ fn mask(given: &Given) -> std::result::Result<Mask, Failure> {
         }
     }
     Ok(mask)
+}
+
+/// The slices of the mask, inline or from a file.
+pub fn regions(given: &Given) -> std::result::Result<Regions, Failure> {
+    let Some(text) = given.text("slices") else { return Ok(Regions::default()) };
+    let read;
+    let list = match text.strip_prefix('@') {
+        None => text,
+        Some(file) => {
+            read = std::fs::read_to_string(file)
+                .map_err(|e| usage(format!("--slices {text}: {e}")))?;
+            &read
+        }
+    };
+    let region = |word: &str| {
+        Region::parse(word).ok_or_else(|| {
+            usage(format!(
+                "--slices: got {word:?}, want [seq/]q0:q1/k0:k1[/lo:hi] as 0:512/0:512/:0"
+            ))
+        })
+    };
+    let words = list.split(|c: char| c == ',' || c.is_whitespace()).filter(|w| !w.is_empty());
+    let list = words.map(region).collect::<std::result::Result<Vec<_>, _>>()?;
+    match list.is_empty() {
+        true => Err(usage(format!("--slices: got none in {text:?}"))),
+        false => Ok(Regions::new(&list)),
+    }
 }
 
 /// How ranks communicate.
@@ -317,17 +350,22 @@ pub struct Case {
     pub config: Config,
     pub comm: Comm,
     pub seqs: Vec<Sequence>,
+    pub regions: Regions,
 }
 
 impl Case {
     /// The problem on this many ranks.
     pub fn problem(&self, ranks: u32) -> Result<Arc<Problem>> {
-        self.config.problem(self.comm, ranks, self.seqs.clone(), &self.config.partition)
+        self.problem_on(self.comm, ranks)
     }
 
     /// The same on one rank alone.
     pub fn alone(&self) -> Result<Arc<Problem>> {
-        let comm = Comm::of(CommType::P2p);
-        self.config.problem(comm, 1, self.seqs.clone(), &self.config.partition)
+        self.problem_on(Comm::of(CommType::P2p), 1)
+    }
+
+    fn problem_on(&self, comm: Comm, ranks: u32) -> Result<Arc<Problem>> {
+        let Case { config, seqs, regions, .. } = self;
+        config.problem_within(comm, ranks, seqs.clone(), &config.partition, regions)
     }
 }

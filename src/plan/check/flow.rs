@@ -9,7 +9,7 @@ use super::memory::{self, Memory, POISON, factor, first_token, initial, side_of,
 use crate::holding::holding;
 use crate::partition::Side;
 use crate::plan::{Message, Op, Pass, Plan, Slot, SlotInfo, Tensor};
-use crate::problem::{Problem, Sequence};
+use crate::problem::Problem;
 use crate::score::Reach;
 use std::collections::{HashMap, VecDeque};
 
@@ -25,8 +25,9 @@ pub(super) fn check(plans: &[Plan]) -> Result<(), String> {
     (0..plans.len()).try_for_each(|rank| flow.results(rank, &sums))
 }
 
-/// The mask in words, for query `i` and key `j` of a sequence; on purpose not the planner's [`crate::mask::Band`].
-pub(super) fn may_see(p: &Problem, seq: &Sequence, i: u32, j: u32) -> bool {
+/// The mask in words, for query `i` and key `j` of sequence `index`; on purpose not the planner's [`crate::mask::Band`].
+pub(super) fn may_see(p: &Problem, index: usize, i: u32, j: u32) -> bool {
+    let seq = &p.seqs[index];
     let mut diagonal = i64::from(i);
     if p.mask.bottom_right {
         diagonal += i64::from(seq.k.len) - i64::from(seq.q.len);
@@ -35,6 +36,20 @@ pub(super) fn may_see(p: &Problem, seq: &Sequence, i: u32, j: u32) -> bool {
     !(p.mask.causal && after > 0)
         && p.mask.left.is_none_or(|left| after >= -i64::from(left))
         && p.mask.right.is_none_or(|right| after <= i64::from(right))
+        && in_a_region(p, index, i, j)
+}
+
+/// The caller's regions in words.
+fn in_a_region(p: &Problem, seq: usize, i: u32, j: u32) -> bool {
+    let after = i64::from(j) - i64::from(i);
+    p.regions.is_empty()
+        || p.regions.list().iter().any(|r| {
+            r.seq as usize == seq
+                && (r.q.0..r.q.1).contains(&i)
+                && (r.k.0..r.k.1).contains(&j)
+                && r.lo.is_none_or(|lo| after >= i64::from(lo))
+                && r.hi.is_none_or(|hi| after <= i64::from(hi))
+        })
 }
 
 /// What every output must be, before its factor: sums of the weights of all allowed triples, `[token][head]`.
@@ -55,7 +70,7 @@ impl Sums {
             let (q_base, k_base) =
                 (first_token(p, index, Side::Query), first_token(p, index, Side::Key));
             for (i, j) in (0..seq.q.len).flat_map(|i| (0..seq.k.len).map(move |j| (i, j))) {
-                if !may_see(p, seq, i, j) {
+                if !may_see(p, index, i, j) {
                     continue;
                 }
                 for head in 0..p.heads {
@@ -311,7 +326,7 @@ impl<'a> Flow<'a> {
                 .flat_map(|r| holding(p, r, Side::Query).segments)
                 .filter(|s| s.seq as usize == index);
             for i in held.flat_map(|s| (0..s.len).map(move |i| s.start + i * s.step)) {
-                for j in (0..seq.k.len).filter(|j| may_see(p, seq, i, *j)) {
+                for j in (0..seq.k.len).filter(|j| may_see(p, index, i, *j)) {
                     for head in plan.share.kv.clone() {
                         let of_key = weight(head, 0, k_base + j);
                         let pair = weight(head, q_base + i, k_base + j).wrapping_mul(of_key);

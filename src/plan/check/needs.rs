@@ -69,7 +69,7 @@ fn needed(p: &Problem) -> Vec<Vec<u64>> {
         for (key, owner) in owners.iter().enumerate() {
             let mut seen = vec![p.relay; b];
             for (query, reader) in readers.iter().enumerate() {
-                seen[*reader] |= may_see(p, seq, query as u32, key as u32);
+                seen[*reader] |= may_see(p, index, query as u32, key as u32);
             }
             for (team, _) in seen.iter().enumerate().filter(|(t, seen)| **seen && t != owner) {
                 out[team][*owner] += 1;

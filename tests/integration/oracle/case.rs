@@ -6,7 +6,9 @@ use context_parallel::error::Result;
 use context_parallel::mask::Mask;
 use context_parallel::partition::{Partition, Side, Stretch};
 use context_parallel::problem::{CommType, Extent, Latent, Problem, Sequence, Wire};
+use context_parallel::regions::{Region, Regions};
 use context_parallel::score::{BiasShape, Reach, Score};
+use std::ops::Range;
 use std::sync::OnceLock;
 
 /// How `[token, head, dim]` lies in a caller's tensor.
@@ -58,6 +60,44 @@ pub struct Case {
     pub latent: Option<Latent>,
     /// How keys and values travel.
     pub kv_wire: Option<Fp8>,
+    /// If there are any, what queries see at most.
+    pub slices: Vec<Part>,
+}
+
+/// One of the slices column: `seq/q0:q1/k0:k1/lo:hi`.
+#[derive(Clone, Debug)]
+pub struct Part {
+    pub seq: usize,
+    pub q: Range<usize>,
+    pub k: Range<usize>,
+    pub lo: Option<i64>,
+    pub hi: Option<i64>,
+}
+
+impl Part {
+    fn parse(text: &str) -> Part {
+        let fields: Vec<&str> = text.split('/').collect();
+        let two = |field: usize| -> [Option<i64>; 2] {
+            let Some(words) = fields.get(field) else { return [None; 2] };
+            let (a, b) = words.split_once(':').expect(text);
+            [a, b].map(|x| (!x.is_empty()).then(|| x.parse().expect(text)))
+        };
+        let range = |field| {
+            let [from, to] = two(field).map(|x| x.expect(text) as usize);
+            from..to
+        };
+        let [lo, hi] = two(3);
+        Part { seq: fields[0].parse().expect(text), q: range(1), k: range(2), lo, hi }
+    }
+
+    fn sees(&self, seq: usize, i: usize, j: usize) -> bool {
+        let after = j as i64 - i as i64;
+        self.seq == seq
+            && self.q.contains(&i)
+            && self.k.contains(&j)
+            && self.lo.is_none_or(|lo| after >= lo)
+            && self.hi.is_none_or(|hi| after <= hi)
+    }
 }
 
 /// Key of the corpus' dropout.
@@ -87,7 +127,6 @@ fn parse(text: &str) -> Vec<Case> {
 fn line(line: &str) -> Case {
     let f: Vec<&str> = line.split(',').collect();
     assert_eq!(f.len(), COLUMNS.split(',').count(), "cases.csv: {line}");
-    assert_eq!(f[26], "-", "{}: slices: not read yet", f[0]);
     let number =
         |i: usize| -> usize { f[i].parse().unwrap_or_else(|e| panic!("{}: {e}: {}", f[0], f[i])) };
     let batch = number(3);
@@ -145,6 +184,10 @@ fn line(line: &str) -> Case {
         sinks: reach(24),
         max_logit: reach(25),
         latent: latent(f[27]),
+        slices: match f[26] {
+            "-" => Vec::new(),
+            list => list.split(' ').map(Part::parse).collect(),
+        },
         kv_wire: (f[28] != "-").then(|| Fp8::parse(f[28]).unwrap_or_else(|| panic!("{}", f[28]))),
     }
 }
@@ -216,6 +259,9 @@ impl Case {
         let diagonal = i as i64 + if self.bottom_right { len_k - len_q } else { 0 };
         let after = j as i64 - diagonal; // keys after the diagonal are positive
         if self.causal && after > 0 {
+            return false;
+        }
+        if !self.slices.is_empty() && !self.slices.iter().any(|s| s.sees(seq, i, j)) {
             return false;
         }
         self.left.is_none_or(|l| after >= -i64::from(l))
@@ -318,6 +364,7 @@ impl Case {
             },
             packed: self.format == Format::Thd,
             seqs: self.seqs.clone(),
+            regions: self.regions(),
             heads: self.heads as u32,
             kv_heads: self.kv_heads as u32,
             dim_qk: self.dim_qk as u32,
@@ -340,6 +387,20 @@ impl Case {
         problem.validate()?;
         Dealt::default().resolve(&mut problem);
         Ok(problem)
+    }
+
+    /// The slices as the library has them.
+    pub fn regions(&self) -> Regions {
+        let two = |r: &Range<usize>| (r.start as u32, r.end as u32);
+        let limit = |x: Option<i64>| x.map(|x| x as i32);
+        let region = |s: &Part| Region {
+            seq: s.seq as u32,
+            q: two(&s.q),
+            k: two(&s.k),
+            lo: limit(s.lo),
+            hi: limit(s.hi),
+        };
+        Regions::new(&self.slices.iter().map(region).collect::<Vec<_>>())
     }
 
     /// The corpus' own `list` partition: blocks of 5 positions, dealt by a hash; odd ranks hold their blocks of a sequence in

@@ -3,6 +3,7 @@
 use super::*;
 use crate::mask::{Mask, overlap};
 use crate::partition::Segment;
+use crate::regions::{Region, Regions};
 use std::collections::BTreeMap;
 
 const FORWARD: Tiling = Tiling { q_rows: 128, k_rows: 64 };
@@ -370,6 +371,99 @@ fn random_segments() {
             check_backward(&work, [q_rows, k_rows], tiling);
         }
     }
+}
+
+/// Slices that a caller's regions make: several of the same rows, whose boxes overlap and whose pairs do not.
+fn region_slices(
+    q: &[Segment],
+    k: &[Segment],
+    regions: &Regions,
+    mask: Mask,
+    len: u32,
+) -> Vec<Slice> {
+    let mut out = Vec::new();
+    for a in q {
+        for b in k {
+            let found = regions.sight(0, mask.band(len, len)).overlaps(a, b);
+            out.extend(found.map(|o| o.slice(a.offset.into(), b.offset.into())));
+        }
+    }
+    out.sort_by_key(|s| (s.q, s.k));
+    out
+}
+
+#[test]
+fn regions_of_a_caller() {
+    let mut random = Random(11);
+    let mut boxes = 0;
+    for round in 0..60 {
+        let len = 100 + random.below(400);
+        let mut list: Vec<Region> = match round % 3 {
+            // Bands side by side, some of them missing, all in one box.
+            0 => {
+                let width = 5 + random.below(60) as i32;
+                let bands = (-(len as i32)..len as i32).step_by(width as usize);
+                let band = |lo: i32| Region {
+                    lo: Some(lo),
+                    hi: Some(lo + width - 1),
+                    ..Region::full(0, (0, len), (0, len))
+                };
+                bands.map(band).collect()
+            }
+            // Blocks.
+            1 => {
+                let size = 6 + random.below(len / 8);
+                let at = |i: u32| (i * size, (i * size + size).min(len));
+                let n = len.div_ceil(size);
+                (0..n).flat_map(|i| (0..n).map(move |j| Region::full(0, at(i), at(j)))).collect()
+            }
+            // Anything.
+            _ => {
+                let mut range = || {
+                    let (a, b) = (random.below(len), random.below(len));
+                    (a.min(b), a.max(b) + 1)
+                };
+                let mut any = || Region { lo: None, hi: None, seq: 0, q: range(), k: range() };
+                (0..30).map(|_| any()).collect()
+            }
+        };
+        list.retain(|_| random.below(3) > 0);
+        if round % 3 == 2 {
+            let mut kept = Vec::new();
+            for mut r in list {
+                if random.below(2) == 0 {
+                    r.lo = Some(random.below(2 * len) as i32 - len as i32);
+                }
+                kept.push(r);
+                if Regions::new(&kept).validate(&[(len, len)]).is_err() {
+                    kept.pop();
+                }
+            }
+            list = kept;
+        }
+        let regions = Regions::new(&list);
+        regions.validate(&[(len, len)]).unwrap();
+        let mask = if random.below(2) == 0 { Mask::FULL } else { Mask::CAUSAL };
+        let (q, k) = (zigzag(&[len], 3, 1, 0), others(&[len], 3, 1));
+        for k in [&q, &k] {
+            let work = region_slices(&q, k, &regions, mask, len);
+            let meet = |a: u32, n: u32, b: u32, m: u32| a < b + m && b < a + n;
+            let both = |s: &Slice, t: &Slice| {
+                meet(s.q, s.q_len, t.q, t.q_len) && meet(s.k, s.k_len, t.k, t.k_len)
+            };
+            let pairs = work
+                .iter()
+                .enumerate()
+                .flat_map(|(i, s)| work[i + 1..].iter().map(move |t| (s, t)));
+            boxes += pairs.filter(|(s, t)| both(s, t)).count();
+            check(&work, [rows_of(&q), rows_of(k)]);
+            for tiling in OTHERS {
+                check_forward(&work, [rows_of(&q), rows_of(k)], true, tiling);
+                check_backward(&work, [rows_of(&q), rows_of(k)], tiling);
+            }
+        }
+    }
+    assert!(boxes > 500, "{boxes} pairs of slices have boxes that overlap");
 }
 
 #[test]
