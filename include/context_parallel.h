@@ -32,7 +32,8 @@
  *
  * NUMBERS
  *   Storage is fp32, bf16 or fp16; running softmax state and gradient sums are fp32 and are rounded once at the end. The same inputs on the
- *   same number of ranks give the same bits, run after run, for any number of threads; on CUDA dQ does so with CP_ATTENTION_DETERMINISTIC.
+ *   same number of ranks give the same bits, run after run, for any number of threads; on CUDA dQ, and the
+ *   gradient of a bias that heads share, do so with CP_ATTENTION_DETERMINISTIC.
  *
  * CUDA
  *   A group and its layers are on one device per rank (device_type, device_id), with all tensors, workspace and saved buffers. The library
@@ -177,7 +178,8 @@
 // cp_attention_config.flags: decode with a KV cache. Refused: this library trains and prefills.
 #define CP_ATTENTION_KV_CACHE 64
 
-// cp_attention_config.flags: on CUDA dQ is summed in a fixed order, so that equal inputs give equal bits, at some cost in speed. The CPU always does.
+// cp_attention_config.flags: on CUDA dQ, and the gradient of a bias that heads share, are summed in a fixed order, so that equal inputs give equal
+// bits, at some cost in speed. The CPU always does.
 #define CP_ATTENTION_DETERMINISTIC 128
 
 // cp_comm_config.flags: the classical neighbour ring instead of direct exchange, for comparison.
@@ -730,7 +732,7 @@ typedef struct cp_placement {
 //
 // Dense format: `[batch, seq, heads, dim]`, ndim 4. Packed format: `[tokens, heads, dim]`, ndim 3. LSE: `[batch, heads, seq]`, ndim 3, or
 // packed `[heads, tokens]`, ndim 2. Strides are not negative, the last is 1 (LSE: any). Data is aligned to the element size; on CUDA data and
-// all strides but the last (not the LSE's) are multiples of 16 bytes, and elements are bf16 or fp16.
+// all strides but the last (not the LSE's, nor a bias's) are multiples of 16 bytes, and elements are bf16 or fp16.
 typedef struct cp_tensor {
     // First element.
     void *data;

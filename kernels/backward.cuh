@@ -169,10 +169,10 @@ struct Backward {
     DEVICE Token* token_row(uint32_t row) const { return (Token*)(shared + C::AT_TOKENS) + row; }
     DEVICE int64_t* dq_row(uint32_t stage, uint32_t row) const { return (int64_t*)(shared + C::AT_DQ) + stage * C::BM + row; }
 
-    // Deterministic: the counter of a query tile, and what it must be before the adds.
+    // Deterministic: the counter of a query tile, and what it must be before the adds; the turn's index.
     struct Turn {
         uint32_t* counter;
-        uint32_t turn;
+        uint32_t turn, index;
     };
     DEVICE Turn* turn_of(uint32_t stage) const { return (Turn*)(shared + C::AT_TURN) + stage; }
 
@@ -221,7 +221,7 @@ struct Backward {
         Token token;     // SCORE
     };
     DEVICE Row load_row(const QueryTile& at) const {
-        Row x{__builtin_huge_valf(), 0.0f, 0, -1, Token{0, 0, 0}};
+        Row x{__builtin_huge_valf(), 0.0f, 0, -1, Token{0, 0, 0, 0}};
         uint32_t row = at.row + thread;
         cp_part part = load_part(p.parts, at.part);
         if (row < part.begin || row >= part.end) return x;
@@ -246,8 +246,11 @@ struct Backward {
         cp_part part = load_part(p.parts, at.part);
         uint32_t number = at.row / C::BM;
         turn_of(stage)->counter = (uint32_t*)p.counters + (uint64_t)number * p.heads + at.head;
-        turn_of(stage)->turn = load_constant((const uint32_t*)p.turns + part.turn + (number - part.begin / C::BM));
+        turn_of(stage)->index = part.turn + (number - part.begin / C::BM);
+        turn_of(stage)->turn = load_constant((const uint32_t*)p.turns + turn_of(stage)->index);
     }
+    // How many heads have added to the gradient of a bias that they share, of this turn's queries and keys.
+    DEVICE uint32_t* bias_counter(uint32_t stage) const { return (uint32_t*)p.bias_counters + turn_of(stage)->index; }
     DEVICE void store_row(const Row& x, uint32_t stage) const {
         *lse_row(thread) = x.lse;
         *delta_row(thread) = x.delta;
@@ -315,14 +318,14 @@ struct Backward {
         }
     }
 
-    // The same with what score.cuh adds: P' = kept·P / (1 − p) and dS = P ∘ (kept·dP / (1 − p) − delta) ∘ (derivative of the soft-cap). P' is stored
-    // before dP is there; until then P·derivative stays in registers, and a bit per score that says what is kept.
-    DEVICE void finish_scores(const QueryTile& at, const unsigned char* q, const unsigned char* d_out, bool full) const {
+    // The same with what score.cuh adds: P' = kept·P / (1 − p), dBias = P ∘ (kept·dP / (1 − p) − delta) and dS = dBias ∘ (derivative of the soft-cap).
+    // P' is stored before dP is there; until then P and the derivative stay in registers, and a bit per score that says what is kept.
+    DEVICE void finish_scores(const QueryTile& at, const unsigned char* q, const unsigned char* d_out) const {
         static_assert(!C::SCORE || SN * 8 <= 32, "a bit per score");
         const uint32_t thread = opaque(this->thread), warp = thread / 32, lane = thread % 32;
         const uint32_t row = warp % C::S_M * (SM * 16), col = warp / C::S_M * (SN * 16);
         const uint32_t first = col + lane % 4 * 2, last = work().tile.row + work().tile.rows - 1;  // keys past it are hidden
-        float s[SM][2 * SN][4];
+        float s[SM][2 * SN][4], derivatives[SM][2 * SN][4];
         clear(s);
         multiply_nt<T, typename C::Q, typename C::K, SM, SN, C::DQK / 16>(s, q, shared + C::AT_K, row, col, lane);
 #pragma unroll
@@ -366,6 +369,7 @@ struct Backward {
                 const uint32_t r = row + m * 16 + h * 8 + lane / 4, keys = *keys_row(r);
                 const float lse = *lse_row(r);
                 const Token token = *token_row(r);
+                const T* const bias = p.bias.ptr == 0 ? nullptr : bias_row<const T>(p.bias, at.row + r, at.head, token);
 #pragma unroll
                 for (int n = 0; n < 2 * SN; n++) {
                     float weights[2];
@@ -373,12 +377,13 @@ struct Backward {
                     for (int e = 0; e < 2; e++) {
                         float& x = s[m][n][2 * h + e];
                         // 1 − tanh²; without a soft-cap its inverse is 0.
-                        const float t = x * p.softcap_inverse, derivative = 1.0f - t * t;
+                        const float t = x * p.softcap_inverse;
+                        derivatives[m][n][2 * h + e] = 1.0f - t * t;
                         if (slope != 0.0f) x -= slope * distance(load_position(p, min(work().tile.row + first + (n * 8 + e), last)), token);
-                        const bool seen = full || first + (n * 8 + e) - (keys & 0xffff) < keys >> 16;
-                        const float weight = exp2_approx(seen ? x * LOG2_E - lse : -__builtin_huge_valf());
-                        weights[e] = kept[m] >> (4 * n + 2 * h + e) & 1 ? weight * p.grow : 0.0f;
-                        x = weight * derivative;
+                        const bool seen = first + (n * 8 + e) - (keys & 0xffff) < keys >> 16;
+                        if (bias != nullptr && seen) x += load_float(bias + load_position(p, work().tile.row + first + (n * 8 + e)));
+                        x = exp2_approx(seen ? x * LOG2_E - lse : -__builtin_huge_valf());
+                        weights[e] = kept[m] >> (4 * n + 2 * h + e) & 1 ? x * p.grow : 0.0f;
                     }
                     *(uint32_t*)(shared + C::AT_P + C::S::offset2(r, first + n * 8)) = pack2<T>(weights[0], weights[1]);
                 }
@@ -402,8 +407,35 @@ struct Backward {
                             d[m][n][e] = s[m][2 * c + n][e] * (d[m][n][e] * grow - delta);
                         }
                 }
+            if (p.d_bias.ptr != 0) add_bias<2 * DN>(at, d, row, first + c * 16);
+#pragma unroll
+            for (int m = 0; m < SM; m++)
+#pragma unroll
+                for (int n = 0; n < 2 * DN; n++)
+#pragma unroll
+                    for (int e = 0; e < 4; e++) d[m][n][e] *= derivatives[m][2 * c + n][e];
             store_bits<T, typename C::S>(shared + C::AT_DS, d, row, col + c * 16, lane);
         }
+    }
+
+    // Every pair of a query of a head and a key is met once, so adds to one element are those of heads that share it; their order is that of
+    // `bias_counters`, or none.
+    template <int N>
+    DEVICE void add_bias(const QueryTile& at, const float (&d)[SM][N][4], uint32_t row, uint32_t first) const {
+#pragma unroll
+        for (int m = 0; m < SM; m++)
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const uint32_t r = row + m * 16 + h * 8 + thread % 32 / 4, keys = *keys_row(r);
+                float* const bias = bias_row<float>(p.d_bias, at.row + r, at.head, *token_row(r));
+#pragma unroll
+                for (int n = 0; n < N; n++)
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        const uint32_t key = first + (n * 8 + e);
+                        if (key - (keys & 0xffff) < keys >> 16) add_global(bias + load_position(p, work().tile.row + key), d[m][n][2 * h + e]);
+                    }
+            }
     }
 
     static constexpr int QM = C::BM / C::DQ_M / 16, QN = C::DQK / C::DQ_N / 16;  // blocks of dQ per warp
@@ -447,6 +479,7 @@ struct Backward {
         if (ordered) {
             sync_block();
             if (thread == 0) add_release(turn_of(stage)->counter, 1);
+            if (C::SCORE && p.bias_counters != 0 && thread == 0) add_release(bias_counter(stage), 1);
         }
     }
     DEVICE void add_in_turn(const float (&d)[2 * QC][4], int h, float* dq, uint32_t col, uint32_t end) const {
@@ -513,10 +546,12 @@ struct Backward {
         for (uint32_t stage = 0;; stage ^= 1) {
             const unsigned char* q = shared + C::AT_Q + (C::Q_STAGES == 2 ? stage : 0) * C::Q::BYTES;
             const unsigned char* d_out = shared + C::AT_DO + (C::DO_STAGES == 2 ? stage : 0) * C::DO::BYTES;
+            // Heads one after another: those before are of this block, or of blocks of lower number.
+            if (C::SCORE && p.bias_counters != 0 && thread == 0) wait_for(bias_counter(stage), at.head);
             cp_async_wait<0>();
             sync_block();  // this tile is there, and no one reads the one before any more
             if constexpr (C::SCORE) {
-                finish_scores(at, q, d_out, full);
+                finish_scores(at, q, d_out);
             } else {
                 scores(q, d_out, full);
             }

@@ -193,6 +193,9 @@ struct Forward {
                 if constexpr (SCORE) {
                     if (pending) {
                         finish_scores(scores, tokens, kept, key, part.end - 1);
+                        if (p.bias.ptr != 0) {
+                            add_bias(scores, ranges, key);
+                        }
                     }
                 }
                 if (any_lane(range.lo > key || range.hi < key + BN)) {
@@ -239,7 +242,7 @@ struct Forward {
 #pragma unroll
             for (int h = 0; h < 2; h++) {
                 const int r = row_of(m, h);
-                tokens[m][h] = inside(tile, r) ? load_token(p, tile.row + warp * WM + r) : Token{CP_NO_TOKEN, 0, 0};
+                tokens[m][h] = inside(tile, r) ? load_token(p, tile.row + warp * WM + r) : Token{CP_NO_TOKEN, 0, 0, 0};
             }
         }
     }
@@ -302,6 +305,33 @@ struct Forward {
 #pragma unroll
                     for (int h = 0; h < 2; h++) {
                         kept[m] |= kept_pair(p, seed, number, tokens[m][h], position, next) << (4 * n + 2 * h);
+                    }
+                }
+            }
+        }
+    }
+
+    // Each element where it lies: rows start at any multiple of an element, and positions need not be consecutive.
+    DEVICE void add_bias(float (&scores)[M][N][4], const KeyRange* ranges, uint32_t key) {
+        const uint32_t lane = opaque(this->lane), row = tile().row + warp * WM, first = key + lane % 4 * 2;
+#pragma unroll
+        for (int m = 0; m < M; m++) {
+#pragma unroll
+            for (int h = 0; h < 2; h++) {
+                const int r = m * 16 + h * 8 + lane / 4;
+                const KeyRange range = ranges[r];
+                if (range.hi == range.lo) {
+                    continue;
+                }
+                const T* const bias = bias_row<const T>(p.bias, row + r, head(), load_token(p, row + r));
+#pragma unroll
+                for (int n = 0; n < N; n++) {
+#pragma unroll
+                    for (int e = 0; e < 2; e++) {
+                        const uint32_t k = first + (n * 8 + e);
+                        if (k - range.lo < range.hi - range.lo) {
+                            scores[m][n][2 * h + e] += load_float(bias + load_position(p, k));
+                        }
                     }
                 }
             }

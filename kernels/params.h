@@ -49,10 +49,11 @@ struct cp_token {
     uint32_t position, sequence;
 };
 
-// A sequence: the key position on the diagonal of its query position 0; the caller's number for it.
+// A sequence: the key position on the diagonal of its query position 0; the caller's number for it; padding keys before its first true one,
+// which the bias has columns for.
 struct cp_sequence {
     int32_t diagonal;
-    uint32_t number;
+    uint32_t number, padding, reserved;
 };
 
 // cp_attention_params.flags
@@ -75,6 +76,7 @@ struct cp_attention_params {
     uint64_t q_used, k_used;            // bit r%32 of word r/32: row r is in some slice. Null: all are. Other rows may hold NaN and are read as 0.
     uint64_t turns;                     // deterministic: uint32_t, which turn an add to a query tile is
     uint64_t counters;                  // deterministic: uint32_t[query tiles · heads], zero before the launch: adds so far
+    uint64_t bias_counters;             // deterministic, d_bias that heads share: uint32_t[turns], zero before the launch: heads so far
     uint32_t tile_count, heads, kv_heads;
     uint32_t q_first, head_group, kv_first;  // key head of local head h: (q_first + h) / head_group − kv_first
     uint32_t dim_qk, dim_v;                  // true dimensions, multiples of 8; the kernel's own are the next compiled ones
@@ -89,8 +91,10 @@ struct cp_attention_params {
     uint64_t alibi;                             // float per global query head; null: none
     cp_view sinks;                              // fp32, row 0, by global query head; null ptr: none
     cp_view top;                                // forward with CP_LAST and CP_LARGEST: fp32, the largest visible score of a row; null ptr: not asked for
-    // Places of features that are not computed yet; all zero.
+    // Storage type; fp32, added to. Query rows; heads, or one for all with stride_head 0; an element for each key of the padded sequence, rows at
+    // any multiple of the element. Null ptr: none.
     cp_view bias, d_bias;
+    // Places of features that are not computed yet; all zero.
     uint64_t k_scale, v_scale;
     uint64_t reserved[4];
 };

@@ -1,6 +1,7 @@
 // What happens to a score between q·k and the softmax, and to its weight after it: src/score.rs on the device. Only the kernels *_score have it.
 //
-//     x = scale·q·k        x = cap·tanh(x / cap)        x = x − slope·|key position − diagonal|        kept = word(key position) >= drop_below
+//     x = scale·q·k        x = cap·tanh(x / cap)        x = x − slope·|key position − diagonal|        x = x + bias[query row, head, column]
+//     kept = word(key position) >= drop_below           column = padding + key position
 //
 // Positions come from tables, a number per row: rows need not be consecutive tokens (striped, packed, padded).
 #pragma once
@@ -8,6 +9,7 @@
 
 #include "params.h"
 #include "ptx.cuh"
+#include "tile.cuh"
 
 constexpr float LOG2_E = 1.4426950408889634f;
 
@@ -16,12 +18,13 @@ struct Token {
     uint32_t position;  // in its sequence; CP_NO_TOKEN: the row is padding, nothing else counts
     int32_t diagonal;   // the key position on its diagonal
     uint32_t number;    // the caller's, of its sequence
+    uint32_t padding;   // keys before its sequence's first
 };
 DEVICE Token load_token(const cp_attention_params& p, uint32_t row) {
     const uint2 at = load_constant((const uint2*)p.q_tokens + row);
-    if (at.x == CP_NO_TOKEN) return Token{at.x, 0, 0};
-    const uint2 sequence = load_constant((const uint2*)p.sequences + at.y);
-    return Token{at.x, (int32_t)(at.x + sequence.x), sequence.y};
+    if (at.x == CP_NO_TOKEN) return Token{at.x, 0, 0, 0};
+    const uint4 sequence = load_constant((const uint4*)p.sequences + at.y);
+    return Token{at.x, (int32_t)(at.x + sequence.x), sequence.y, sequence.z};
 }
 
 // Position of a key row.
@@ -41,6 +44,18 @@ DEVICE float soft_cap(float x, float cap, float inverse) {
     const float far = (1.0f - e) * reciprocal_approx(1.0f + e);
     const float near = a * (1.0f - s * (1.0f / 3 - s * (2.0f / 15 - s * (17.0f / 315 - s * (62.0f / 2835)))));
     return cap * copysignf(a < 0.25f ? near : far, x);
+}
+
+// A query's row of the bias, or of its gradient, from key position 0 on. Only for keys that the query sees: others may be of a longer sequence.
+template <class E>
+DEVICE E* bias_row(const cp_view& view, uint32_t row, uint32_t head, const Token& query) {
+    return (E*)view.ptr + element_offset(view, row, head) + query.padding;
+}
+
+// A number of 16 bits that no one writes during the launch.
+template <class T>
+DEVICE float load_float(const T* at) {
+    return to_float(T{load_constant(&at->bits)});
 }
 
 DEVICE float distance(uint32_t key, const Token& query) {

@@ -49,4 +49,4 @@
     ((k_rows) * ((dqk) + (dv)) * 2 + (q_rows) * ((q_stages) * (dqk) + (do_stages) * (dv)) * 2 + (q_rows) * (k_rows) * 4 + (q_rows) * 28 + 64)
 // Kernels *_score: and a token per query row.
 #define CP_BACKWARD_SHARED_SCORE(dqk, dv, q_rows, k_rows, q_stages, do_stages) \
-    (CP_BACKWARD_SHARED(dqk, dv, q_rows, k_rows, q_stages, do_stages) + (q_rows) * 12)
+    (CP_BACKWARD_SHARED(dqk, dv, q_rows, k_rows, q_stages, do_stages) + (q_rows) * 16)

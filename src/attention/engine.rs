@@ -121,8 +121,7 @@ impl Engine {
 impl OnDevice {
     fn shape(&self, config: &Config) -> &'static Shape {
         let Config { dtype, dim_qk, dim_v, .. } = *config;
-        let shape = Scores::of(&config.score)
-            .and_then(|scores| self.cuda.supports(dtype, dim_qk, dim_v, scores));
+        let shape = self.cuda.supports(dtype, dim_qk, dim_v, Scores::of(&config.score));
         shape.expect("asked when the layer was made")
     }
 

@@ -5,7 +5,7 @@ mod names;
 
 use crate::backend::View;
 use crate::backend::cpu::Cpu;
-use crate::backend::cuda::{Cuda, Scores, check_view};
+use crate::backend::cuda::{Cuda, Scores, check_elements, check_view};
 use crate::balance::Dealt;
 use crate::driver::{self, CUstream};
 use crate::dtype::{DType, Fp8};
@@ -63,7 +63,7 @@ pub struct Config {
     pub max_rows: u32,
     /// Forward leaves head-split tensors for backward (u > 1); otherwise backward exchanges them again.
     pub save: bool,
-    /// On CUDA: dQ is added in a fixed order, so that equal inputs give equal bits. The CPU always does.
+    /// On CUDA: dQ, and the gradient of a bias that heads share, are added in a fixed order, so that equal inputs give equal bits. The CPU always does.
     pub deterministic: bool,
     /// On CUDA: most pieces (slices of the mask) of a stage, which bounds the work lists in the workspace; 0 = [`DEFAULT_SEGMENTS`].
     pub max_segments: u32,
@@ -159,7 +159,7 @@ impl Config {
                 format.name()
             )));
         }
-        cuda.supports(self.dtype, self.dim_qk, self.dim_v, Scores::of(&self.score)?).map(|_| ())
+        cuda.supports(self.dtype, self.dim_qk, self.dim_v, Scores::of(&self.score)).map(|_| ())
     }
 
     /// Would a layer accept this on a group of `ranks`? The error is the one that it would give. Whether a memory cap can be kept
@@ -767,7 +767,10 @@ impl Attention {
         }
         if let Engine::Device(_) = self.engine {
             for (tensor, view) in &t.views {
-                check_view(name(*tensor), view)?;
+                match tensor {
+                    Tensor::Bias | Tensor::DBias => check_elements(name(*tensor), view)?,
+                    _ => check_view(name(*tensor), view)?,
+                }
             }
         } else if let Seed::At(address) = t.seed {
             return Err(Error::argument(format!(

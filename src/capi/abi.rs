@@ -118,7 +118,8 @@ pub const CP_ATTENTION_WIRE_F32: u32 = 16;
 pub const CP_ATTENTION_SAVE: u32 = 32;
 /// cp_attention_config.flags: decode with a KV cache. Refused: this library trains and prefills.
 pub const CP_ATTENTION_KV_CACHE: u32 = 64;
-/// cp_attention_config.flags: on CUDA dQ is summed in a fixed order, so that equal inputs give equal bits, at some cost in speed. The CPU always does.
+/// cp_attention_config.flags: on CUDA dQ, and the gradient of a bias that heads share, are summed in a fixed order, so that equal inputs give equal
+/// bits, at some cost in speed. The CPU always does.
 pub const CP_ATTENTION_DETERMINISTIC: u32 = 128;
 
 /// cp_comm_config.flags: the classical neighbour ring instead of direct exchange, for comparison.
@@ -216,7 +217,7 @@ pub use crate::transport::user::{
 ///
 /// Dense format: `[batch, seq, heads, dim]`, ndim 4. Packed format: `[tokens, heads, dim]`, ndim 3. LSE: `[batch, heads, seq]`, ndim 3, or
 /// packed `[heads, tokens]`, ndim 2. Strides are not negative, the last is 1 (LSE: any). Data is aligned to the element size; on CUDA data and
-/// all strides but the last (not the LSE's) are multiples of 16 bytes, and elements are bf16 or fp16.
+/// all strides but the last (not the LSE's, nor a bias's) are multiples of 16 bytes, and elements are bf16 or fp16.
 #[repr(C)]
 #[derive(Clone, Copy)]
 pub struct cp_tensor {

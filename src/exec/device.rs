@@ -6,7 +6,7 @@
 use super::{Memory, PerSequence, Slots, Stats, bind, fill_messages};
 use crate::backend::cuda::{
     AttendWork, Cuda, RowsWork, Sequences, Shape, SliceLimits, Staging, TableBuilder, TokenWork,
-    backward_bound, forward_bound, runs_bound, tokens_bound,
+    backward_bound, forward_bound, runs_bound, tokens_bound, turns_bound,
 };
 use crate::backend::{CopyRows, Reduce, View};
 use crate::driver::{self, CUdeviceptr, CUstream, Event};
@@ -26,7 +26,7 @@ pub enum Target {
     Device {
         /// The compiled shape that the head dimensions are padded to.
         shape: &'static Shape,
-        /// dQ is added in a fixed order.
+        /// What several blocks add to is added to in a fixed order.
         deterministic: bool,
     },
 }
@@ -55,7 +55,12 @@ impl Target {
             true => tokens_bound(steps, [rows, keys], score.slopes.len()),
             false => 0,
         };
-        steps * forward.max(backward) + copies + tokens
+        // Heads that share the gradient of a bias add to it in turns.
+        let counters = match deterministic && score.bias.is_some_and(|b| b.gradient) {
+            true => turns_bound(shape.backward(), rows, keys, limits),
+            false => 0,
+        };
+        steps * forward.max(backward) + copies + tokens + counters
     }
 }
 
@@ -87,6 +92,7 @@ impl Tables {
         let mut builder = TableBuilder::new(shape.forward(), shape.backward());
         let rows = |slot: &Slot| plan.info(*slot).rows;
         let heads = plan.share.q.len();
+        let shared_bias = plan.d_bias().is_some_and(|slot| plan.info(slot).heads == 1);
         let mut tokens = Tokens::new(plan);
         let mut counters = 0;
         let mut works = Vec::with_capacity(plan.steps.len());
@@ -100,7 +106,8 @@ impl Tables {
                 }
                 Op::AttendBackward { q, k, slices, .. } => {
                     let work = builder.backward(slices, rows(q), rows(k), deterministic);
-                    counters = counters.max(work.counters(heads) * size_of::<u32>());
+                    let [of_queries, of_bias] = work.counters(heads, shared_bias);
+                    counters = counters.max((of_queries + of_bias) * size_of::<u32>());
                     let tokens = tokens.step(step.stage, [rows(q), rows(k)], &mut builder);
                     Work::Attend(AttendWork { tokens, ..work })
                 }
@@ -160,7 +167,8 @@ impl Tokens<'_> {
             let mut of = PerSequence::default();
             of.fill(self.plan);
             let slopes = &self.plan.problem.score.slopes;
-            let (work, sequences) = builder.tokens(&origins.queries, q_rows, &of.diagonals, slopes);
+            let of = (&of.diagonals[..], &of.padding[..]);
+            let (work, sequences) = builder.tokens(&origins.queries, q_rows, of, slopes);
             self.sequences = sequences;
             work
         });

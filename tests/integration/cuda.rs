@@ -36,9 +36,8 @@ fn corpus(way: Way) {
     let turn = ways.iter().position(|w| *w == way).expect("one of the three");
     let mut tally = Tally::default();
     let fits = |c: &&Case| {
-        // There are neither biases, coded keys nor latents on CUDA yet.
+        // There are neither coded keys nor latents on CUDA yet.
         c.tokens(Side::Query).max(c.tokens(Side::Key)) <= LONGEST
-            && c.bias.is_none()
             && c.kv_wire.is_none()
             && c.latent.is_none()
     };

@@ -2,7 +2,7 @@
 //! bit: everything here is deterministic.
 
 use crate::layers::{PATIENCE, config, one};
-use crate::oracle::{Case, Inputs, Results, Tensor as Named, cases, inputs};
+use crate::oracle::{Case, Format, Inputs, Results, Tensor as Named, cases, inputs};
 use crate::ranks::{Layout, Shard, collect, on_threads};
 use context_parallel::attention::{Allocator, Args, Attention, Comm, Config, Context};
 use context_parallel::backend::View;
@@ -14,7 +14,7 @@ use context_parallel::partition::Partition;
 use context_parallel::plan::{Pass, Tensor};
 use context_parallel::problem::{CommType, Problem, Sequence};
 use context_parallel::regions::Regions;
-use context_parallel::score::{Reach, Score, Seed};
+use context_parallel::score::{BiasShape, Reach, Score, Seed};
 use context_parallel::transport::Transport;
 use context_parallel::transport::device::join::{Way, join};
 use context_parallel::transport::local::local_group;
@@ -336,6 +336,47 @@ fn a_graph_draws_another_mask() {
     driver::check("destroy", unsafe { sys::cuGraphExecDestroy(graph) }).unwrap();
 }
 
+/// One for all heads and batch entries, with a gradient.
+const SHARED_BIAS: BiasShape =
+    BiasShape { batch: false, heads: false, queries: true, gradient: true };
+
+/// Rows of an odd number of columns, at multiples of an element; heads of several blocks add to one gradient, in one order.
+#[test]
+#[ignore = "needs a CUDA device or the software GPU: tests/run"]
+fn a_graph_replays_the_gradient_of_a_bias() {
+    let score = Score { bias: Some(SHARED_BIAS), softcap: 4.0, ..Score::default() };
+    let config = Config { score, ..config() };
+    let seqs = vec![Sequence::square(91); 2];
+    let base = cases().iter().find(|c| c.name == "causal_33").expect("in the corpus");
+    let case = Case { seqs: seqs.clone(), bias: Some(SHARED_BIAS), ..base.clone() };
+    let inputs = inputs(&case, config.dtype);
+    let device = device();
+    let _current = device.enter().unwrap();
+    let stream = stream();
+    let mut layer = layer(config, None);
+    let mut plain = Batch::new(&layer, &seqs, &inputs, &stream).unwrap();
+    plain.both(&mut layer).unwrap();
+    let mut batch = Batch::new(&layer, &seqs, &inputs, &stream).unwrap();
+    let bound = layer.workspace_bound(2 * 91).unwrap();
+    batch.workspace = Some(DeviceBuffer::new(&device, bound).unwrap());
+    let graph = capture(stream.raw(), || batch.both(&mut layer)).unwrap();
+    let problem = batch.problem.clone();
+    let expected = collect(&problem, &[plain.read().unwrap()]);
+    for _ in 0..2 {
+        // SAFETY: an own graph and stream.
+        let code = unsafe { sys::cuGraphLaunch(graph, stream.raw()) };
+        driver::check("launch", code).unwrap();
+        batch.pull().unwrap();
+        let got = collect(&problem, std::slice::from_ref(&batch.shard));
+        same("replayed", &got, &expected);
+        let bits = |r: &Results<f32>| r.d_bias.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+        assert_eq!(got.d_bias.len(), 91 * 91);
+        assert!(bits(&got) == bits(&expected), "d_bias has other bits");
+    }
+    // SAFETY: an own graph, not running any more.
+    driver::check("destroy", unsafe { sys::cuGraphExecDestroy(graph) }).unwrap();
+}
+
 /// Hosts meet in `local` and `staged`; a graph would replay without them.
 #[test]
 #[ignore = "needs a CUDA device or the software GPU: tests/run"]
@@ -451,6 +492,10 @@ fn the_bound_suffices_over_nccl() {
     let slopes = vec![0.1; config().heads as usize].into();
     let score = Score { slopes, dropout: 0.1, max_logit: Some(Reach::Group), ..Score::default() };
     let scored = |config: &Config| Config { score: score.clone(), ..config.clone() };
+    let biased = |config: &Config| {
+        let score = Score { bias: Some(SHARED_BIAS), ..Score::default() };
+        Config { score, ..config.clone() }
+    };
     let two = vec![Sequence::square(960); 2];
     let many: Vec<Sequence> = (0..24).map(|i| Sequence::square(40 + i % 7 * 6)).collect();
     for (config, seqs, ranks, kind) in [
@@ -458,13 +503,17 @@ fn the_bound_suffices_over_nccl() {
         (striped.clone(), &two, 3, CommType::A2a),
         (scored(&striped), &two, 4, CommType::P2p),
         (scored(&documents), &many, 4, CommType::A2aP2p),
+        (biased(&documents), &many, 4, CommType::P2p),
+        (biased(&documents), &many, 3, CommType::A2a),
         (striped, &two, 4, CommType::A2aP2p),
         (documents.clone(), &many, 4, CommType::AllGather),
         (documents.clone(), &many, 2, CommType::A2a),
         (documents, &many, 4, CommType::A2aP2p),
     ] {
         let base = cases().iter().find(|c| c.name == "causal_33").expect("in the corpus");
-        let inputs = inputs(&Case { seqs: seqs.clone(), ..base.clone() }, config.dtype);
+        let case = Case { seqs: seqs.clone(), bias: config.score.bias, ..base.clone() };
+        let case = Case { format: if config.packed { Format::Thd } else { case.format }, ..case };
+        let inputs = inputs(&case, config.dtype);
         on_threads(local_group(ranks), |_, t| {
             let run = || -> Result<()> {
                 let group = group(t, Way::Nccl)?;

@@ -105,7 +105,7 @@ fn rank(
             problem.dtype,
             problem.dim_qk,
             problem.dim_v,
-            Scores::of(&problem.score)?,
+            Scores::of(&problem.score),
         )?;
         let target = Target::Device { shape, deterministic: on.deterministic };
         let members: Vec<u32> = (0..problem.ranks).collect();

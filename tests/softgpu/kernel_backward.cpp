@@ -31,6 +31,24 @@ struct Case {
     Features score = {};
 };
 
+// A bias with the columns that the case's queries see.
+template <class T>
+void make_bias(Scores& scores, const Case& c) {
+    if (c.score.bias == NO_BIAS) return;
+    uint32_t columns = 0;
+    std::vector<std::vector<bool>> seen(c.q_rows);
+    for (uint32_t r = 0; r < c.q_rows; r++)
+        for (const Step& s : c.steps)
+            for (uint32_t j = 0; j < s.k_rows; j++)
+                if (sees(s.slices, r, j)) {
+                    const uint32_t column = scores.column(r, j);
+                    columns = std::max(columns, column + 1);
+                    if (seen[r].size() <= column) seen[r].resize(column + 1);
+                    seen[r][column] = true;
+                }
+    scores.make_bias<T>(c.q_rows, c.heads, columns, [&](uint32_t r, uint32_t column) { return column < seen[r].size() && seen[r][column]; });
+}
+
 using Kernel = void (*)(cp_attention_params);
 struct Shape {
     uint32_t dqk, dv, q_rows, k_rows, threads, shared;
@@ -61,7 +79,7 @@ struct Problem {
         std::vector<float> plain;
         explicit Expected(size_t n) : oracle(n), terms(n), plain(n) {}
     };
-    Expected dq{0};
+    Expected dq{0}, d_bias{0};
     std::vector<Expected> dk, dv;
     std::unique_ptr<Scores> scores;
 
@@ -74,6 +92,8 @@ struct Problem {
             for (uint32_t r = 0; r < c.q_rows; r++) q_used[r] = q_used[r] || used[r] || !c.bitmaps;
         }
         scores.reset(new Scores(c.score, c.q_rows, c.heads, c.q_first, q_used));
+        make_bias<T>(*scores, c);
+        d_bias = Expected(c.score.bias == NO_BIAS ? 0 : (size_t)c.q_rows * scores->bias_heads(c.heads) * scores->biases.dim);
         q = Tensor<T>("q", c.q_rows, c.heads, c.dim_qk, c.layout, c.rows_per_batch);
         q.fill(random, &q_used);
         d_out = Tensor<T>("d_out", c.q_rows, c.heads, c.dim_v, c.layout, c.rows_per_batch);
@@ -122,6 +142,7 @@ struct Problem {
                         const float product = d_out.get(r, h, d) * v[i].get(j, kv, d);
                         x.dp += (double)d_out.get(r, h, d) * v[i].get(j, kv, d), x.dp32 += product;
                     }
+                    if (scores->value(0.0, r, h, j) == -INFINITY) continue;  // as a hidden one
                     x.s = scores->value(x.s * scale, r, h, j, &x.derivative), x.s32 = scores->value(x.s32 * scale, r, h, j, &x.derivative32);
                     x.grow = scores->kept(r, h, j) ? scores->grow() : 0;
                     x.dp *= x.grow, x.dp32 *= x.grow;
@@ -148,13 +169,17 @@ struct Problem {
         }
         delta.at(r, h) = rounded_delta;
         for (const Pair& x : pairs) {
-            const double weight = exp(x.s - exact_lse), p = weight * x.grow, ds = weight * (x.dp - exact_delta) * x.derivative;
-            const double ds_terms = weight * (fabs(x.dp) + delta_terms) * fabs(scale * x.derivative);
+            const double weight = exp(x.s - exact_lse), p = weight * x.grow, slant = weight * (x.dp - exact_delta), ds = slant * x.derivative;
+            const double slant_terms = weight * (fabs(x.dp) + delta_terms), ds_terms = slant_terms * fabs(scale * x.derivative);
             const float p32 = expf(x.s32 - lse.at(r, h)), p_rounded = widened(rounded<T>(p32 * x.grow));
-            const float ds32 = widened(rounded<T>(p32 * (x.dp32 - rounded_delta) * x.derivative32));
+            const float slant32 = p32 * (x.dp32 - rounded_delta), ds32 = widened(rounded<T>(slant32 * x.derivative32));
             auto add = [](Expected& e, size_t at, double oracle, double terms, float plain) {
                 e.oracle[at] += oracle, e.terms[at] += terms, e.plain[at] += plain;
             };
+            if (c.score.bias != NO_BIAS) {
+                const uint32_t head = c.score.bias == BIAS ? h : 0;
+                add(d_bias, ((size_t)head * c.q_rows + r) * scores->biases.dim + scores->column(r, x.key), slant, slant_terms, slant32);
+            }
             for (uint32_t d = 0; d < c.dim_qk; d++) {
                 const float key = k[x.step].get(x.key, kv, d), query = q.get(r, h, d);
                 add(dq, ((size_t)h * c.q_rows + r) * c.dim_qk + d, ds * key * scale, ds_terms * fabs(key), ds32 * key);
@@ -172,9 +197,9 @@ struct Problem {
 struct Gradient {
     Tensor<float> now;
     std::vector<float> before;
-    Gradient(const char* name, uint32_t rows, uint32_t heads, uint32_t dim, const Case& c, Random& random)
-        : now(name, rows, heads, dim, c.layout == GAPS ? GAPS : DENSE) {
-        if (c.layout == SBHD || c.layout == BHSD) now = Tensor<float>(name, rows, heads, dim, c.layout, c.rows_per_batch);
+    Gradient(const char* name, uint32_t rows, uint32_t heads, uint32_t dim, const Case& c, Random& random, bool tight = false)
+        : now(name, rows, heads, dim, tight ? TIGHT : c.layout == GAPS ? GAPS : DENSE) {
+        if (!tight && (c.layout == SBHD || c.layout == BHSD)) now = Tensor<float>(name, rows, heads, dim, c.layout, c.rows_per_batch);
         for (uint32_t h = 0; h < heads; h++)
             for (uint32_t r = 0; r < rows; r++)
                 for (uint32_t d = 0; d < dim; d++) before.push_back(now.at(r, h, d) = random.value() / 64);
@@ -224,6 +249,9 @@ std::string run(const Problem<T>& problem, int small, bool deterministic, softgp
     while (c.dim_qk > shape->dqk || c.dim_v > shape->dv) shape++;
     Random random(std::hash<std::string>()(c.name) + small);
     Gradient dq("dq", c.q_rows, c.heads, c.dim_qk, c, random);
+    const bool biased = c.score.bias != NO_BIAS && c.score.bias != BIAS_OF_ALL;
+    const Scores& scores = *problem.scores;
+    Gradient d_bias("d_bias", biased ? c.q_rows : 0, biased ? scores.bias_heads(c.heads) : 1, scores.biases.dim, c, random, true);
     std::vector<Gradient> dk, dv;
     for (size_t i = 0; i < c.steps.size(); i++) {
         const Step& step = c.steps[i];
@@ -244,6 +272,7 @@ std::string run(const Problem<T>& problem, int small, bool deterministic, softgp
         Table<cp_slice> table("slices", lists.slices);
         Table<uint32_t> q_bits("q_used", bitmap(used_queries(step.slices, c.q_rows))), k_bits("k_used", bitmap(used_keys(step.slices, step.k_rows)));
         Table<uint32_t> turn_table("turns", turns), counters("counters", std::vector<uint32_t>(adds.size() * c.heads));
+        Table<uint32_t> bias_counters("bias_counters", std::vector<uint32_t>(turns.size()));
         cp_attention_params p{};
         p.q = problem.q.view, p.k = problem.k[i].view, p.v = problem.v[i].view, p.d_out = problem.d_out.view;
         p.lse = problem.lse.view, p.delta = problem.delta.view;
@@ -257,17 +286,28 @@ std::string run(const Problem<T>& problem, int small, bool deterministic, softgp
         p.scale = problem.scale, p.scale_log2 = problem.scale * 1.44269504f;
         Table<uint32_t> positions("positions", problem.scores->keys(step.k_rows));
         if (c.score.on) problem.scores->fill(p, positions.address());
+        if (biased) p.d_bias = d_bias.now.view;
+        const bool queued = deterministic && biased && c.score.bias != BIAS;
+        if (biased && c.score.bias != BIAS) p.d_bias.stride_head = 0;
+        if (queued) p.bias_counters = bias_counters.address();
         const uint32_t blocks = c.blocks && !deterministic ? c.blocks : p.tile_count * c.kv_heads;
         softgpu::launch(std::is_same<T, bf16_t>::value ? shape->bf16 : shape->f16, blocks, shape->threads, shape->shared, options, p);
         if (deterministic)
             for (uint32_t t = 0; t < adds.size(); t++)
                 for (uint32_t h = 0; h < c.heads; h++)
                     if (((uint32_t*)counters.bytes.get())[t * c.heads + h] != adds[t]) return "not every turn was taken";
+        for (uint32_t t = 0; queued && t < turns.size(); t++)
+            if (((uint32_t*)bias_counters.bytes.get())[t] != c.heads) return "not every head added to the gradient of the bias";
     }
     double worst = 0;
     std::string wrong = dq.template wrong<T>(problem.dq, worst);
     if (!wrong.empty()) return "dq: " + wrong;
     hash = dq.hash();
+    if (biased) {
+        wrong = d_bias.template wrong<T>(problem.d_bias, worst);
+        if (!wrong.empty()) return "d_bias: " + wrong;
+        hash = hash * 31 + d_bias.hash();
+    }
     for (size_t i = 0; i < c.steps.size(); i++) {
         wrong = dk[i].template wrong<T>(problem.dk[i], worst);
         if (!wrong.empty()) return "dk: " + wrong;
@@ -409,7 +449,13 @@ static std::vector<Case> cases() {
         with("_softcap", [](Features& f) { f.softcap = 2, f.sinks = true; });
         with("_alibi", [](Features& f) { f.alibi = true, f.q_start = 40, f.k_start = 3, f.boundary = 60, f.diagonal = -17; });
         with("_dropout", [](Features& f) { f.dropout = 0.3f, f.k_start = 2, f.seed_at = true; });
-        with("_everything", [](Features& f) { f.softcap = 3, f.alibi = f.sinks = true, f.dropout = 0.2f, f.k_start = 7, f.q_step = 2, f.k_step = 3, f.boundary = 80, f.head_offset = 8; });
+        with("_bias", [](Features& f) { f.bias = BIAS, f.softcap = 2, f.k_start = 2, f.boundary = 60; });
+        with("_bias_of_heads", [](Features& f) { f.bias = BIAS_OF_HEADS, f.padding = 3, f.k_step = 3; });
+        with("_bias_of_all", [](Features& f) { f.bias = BIAS_OF_ALL, f.sinks = true; });
+        with("_everything", [](Features& f) { f.softcap = 3, f.alibi = f.sinks = true, f.dropout = 0.2f, f.k_start = 7, f.q_step = 2, f.k_step = 3, f.boundary = 80, f.head_offset = 8, f.bias = BIAS, f.padding = 5; });
+        // Key heads of several blocks add to one gradient.
+        Case& many = add(c);
+        many.name += "_bias_queue", many.heads = 6, many.kv_heads = 3, many.score.bias = BIAS_OF_HEADS, many.score.dropout = 0.3f;
     }
     {
         Features all;
@@ -420,6 +466,12 @@ static std::vector<Case> cases() {
         Case padded{"score_documents", 100, {{100, {causal(3, 20, 3, 20), causal(30, 1, 30, 1), causal(35, 60, 35, 60)}}}};
         padded.score = all, padded.layout = BHSD, padded.rows_per_batch = 50, padded.dim_v = 40;
         add(padded);
+        padded.name = "score_documents_bias", padded.score.bias = BIAS_OF_HEADS, padded.score.boundary = 32, padded.score.padding = 1;
+        add(padded);
+        Case entries{"score_entries_bias", 120, {{120, {causal(0, 40, 0, 40), causal(40, 40, 40, 40), causal(80, 40, 80, 40)}}}};
+        entries.score.on = true, entries.score.bias = BIAS_OF_ENTRIES, entries.score.rows_per_batch = 40;
+        entries.layout = SBHD, entries.rows_per_batch = 40, entries.heads = entries.kv_heads = 2;
+        add(entries);
         Case negative{"score_scale_negative", 100, {{100, {causal(0, 100, 0, 100)}}}};
         negative.score = all, negative.scale = -0.3f, negative.bitmaps = false;
         add(negative);
@@ -440,7 +492,7 @@ static std::vector<Case> cases() {
 int main(int argc, char** argv) {
     Tally tally(argc, argv);
     tally.run("philox", philox_is_right);
-    const std::vector<std::string> ordered = {"length_257_cut", "documents_cut", "two_parts", "heads_6_of_12", "heads_grid", "steps_64", "steps_128", "random_3", "random_8", "score_64_everything"};
+    const std::vector<std::string> ordered = {"length_257_cut", "documents_cut", "two_parts", "heads_6_of_12", "heads_grid", "steps_64", "steps_128", "random_3", "random_8", "score_64_everything", "score_64_bias_queue", "score_128_bias_queue"};
     for (const Case& c : cases())
         for (bool small : {false, true}) {
             if (c.score.on && small) continue;  // there is one set

@@ -30,6 +30,24 @@ struct Case {
     Features score = {};
 };
 
+// A bias with the columns that the case's queries see.
+template <class T>
+void make_bias(Scores& scores, const Case& c) {
+    if (c.score.bias == NO_BIAS) return;
+    uint32_t columns = 0;
+    std::vector<std::vector<bool>> seen(c.q_rows);
+    for (uint32_t r = 0; r < c.q_rows; r++)
+        for (const Step& s : c.steps)
+            for (uint32_t j = 0; j < s.k_rows; j++)
+                if (sees(s.slices, r, j)) {
+                    const uint32_t column = scores.column(r, j);
+                    columns = std::max(columns, column + 1);
+                    if (seen[r].size() <= column) seen[r].resize(column + 1);
+                    seen[r][column] = true;
+                }
+    scores.make_bias<T>(c.q_rows, c.heads, columns, [&](uint32_t r, uint32_t column) { return column < seen[r].size() && seen[r][column]; });
+}
+
 using Kernel = void (*)(cp_attention_params);
 struct Shape {
     uint32_t dqk, dv, q_rows, k_rows, warps;
@@ -65,7 +83,8 @@ std::string run(const Case& c) {
     Tensor<T> out("out", c.q_rows, c.heads, c.dim_v, c.layout, c.rows_per_batch);
     Tensor<float> lse("lse", c.q_rows, c.heads, 1, c.layout, c.rows_per_batch);
     Tensor<float> top("top", c.q_rows, c.heads, 1, c.layout, c.rows_per_batch);
-    const Scores scores(c.score, c.q_rows, c.heads, c.q_first, q_used);
+    Scores scores(c.score, c.q_rows, c.heads, c.q_first, q_used);
+    make_bias<T>(scores, c);
     Tensor<float> acc_out("acc_out", c.q_rows, c.heads, c.dim_v, c.layout == GAPS ? GAPS : DENSE);
     Tensor<float> acc_max("acc_max", c.q_rows, c.heads, 1), acc_sum("acc_sum", c.q_rows, c.heads, 1);
 
@@ -125,6 +144,7 @@ std::string run(const Case& c) {
                             s += (double)q.get(r, h, d) * k[i].get(j, kv, d);
                             s32 += q.get(r, h, d) * k[i].get(j, kv, d);
                         }
+                        if (scores.value(0.0, r, h, j) == -INFINITY) continue;  // as a hidden one
                         pairs.push_back({i, j, scores.value(s * scale, r, h, j), scores.value(s32 * scale, r, h, j), scores.kept(r, h, j)});
                         most = std::max(most, pairs.back().s), most32 = std::max(most32, pairs.back().s32);
                     }
@@ -260,9 +280,12 @@ static std::vector<Case> cases() {
         with("_alibi_striped", [](Features& f) { f.alibi = true, f.q_step = 3, f.k_step = 5, f.diagonal = -17; });
         with("_sinks", [](Features& f) { f.sinks = true; });
         with("_top", [](Features& f) { f.top = true; });
+        with("_bias", [](Features& f) { f.bias = BIAS, f.k_start = 2, f.boundary = 60; });
+        with("_bias_of_heads", [](Features& f) { f.bias = BIAS_OF_HEADS, f.padding = 3, f.k_step = 3; });
+        with("_bias_of_all", [](Features& f) { f.bias = BIAS_OF_ALL, f.top = f.sinks = true; });
         with("_dropout", [](Features& f) { f.dropout = 0.3f, f.k_start = 2, f.seed_at = true; });
         with("_dropout_striped", [](Features& f) { f.dropout = 0.6f, f.q_start = 9, f.q_step = 2, f.k_start = 1, f.k_step = 3, f.boundary = 100, f.head_offset = 8; });
-        with("_everything", [](Features& f) { f.softcap = 3, f.alibi = f.sinks = f.top = true, f.dropout = 0.2f, f.k_start = 7, f.boundary = 80; });
+        with("_everything", [](Features& f) { f.softcap = 3, f.alibi = f.sinks = f.top = true, f.dropout = 0.2f, f.k_start = 7, f.boundary = 80, f.bias = BIAS, f.padding = 5; });
     }
     {
         Features all;
@@ -273,6 +296,12 @@ static std::vector<Case> cases() {
         Case padded{"score_documents", 100, {{100, {causal(3, 20, 3, 20), causal(30, 1, 30, 1), causal(35, 60, 35, 60)}}}};
         padded.score = all, padded.layout = BHSD, padded.rows_per_batch = 50, padded.dim_v = 40;
         add(padded);
+        padded.name = "score_documents_bias", padded.score.bias = BIAS_OF_HEADS, padded.score.boundary = 32, padded.score.padding = 1;
+        add(padded);
+        Case entries{"score_entries_bias", 120, {{120, {causal(0, 40, 0, 40), causal(40, 40, 40, 40), causal(80, 40, 80, 40)}}}};
+        entries.score.on = true, entries.score.bias = BIAS_OF_ENTRIES, entries.score.rows_per_batch = 40;
+        entries.layout = SBHD, entries.rows_per_batch = 40;
+        add(entries);
         Case negative{"score_scale_negative", 100, {{100, {causal(0, 100, 0, 100)}}}};
         negative.score = all, negative.scale = -0.3f, negative.bitmaps = false;
         add(negative);

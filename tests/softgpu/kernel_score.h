@@ -24,6 +24,10 @@ inline std::string philox_is_right() {
     return "";
 }
 
+// Which queries and heads a bias is of: every one; every query, but one for all heads; the same, but one for all batch entries of so many rows
+// too; one for all.
+enum Bias { NO_BIAS, BIAS, BIAS_OF_HEADS, BIAS_OF_ENTRIES, BIAS_OF_ALL };
+
 // What a case asks for. Rows up to `boundary` are of one sequence, the others of a second.
 struct Features {
     bool on = false;  // kernels *_score
@@ -34,6 +38,8 @@ struct Features {
     uint32_t head_offset = 0;
     uint64_t seed = 0x0123456789abcdefull;
     bool seed_at = false;  // by its address
+    Bias bias = NO_BIAS;
+    uint32_t padding = 0, rows_per_batch = 0;  // of keys before the first sequence, which has columns; the second has two more. For BIAS_OF_ENTRIES
 };
 
 struct Scores {
@@ -46,11 +52,15 @@ struct Scores {
     Table<cp_sequence> sequence_table{"sequences", {}};
     Table<float> slope_table{"slopes", {}}, sink_table{"sinks", {}};
     Table<uint64_t> seed_table{"seed", {}};
+    Tensor<float> biases;  // what is in the kernel's bias, which `bias_memory` holds
+    cp_view bias_view{};
+    std::shared_ptr<softgpu::Registered> bias_memory;
+    std::vector<uint16_t> bias_bits;
 
     Scores(const Features& f_, uint32_t q_rows, uint32_t heads, uint32_t q_first_, const std::vector<bool>& used) : f(f_), q_first(q_first_) {
         for (uint32_t r = 0; r < q_rows; r++)
             tokens.push_back(used[r] ? cp_token{f.q_start + r * f.q_step, r >= f.boundary ? 1u : 0u} : cp_token{CP_NO_TOKEN, 77});
-        sequences = {{f.diagonal, 11}, {f.diagonal + 1, 4000000000u}};
+        sequences = {{f.diagonal, 11, f.padding, 0}, {f.diagonal + 1, 4000000000u, f.padding + 2, 0}};
         for (uint32_t h = 0; h < q_first + heads; h++) {
             slopes.push_back(0.03f + 0.02f * h);
             sinks.push_back(h == q_first ? -INFINITY : 0.5f * h - 1);
@@ -66,6 +76,35 @@ struct Scores {
         for (uint32_t row = 0; row < rows; row++) list.push_back(key(row));
         return list;
     }
+    // Column of the bias; rows of the bias, and its heads.
+    uint32_t column(uint32_t row, uint32_t key_row) const { return sequences[tokens[row].sequence].padding + key(key_row); }
+    uint32_t bias_row_of(uint32_t row) const { return f.bias == BIAS_OF_ALL ? 0 : f.bias == BIAS_OF_ENTRIES ? row % f.rows_per_batch : row; }
+    uint32_t bias_heads(uint32_t heads) const { return f.bias == BIAS ? heads : 1; }
+    // Makes the bias with so many columns, the last that any query sees among them: about 1 where a pair is visible, sometimes −∞, and all of it
+    // for row 5; NaN elsewhere. Rows start at any multiple of two bytes.
+    template <class T>
+    void make_bias(uint32_t q_rows, uint32_t heads, uint32_t columns, const std::function<bool(uint32_t, uint32_t)>& visible) {
+        if (f.bias == NO_BIAS) return;
+        const uint32_t rows = f.bias == BIAS_OF_ALL ? 1 : f.bias == BIAS_OF_ENTRIES ? f.rows_per_batch : q_rows;
+        biases = Tensor<float>("biases", rows, bias_heads(heads), columns, TIGHT);
+        bias_bits.assign((size_t)rows * biases.heads * columns + 1, 0xffff);
+        for (uint32_t r = 0; r < q_rows; r++)
+            for (uint32_t c = 0; c < columns; c++)
+                for (uint32_t h = 0; visible(r, c) && h < biases.heads; h++) {
+                    const uint32_t row = bias_row_of(r);
+                    Random random(((uint64_t)row * 64 + h) * 100003 + c);
+                    const T x = rounded<T>(random.below(11) == 0 || (row == 5 && f.bias != BIAS_OF_ALL) ? -INFINITY : random.value());
+                    biases.at(row, h, c) = widened(x);
+                    bias_bits[1 + biases.offset(row, h, c)] = x.bits;
+                }
+        bias_memory = std::make_shared<softgpu::Registered>(&bias_bits[1], (bias_bits.size() - 1) * 2, "bias");
+        bias_view = biases.view;
+        bias_view.ptr = (uint64_t)(uintptr_t)&bias_bits[1];
+        bias_view.rows = q_rows;
+        if (f.bias != BIAS) bias_view.stride_head = 0;
+        if (f.bias == BIAS_OF_ALL) bias_view.stride_row = 0;
+        if (f.bias == BIAS_OF_ENTRIES) bias_view.rows_per_batch = f.rows_per_batch;
+    }
     uint32_t below() const { return (uint32_t)((double)f.dropout * 4294967296.0); }
     void fill(cp_attention_params& p, uint64_t k_positions) const {
         p.q_tokens = token_table.address(), p.sequences = sequence_table.address(), p.k_positions = k_positions;
@@ -74,6 +113,7 @@ struct Scores {
         p.drop_below = below(), p.grow = grow(), p.dropout_seed = f.seed, p.head_offset = f.head_offset;
         if (f.seed_at) p.flags |= CP_SEED_AT, p.dropout_seed = seed_table.address();
         if (f.sinks) p.sinks.ptr = sink_table.address(), p.sinks.stride_head = 1, p.sinks.rows = 1;
+        p.bias = bias_view;
     }
     float grow() const { return 1 / (1 - f.dropout); }
 
@@ -93,6 +133,7 @@ struct Scores {
             const int64_t distance = (int64_t)key(key_row) - token.position - sequences[token.sequence].diagonal;
             x -= slopes[q_first + head] * (F)std::abs(distance);
         }
+        if (f.bias != NO_BIAS) x += const_cast<Tensor<float>&>(biases).at(bias_row_of(row), f.bias == BIAS ? head : 0, column(row, key_row));
         if (derivative) *derivative = slope_of_cap;
         return x;
     }

@@ -59,8 +59,8 @@ constexpr double epsilon() {
 }
 
 // How a tensor lies in memory: dense rows, rows with a gap between them, or batch entries of `rows_per_batch` rows in the order
-// [position, batch, head] or [batch, head, position].
-enum Layout { DENSE, GAPS, SBHD, BHSD };
+// [position, batch, head] or [batch, head, position]. Rows and heads start at multiples of 16 bytes, but those that are TIGHT, also dense.
+enum Layout { DENSE, GAPS, SBHD, BHSD, TIGHT };
 
 // A tensor [rows, heads, dim] in registered memory, every byte 0xff (NaN in all types) until set.
 template <class E>
@@ -74,13 +74,13 @@ struct Tensor {
     Tensor() : rows(0), heads(0), dim(0) {}
     Tensor(const char* name, uint32_t rows_, uint32_t heads_, uint32_t dim_, Layout layout = DENSE, uint32_t rows_per_batch = 0)
         : rows(rows_), heads(heads_), dim(dim_) {
-        const int64_t align = 16 / sizeof(E), d = (dim + align - 1) / align * align, hd = heads * d;
+        const int64_t align = layout == TIGHT ? 1 : 16 / sizeof(E), d = (dim + align - 1) / align * align, hd = heads * d;
         view.rows = rows;
         view.stride_row = hd;
         view.stride_head = d;
         if (layout == GAPS) {
             view.stride_row = hd + 2 * align;
-        } else if (layout != DENSE) {
+        } else if (layout == SBHD || layout == BHSD) {
             const int64_t batches = (rows + rows_per_batch - 1) / rows_per_batch;
             view.rows_per_batch = rows_per_batch;
             view.stride_row = layout == SBHD ? batches * hd : d;

@@ -13,7 +13,7 @@ import context_parallel as cp
 from corpus import cases
 from ranks import run_case
 
-CUDA_CASES = (("causal_33_gqa3", "bfloat16"), ("thd_padded_between", "float16"))
+CUDA_CASES = (("causal_33_gqa3", "bfloat16"), ("thd_padded_between", "float16"), ("bias_and_everything", "bfloat16"))
 CASES = (("causal_33_gqa3", "float32"), ("pad_left", "bfloat16"), ("thd_padded_between", "float16"), ("bias_and_everything", "bfloat16"))
 COMMS = ("p2p", "all_gather", "a2a", "a2a+p2p")
 

@@ -72,6 +72,8 @@ pub struct Lanes {
     /// Rows of the bias and of its gradient, at the first true key; null where there are none.
     bias: [*const u8; LANES],
     d_bias: [*mut f32; LANES],
+    /// Elements of a row of the bias from there on. A key that a lane does not see may be of a longer sequence.
+    columns: [u32; LANES],
     /// Storage type of the bias.
     dtype: DType,
 }
@@ -92,6 +94,7 @@ impl Lanes {
             slope: [0.0; LANES],
             bias: [std::ptr::null(); LANES],
             d_bias: [std::ptr::null_mut(); LANES],
+            columns: [0; LANES],
             dtype: effects.bias.map_or(DType::F32, |view| view.dtype),
         };
         for (lane, at) in lanes.take(LANES).enumerate() {
@@ -101,6 +104,9 @@ impl Lanes {
                 let first = effects.padding[seq as usize] as usize * view.dtype.size();
                 view.at(row, if view.heads == 1 { 0 } else { head }).wrapping_add(first)
             };
+            if let Some(bias) = &effects.bias {
+                out.columns[lane] = bias.dim as u32 - effects.padding[seq as usize];
+            }
             out.bias[lane] = effects.bias.as_ref().map_or(std::ptr::null(), |v| at(v).cast_const());
             out.d_bias[lane] =
                 effects.d_bias.as_ref().map_or(std::ptr::null_mut(), |v| at(v).cast());
@@ -120,10 +126,10 @@ impl Lanes {
     #[inline(always)]
     fn bias_at(&self, lane: usize, key: u32) -> f32 {
         let row = self.bias[lane];
-        if row.is_null() || key == NONE {
+        if key >= self.columns[lane] {
             return 0.0;
         }
-        // SAFETY: the row has an element for every key of its sequence; the backend's caller promises that views are valid.
+        // SAFETY: the row has so many elements; the backend's caller promises that views are valid.
         unsafe {
             match self.dtype {
                 DType::F32 => row.cast::<f32>().add(key as usize).read(),
@@ -465,6 +471,37 @@ mod tests {
                 assert!((f64::from(d) - (1.0 - t * t)).abs() <= 5e-7, "{x} {d}");
             }
         }
+    }
+
+    /// A panel may hold rows of a sequence with padding before it, and keys of a longer one, whose columns would be beyond the row.
+    #[test]
+    fn a_row_of_the_bias_ends() {
+        let bias = Some(crate::score::BiasShape {
+            batch: false,
+            heads: false,
+            queries: true,
+            gradient: false,
+        });
+        let score = crate::score::Score { bias, ..Default::default() };
+        let (mut elements, mut places) = ([10f32, 11.0, 12.0, 13.0, 14.0], Places::default());
+        let whole = |seq, len| [Segment { seq, start: 0, step: 1, len, offset: 0 }];
+        let effects = Effects {
+            score: &score,
+            queries: &whole(1, 1),
+            keys: &whole(0, 4),
+            diagonals: &[0, 0],
+            seed: Seed::default(),
+            ids: &[],
+            sinks: None,
+            bias: Some(View::dense(elements.as_mut_ptr().cast(), DType::F32, 1, 1, 4)),
+            d_bias: None,
+            padding: &[0, 3],
+        };
+        places.build(&effects, 1, 4);
+        let lanes = Lanes::new(&effects, &places, 0, std::iter::once(Some((0, 0))));
+        let of_keys = |keys: &[u32]| keys.iter().map(|&k| lanes.bias_at(0, k)).collect::<Vec<_>>();
+        assert_eq!(of_keys(places.keys(0..4)), [13.0, 0.0, 0.0, 0.0]);
+        assert_eq!((lanes.bias_at(0, NONE), lanes.bias_at(1, 0)), (0.0, 0.0));
     }
 
     #[test]

@@ -197,8 +197,16 @@ fn index_of(shape: &Shape) -> usize {
 ///
 /// `name` is the caller's; strides are named by their place in [batch, seq, heads, dim].
 pub fn check_view(name: &str, view: &View) -> Result<()> {
+    check_multiples(name, view, if view.dim == 1 { view.dtype.size() } else { 16 })
+}
+
+/// A tensor that kernels read element by element, as a bias: all at multiples of an element.
+pub fn check_elements(name: &str, view: &View) -> Result<()> {
+    check_multiples(name, view, view.dtype.size())
+}
+
+fn check_multiples(name: &str, view: &View, bytes: usize) -> Result<()> {
     let size = view.dtype.size();
-    let bytes = if view.dim == 1 { size } else { 16 };
     let address = view.ptr as usize;
     if !address.is_multiple_of(bytes) {
         return Err(Error::argument(format!(
@@ -272,7 +280,7 @@ impl Cuda {
 
     /// The shape of a step.
     fn shape(&self, q: &View, v: &View, effects: Option<&Effects>) -> Result<&'static Shape> {
-        let scores = effects.map_or(Ok(Scores::Plain), |e| Scores::of(e.score))?;
+        let scores = effects.map_or(Scores::Plain, |e| Scores::of(e.score));
         Shape::of(q.dtype, [q.dim, v.dim], scores, self.kernels.big)
     }
 
@@ -322,7 +330,7 @@ impl Cuda {
     }
 
     /// Enqueues a backward step. `step.slices` is not read: `work` is made of it. A deterministic one first zeroes
-    /// [`AttendWork::counters`] numbers (`uint32_t`) at `counters`.
+    /// all [`AttendWork::counters`] (`uint32_t`) at `counters`.
     ///
     /// # Safety
     /// As [`Cuda::forward`]; a deterministic step owns the counters until it is done.
@@ -351,7 +359,11 @@ impl Cuda {
             p.flags |= params::DETERMINISTIC;
             p.counters = counters;
             margin = 0;
-            let bytes = 4 * work.counters(q.heads);
+            let shared_bias = step.effects.is_some_and(|e| e.d_bias.is_some_and(|b| b.heads == 1));
+            let [of_queries, of_bias] = work.counters(q.heads, shared_bias);
+            p.bias_counters =
+                if of_bias > 0 { counters + 4 * of_queries as CUdeviceptr } else { 0 };
+            let bytes = 4 * (of_queries + of_bias);
             if blocks > 0 {
                 // SAFETY: the caller's promise.
                 unsafe { crate::driver::clear(counters, bytes, stream)? };
@@ -533,6 +545,13 @@ fn view(name: &str, view: &View) -> Result<params::View> {
     Ok(params::View::of(view))
 }
 
+/// A bias or its gradient: one head is for all.
+fn per_pair(name: &str, view: &View) -> Result<params::View> {
+    check_elements(name, view)?;
+    let stride_head = if view.heads == 1 { 0 } else { view.stride_head as i64 };
+    Ok(params::View { stride_head, ..params::View::of(view) })
+}
+
 /// What forward and backward have in common.
 fn attention(
     work: &AttendWork,
@@ -591,6 +610,12 @@ fn score(
     }
     if let Some(sinks) = &effects.sinks {
         p.sinks = view("sinks", sinks)?;
+    }
+    if let Some(bias) = &effects.bias {
+        p.bias = per_pair("bias", bias)?;
+    }
+    if let Some(d_bias) = &effects.d_bias {
+        p.d_bias = per_pair("d_bias", d_bias)?;
     }
     Ok(())
 }

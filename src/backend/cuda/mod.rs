@@ -18,10 +18,10 @@ mod tables;
 #[cfg(test)]
 mod tests;
 
-pub use launch::{Cuda, check_view};
+pub use launch::{Cuda, check_elements, check_view};
 pub use shapes::{Block, Scores, Shape};
 pub use staging::Staging;
 pub use tables::{
     ALIGN, AttendWork, RowsWork, Sequences, SliceLimits, TableBuilder, Tiling, TokenWork,
-    backward_bound, forward_bound, runs_bound, tokens_bound,
+    backward_bound, forward_bound, runs_bound, tokens_bound, turns_bound,
 };

@@ -112,6 +112,8 @@ pub const NO_TOKEN: u32 = u32::MAX;
 pub struct Sequence {
     pub diagonal: i32,
     pub number: u32,
+    pub padding: u32,
+    pub reserved: u32,
 }
 
 /// `cp_attention_params`.
@@ -138,6 +140,7 @@ pub struct Attention {
     pub k_used: u64,
     pub turns: u64,
     pub counters: u64,
+    pub bias_counters: u64,
     pub tile_count: u32,
     pub heads: u32,
     pub kv_heads: u32,
@@ -320,12 +323,12 @@ mod tests {
         same!("cp_tile", Tile, row rows part parts);
         same!("cp_attention_params", Attention,
             q k v out lse acc_out acc_max acc_sum d_out delta dq dk dv
-            tiles parts slices q_used k_used turns counters tile_count heads kv_heads
+            tiles parts slices q_used k_used turns counters bias_counters tile_count heads kv_heads
             q_first head_group kv_first dim_qk dim_v flags scale scale_log2
             softcap softcap_inverse drop_below grow head_offset dropout_seed
             q_tokens k_positions sequences alibi sinks top bias d_bias k_scale v_scale reserved);
         same!("cp_token", Token, position sequence);
-        same!("cp_sequence", Sequence, diagonal number);
+        same!("cp_sequence", Sequence, diagonal number padding reserved);
         same!("cp_sink_params", Sink, sinks lse delta terms row_count heads);
         same!("cp_reduce_params", Reduce, src dst row_count heads dst_row dst_head largest reserved);
         same!("cp_run", Run, src src_step dst dst_step rows before);

@@ -45,16 +45,13 @@ pub enum Scores {
 }
 
 impl Scores {
-    /// Of a formula; the error names what there are no kernels for.
-    pub fn of(score: &Score) -> Result<Scores> {
-        if score.bias.is_some() {
-            return Err(Error::unsupported("bias: not on CUDA yet; on the CPU it is"));
-        }
-        Ok(match (score.changes(), score.needs_origins()) {
+    /// Of a formula.
+    pub fn of(score: &Score) -> Scores {
+        match (score.changes(), score.needs_origins()) {
             (true, _) => Scores::Changed,
             (false, true) => Scores::Noted,
             (false, false) => Scores::Plain,
-        })
+        }
     }
 }
 
@@ -105,8 +102,8 @@ const fn shapes(
     backward: [BackwardTile; 5],
     backward_suffix: &'static str,
 ) -> [Shape; 5] {
-    // A token of 12 bytes for every query row.
-    let more = if matches!(backward_suffix.as_bytes(), b"_score") { 12 } else { 0 };
+    // A token of 16 bytes for every query row.
+    let more = if matches!(backward_suffix.as_bytes(), b"_score") { 16 } else { 0 };
     let none = block(0, 0, 0, 0);
     let empty = Shape {
         dim_qk: 0,

@@ -50,14 +50,21 @@ pub struct AttendWork {
     pub visits: u64,
     /// Tiles that the query rows are cut into.
     pub query_tiles: u32,
+    /// Number of turns.
+    pub turn_count: u32,
     /// Which tokens the rows are, if scores depend on that.
     pub tokens: Option<TokenWork>,
 }
 
 impl AttendWork {
-    /// Counters (`uint32_t`) that a deterministic backward step needs; 0 if it is not deterministic.
-    pub fn counters(&self, heads: usize) -> usize {
-        if self.turns.is_some() { self.query_tiles as usize * heads } else { 0 }
+    /// Counters (`uint32_t`) that a deterministic backward step needs, for dQ and, if heads share it, for the gradient of a bias; 0 if it is not
+    /// deterministic.
+    pub fn counters(&self, heads: usize, shared_bias: bool) -> [usize; 2] {
+        match (self.turns, shared_bias) {
+            (None, _) => [0; 2],
+            (Some(_), false) => [self.query_tiles as usize * heads, 0],
+            (Some(_), true) => [self.query_tiles as usize * heads, self.turn_count as usize],
+        }
     }
 }
 
@@ -132,12 +139,14 @@ impl TableBuilder {
         let side = Side::Backward { q_rows: self.backward.q_rows };
         let visits = self.scratch.fill(side, slices, self.backward.k_rows, k_rows, false);
         let query_tiles = q_rows.div_ceil(self.backward.q_rows);
-        let mut turns = None;
+        let (mut turns, mut turn_count) = (None, 0);
         if deterministic {
             self.scratch.take_turns(side, query_tiles);
             turns = Some(put(&mut self.blob, &self.scratch.turns));
+            turn_count = self.scratch.turns.len() as u32;
         }
-        AttendWork { turns, query_tiles, ..self.write(side, visits, q_rows, k_rows) }
+        let work = self.write(side, visits, q_rows, k_rows);
+        AttendWork { turns, query_tiles, turn_count, ..work }
     }
 
     /// Appends the lists in scratch to the blob.
@@ -157,6 +166,7 @@ impl TableBuilder {
             part_count: s.parts.len() as u32,
             visits,
             query_tiles: 0,
+            turn_count: 0,
             tokens: None,
         }
     }
@@ -469,12 +479,18 @@ pub fn backward_bound(
     slices: SliceLimits,
     deterministic: bool,
 ) -> usize {
+    let tiles = k_rows.div_ceil(tiling.k_rows as usize);
+    let turns = if deterministic { turns_bound(tiling, q_rows, k_rows, slices) } else { 0 };
+    lists(q_rows, k_rows, tiles, slices.in_tiles(tiles, slices.per_key)) + turns
+}
+
+/// Most bytes of the turns of a deterministic backward step, or of a counter for each.
+pub fn turns_bound(tiling: Tiling, q_rows: usize, k_rows: usize, slices: SliceLimits) -> usize {
     let (a, b) = (q_rows.div_ceil(tiling.q_rows as usize), k_rows.div_ceil(tiling.k_rows as usize));
     let (in_a, in_b) = (slices.in_tiles(a, slices.per_query), slices.in_tiles(b, slices.per_key));
     // Slices cover disjoint rectangles. Of the a × b squares that tiles make, a slice fills some, and those are its alone; the others that
     // it has a share in lie along its edges.
-    let turns = if deterministic { 4 * (a * b + 2 * (in_a + in_b)) + ALIGN } else { 0 };
-    lists(q_rows, k_rows, b, in_b) + turns
+    4 * (a * b + 2 * (in_a + in_b)) + ALIGN
 }
 
 /// Most bytes of the runs of a row-wise step.

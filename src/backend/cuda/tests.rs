@@ -323,7 +323,7 @@ fn backward(
     let works: Vec<AttendWork> =
         case.steps.iter().map(|s| builder.backward(s, rows, keys, deterministic)).collect();
     let tables = bench.upload(&builder.finish());
-    let most = works.iter().map(|w| w.counters(case.heads[0])).max().unwrap_or(0);
+    let most = works.iter().map(|w| w.counters(case.heads[0], false)[0]).max().unwrap_or(0);
     assert_eq!(most > 0, deterministic);
     // Not zeroed here: that is the step's business.
     let counters = bench.upload(&vec![0xffu8; 4 * most.max(1)]);
@@ -519,6 +519,11 @@ fn views_are_checked_by_name() {
     let lse = View::dense(address((1 << 20) + 4), DType::F32, 10, 3, 1);
     check_view("lse", &lse).unwrap();
     check_view("lse", &View { ptr: address((1 << 20) + 2), ..lse }).unwrap_err();
+    // A bias has any number of columns.
+    let bias = View::dense(address((1 << 20) + 2), DType::Bf16, 10, 3, 33);
+    check_elements("bias", &bias).unwrap();
+    check_view("bias", &bias).unwrap_err();
+    check_elements("bias", &View { ptr: address((1 << 20) + 1), ..bias }).unwrap_err();
 }
 
 #[test]

@@ -203,7 +203,9 @@ fn check_backward(slices: &[Slice], rows: [u32; 2], tiling: Tiling) -> AttendWor
     assert_eq!(got, want);
     assert!(costs.is_sorted(), "longest first, then in order of rows");
     assert!(owners.iter().all(|n| *n <= 1));
-    assert!(work.counters(3) >= adds.keys().max().map_or(0, |t| 3 * (*t as usize + 1)));
+    assert_eq!(work.turn_count as u64, work.visits);
+    assert_eq!(work.counters(3, true)[1], work.turn_count as usize);
+    assert!(work.counters(3, false)[0] >= adds.keys().max().map_or(0, |t| 3 * (*t as usize + 1)));
     check_bitmaps(&lists, slices, rows, 1, 0, tiling.q_rows);
     work
 }
@@ -540,7 +542,7 @@ fn lists_of_a_plan_share_one_blob() {
     let (blob, a, b, c, d) = build();
     assert_eq!(build(), (blob.clone(), a, b, c, d));
     assert_eq!(Lists::new(&blob, &a, [200, 200], FORWARD).tiles.len(), 2);
-    assert_eq!((b.turns, b.counters(9)), (None, 0));
+    assert_eq!((b.turns, b.counters(9, true)), (None, [0; 2]));
     assert_eq!((c.run_count, c.row_count, d.run_count, d.row_count), (2, 10, 2, 6));
     let runs: Vec<params::Run> = read(&blob, c.runs, 2);
     assert_eq!((runs[0].before, runs[1].before, runs[1].src, runs[1].dst_step), (0, 5, 90, 2));

@@ -22,29 +22,31 @@ pub struct TokenWork {
 pub struct Sequences {
     /// Where in the blob.
     pub at: u64,
-    /// Index in the problem, and the key position on the diagonal of query position 0.
-    list: Vec<(u32, i32)>,
+    /// Index in the problem, and all but the caller's number.
+    list: Vec<(u32, Sequence)>,
 }
 
 impl Sequences {
     /// The table with the caller's numbers, `ids` by index in the problem; empty: the index itself.
     pub fn write(&self, ids: &[u32], out: &mut Vec<u8>) {
         out.clear();
-        for (index, diagonal) in &self.list {
-            out.extend_from_slice(&diagonal.to_ne_bytes());
-            let number = ids.get(*index as usize).unwrap_or(index);
-            out.extend_from_slice(&number.to_ne_bytes());
+        for (index, Sequence { diagonal, padding, reserved, .. }) in &self.list {
+            let number = *ids.get(*index as usize).unwrap_or(index);
+            for word in [diagonal.cast_unsigned(), number, *padding, *reserved] {
+                out.extend_from_slice(&word.to_ne_bytes());
+            }
         }
     }
 }
 
 impl TableBuilder {
-    /// The tables of the query rows, and the slopes. Those of keys are added per step. `diagonals`: by sequence of the problem.
+    /// The tables of the query rows, and the slopes. Those of keys are added per step. `diagonals` and `padding` as in
+    /// [`Effects`](crate::backend::Effects): by sequence of the problem.
     pub fn tokens(
         &mut self,
         queries: &[Segment],
         rows: u32,
-        diagonals: &[i32],
+        (diagonals, padding): (&[i32], &[u32]),
         slopes: &[f32],
     ) -> (TokenWork, Sequences) {
         let mut place = vec![NO_TOKEN; diagonals.len()];
@@ -54,14 +56,14 @@ impl TableBuilder {
             let sequence = &mut place[s.seq as usize];
             if *sequence == NO_TOKEN {
                 *sequence = list.len() as u32;
-                list.push((s.seq, diagonals[s.seq as usize]));
+                let (diagonal, padding) = (diagonals[s.seq as usize], padding[s.seq as usize]);
+                list.push((s.seq, Sequence { diagonal, number: s.seq, padding, reserved: 0 }));
             }
             for (row, position) in rows_of(s) {
                 tokens[row] = Token { position, sequence: *sequence };
             }
         }
-        let own: Vec<Sequence> =
-            list.iter().map(|&(number, diagonal)| Sequence { diagonal, number }).collect();
+        let own: Vec<Sequence> = list.iter().map(|(_, sequence)| *sequence).collect();
         let blob = &mut self.blob;
         let work = TokenWork {
             queries: put(blob, &tokens),
@@ -113,7 +115,8 @@ mod tests {
         let segment = |seq, start, step, len, offset| Segment { seq, start, step, len, offset };
         // Sequence 1 is someone else's; row 3 is padding.
         let queries = [segment(2, 10, 4, 3, 0), segment(0, 5, 1, 2, 4), segment(2, 7, 1, 1, 6)];
-        let (work, sequences) = builder.tokens(&queries, 7, &[-1, 0, 30], &[0.5, 0.25]);
+        let (work, sequences) =
+            builder.tokens(&queries, 7, (&[-1, 0, 30], &[6, 0, 5]), &[0.5, 0.25]);
         let keys = builder.positions(&[segment(2, 1, 3, 2, 1)], 4);
         let blob = builder.finish();
         let none = NO_TOKEN;
@@ -121,14 +124,14 @@ mod tests {
             words(&blob, work.queries, 14),
             [10, 0, 14, 0, 18, 0, none, 0, 5, 1, 6, 1, 7, 0]
         );
-        assert_eq!(words(&blob, work.sequences, 4), [30, 2, u32::MAX, 0]);
+        assert_eq!(words(&blob, work.sequences, 8), [30, 2, 5, 0, u32::MAX, 0, 6, 0]);
         assert_eq!(words(&blob, work.slopes.unwrap(), 2), [0.5, 0.25].map(f32::to_bits));
         assert_eq!(words(&blob, keys, 4), [none, 1, 4, none]);
         let mut patch = Vec::new();
         sequences.write(&[7, 8, 9], &mut patch);
-        assert_eq!(words(&patch, 0, 4), [30, 9, u32::MAX, 7]);
+        assert_eq!(words(&patch, 0, 8), [30, 9, 5, 0, u32::MAX, 7, 6, 0]);
         sequences.write(&[], &mut patch);
-        assert_eq!(patch, blob[sequences.at as usize..][..16]);
+        assert_eq!(patch, blob[sequences.at as usize..][..32]);
         assert!(blob.len() <= tokens_bound(1, [7, 4], 2));
     }
 }
