@@ -38,8 +38,9 @@ pub fn latents(case: &Case, dtype: DType) -> Latents {
     };
     let mut rows = vec![f32::NAN; case.tokens(Side::Key) * (dim + rope)];
     for token in case.true_tokens(Side::Key) {
-        for i in token * (dim + rope)..(token + 1) * (dim + rope) {
-            rows[i] = eighths(7, i);
+        let first = token * (dim + rope);
+        for (i, x) in rows[first..first + dim + rope].iter_mut().enumerate() {
+            *x = eighths(7, first + i);
         }
     }
     let made = Latents { rows, up_k: weights(8, nope), up_v: weights(9, case.dim_v) };
