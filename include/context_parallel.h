@@ -840,8 +840,9 @@ typedef struct cp_attention_config {
     // CUDA: attention kernels launch so many multiprocessors' worth of blocks fewer, to leave room to others, such as NCCL's. Forward runs two blocks on
     // a multiprocessor and the device spreads them, so its room is spread too. Deterministic backward leaves none.
     uint32_t sm_margin;
-    // CUDA: pieces of the mask (one per pair of query and key chunks or documents that see each other) that one rank computes in one stage, at
-    // most; 0 = 1024. Work lists are part of the workspace, and this bounds them.
+    // CUDA: pieces of the mask (one per pair of query and key chunks or documents, and slice, that see each other) that one rank computes in one
+    // stage, at most; 0 = 1024. Work lists are part of the workspace, and this bounds them, if no row is in more than four pieces for each rank of
+    // the group. Slices may cut finer: cp_attention_report says what a call needs.
     uint32_t max_segments;
     // CUDA: gives device memory to a call that brings no workspace; NULL: the layer keeps its own.
     cp_device_alloc_fn device_alloc;
