@@ -153,12 +153,6 @@ impl Config {
     /// Has the CUDA backend kernels for it?
     pub fn runs_on(&self, cuda: &Cuda) -> Result<()> {
         self.fits_device()?;
-        if let Some(format) = self.kv_wire {
-            return Err(Error::unsupported(format!(
-                "kv_wire: {} is coded and decoded on the CPU only",
-                format.name()
-            )));
-        }
         cuda.supports(self.dtype, self.dim_qk, self.dim_v, Scores::of(&self.score)).map(|_| ())
     }
 
