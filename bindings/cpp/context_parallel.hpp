@@ -517,6 +517,8 @@ struct AttentionConfig {
     Reach sinks = Reach::none;       ///< a sink for every query head; how far its gradient goes
     Reach max_logit = Reach::none;   ///< forward writes the largest visible score of every query head
     std::uint32_t bias = 0;          ///< CP_BIAS_*: an additive bias comes with every call; 0: none
+    std::uint32_t latent_dim = 0;    ///< keys and values are made of latents of so many elements; 0: they are given
+    std::uint32_t latent_rope = 0;   ///< and of so many that all heads share
 
     /// For the C interface; valid while this object is there and unchanged.
     cp_attention_config raw() const {
@@ -553,6 +555,8 @@ struct AttentionConfig {
         c.sinks = static_cast<cp_reach>(sinks);
         c.max_logit = static_cast<cp_reach>(max_logit);
         c.bias = bias;
+        c.latent_dim = latent_dim;
+        c.latent_rope = latent_rope;
         return c;
     }
 
@@ -595,6 +599,7 @@ struct ForwardTensors {
     Tensor sinks, max_logit;        ///< [heads] fp32, where the layer has them
     Tensor bias;                    ///< [batch or 1, heads or 1, queries or 1, keys], where the layer has one
     std::uint64_t dropout_seed = 0; ///< with dropout, equal on all ranks
+    Tensor latent, up_k, up_v;      ///< instead of k and v, where the layer has latents; see cp_forward_args
 
     ForwardTensors() = default;
     ForwardTensors(const Tensor &query, const Tensor &key, const Tensor &value, const Tensor &o, const Tensor &l)
@@ -605,6 +610,7 @@ struct BackwardTensors {
     Tensor q, k, v, out, lse, d_out, dq, dk, dv;
     Tensor sinks, d_sinks; ///< [heads] fp32, where the layer has them
     Tensor bias, d_bias;   ///< where the layer has a bias, and its gradient
+    Tensor latent, up_k, up_v, d_latent, d_up_k, d_up_v; ///< instead of k, v, dk and dv, where the layer has latents
 
     BackwardTensors() = default;
     BackwardTensors(const Tensor &query, const Tensor &key, const Tensor &value, const Tensor &o, const Tensor &l, const Tensor &d_o,
@@ -771,6 +777,9 @@ class Attention {
         a.dv = t.dv.raw();
         a.d_sinks = t.d_sinks.raw();
         a.d_bias = t.d_bias.raw();
+        a.d_latent = t.d_latent.raw();
+        a.d_up_k = t.d_up_k.raw();
+        a.d_up_v = t.d_up_v.raw();
         a.saved = context.saved();
         a.saved_bytes = context.saved_bytes_;
         check(cp_attention_backward(handle_, &a, stream));
@@ -791,6 +800,9 @@ class Attention {
         a.lse = t.lse.raw();
         a.sinks = t.sinks.raw();
         a.bias = t.bias.raw();
+        a.latent = t.latent.raw();
+        a.up_k = t.up_k.raw();
+        a.up_v = t.up_v.raw();
         a.sequence_ids = sequences.ids();
         a.workspace = workspace_;
         a.workspace_bytes = workspace_bytes_;
