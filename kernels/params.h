@@ -137,3 +137,22 @@ struct cp_delta_params {
     cp_view out, d_out, delta;
     uint32_t row_count, heads, dim, type;
 };
+
+// Keys and values from latents (c ; r), and back (latent.cu): cp_expand_* and cp_contract_*.
+//   cp_expand_*            k = [up_k·c ; r], v = up_v·c per head, rounded to the storage type
+//   cp_contract_latent_*   d_latent += Σ over heads of (up_kᵀ·dk + up_vᵀ·dv ; dk of r)
+//   cp_contract_weights_*  d_up_k += dk·cᵀ, d_up_v += dv·cᵀ over all rows
+// A block makes CP_LATENT_TILE rows and columns of one product, with CP_LATENT_THREADS threads and CP_LATENT_SHARED bytes.
+#define CP_LATENT_TILE 128u
+#define CP_LATENT_THREADS 256u
+#define CP_LATENT_SHARED 65536u
+struct cp_latent_params {
+    cp_view latent;                    // [rows, 1, dim + rope], storage type
+    cp_view up_k, up_v;                // [dim_k, heads, dim] and [dim_v, heads, dim], storage type, all heads
+    cp_view k, v;                      // [rows, heads, dim_k + rope] and [rows, heads, dim_v]: storage type; contract: their gradients, fp32
+    cp_view d_latent, d_up_k, d_up_v;  // contract: as latent, up_k, up_v, fp32, added to
+    uint64_t runs;                     // cp_run[], of which dst, dst_step, rows and before are read: the rows
+    uint32_t run_count, row_count;
+    uint32_t heads, first_head;        // of k and v; that of the weights which head 0 of k and v is made with
+    uint32_t dim, rope, dim_k, dim_v;  // multiples of 8
+};

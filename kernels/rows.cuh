@@ -32,6 +32,34 @@ struct row_pairs {
     }
 };
 
+// The run that row `index` of all rows belongs to: the last that starts at or before it. Neighbouring rows mostly share one.
+struct run_search {
+    const cp_run* runs;
+    uint32_t count;
+    cp_run run;
+
+    DEVICE run_search(uint64_t table, uint32_t count) : runs((const cp_run*)table), count(count), run{} {}
+    DEVICE uint32_t find(uint32_t index) {
+        if (index - run.before < run.rows) return index - run.before;
+        uint32_t low = 0, high = count;  // runs[low].before <= index < runs[high].before
+        while (high - low > 1) {
+            uint32_t middle = low + (high - low) / 2;
+            if (load_constant(&runs[middle].before) <= index) {
+                low = middle;
+            } else {
+                high = middle;
+            }
+        }
+        run.src = load_constant(&runs[low].src);
+        run.src_step = load_constant(&runs[low].src_step);
+        run.dst = load_constant(&runs[low].dst);
+        run.dst_step = load_constant(&runs[low].dst_step);
+        run.rows = load_constant(&runs[low].rows);
+        run.before = load_constant(&runs[low].before);
+        return index - run.before;
+    }
+};
+
 // Threads that share a pair: the power of two that covers the units of a row, at most a warp.
 DEVICE uint32_t row_lanes(uint32_t units) {
     uint32_t lanes = 1;
