@@ -140,20 +140,10 @@ impl Config {
         Ok(Arc::new(p))
     }
 
-    /// What no device offers, whatever its kernels.
-    pub fn fits_device(&self) -> Result<()> {
-        match self.latent {
-            Some(_) => Err(Error::unsupported(
-                "latent: keys and values from latents are not offered on CUDA yet; expand them before the call",
-            )),
-            None => Ok(()),
-        }
-    }
-
     /// Has the CUDA backend kernels for it?
     pub fn runs_on(&self, cuda: &Cuda) -> Result<()> {
-        self.fits_device()?;
-        cuda.supports(self.dtype, self.dim_qk, self.dim_v, Scores::of(&self.score)).map(|_| ())
+        cuda.supports(self.dtype, self.dim_qk, self.dim_v, Scores::of(&self.score))?;
+        self.latent.map_or(Ok(()), |_| cuda.supports_latents(self.dtype))
     }
 
     /// Would a layer accept this on a group of `ranks`? The error is the one that it would give. Whether a memory cap can be kept

@@ -61,7 +61,6 @@ pub unsafe extern "C" fn cp_attention_create(
                 Attention::new(asked.config, cpu)?
             }
             Place::Cuda(ordinal) => {
-                asked.config.fits_device()?;
                 let mut cuda = Cuda::new(Device::get(ordinal)?)?;
                 cuda.set_margin(asked.sm_margin);
                 Attention::on_device(asked.config, cuda, asked.allocator)?
@@ -104,10 +103,7 @@ pub unsafe extern "C" fn cp_query_support(
         let config = asked.config;
         match asked.place {
             Place::Cpu => thread_count(asked.threads).map(|_| ())?,
-            Place::Cuda(ordinal) => {
-                config.fits_device()?;
-                config.runs_on(&Cuda::new(Device::get(ordinal)?)?)?
-            }
+            Place::Cuda(ordinal) => config.runs_on(&Cuda::new(Device::get(ordinal)?)?)?,
         }
         if ranks == 0 {
             return Err(Error::argument("ranks: got 0, need at least 1"));

@@ -48,7 +48,7 @@ impl Target {
         let limits = SliceLimits { count: segments, per_query: per_row, per_key: per_row };
         let forward = forward_bound(shape.forward(), rows, keys, limits);
         let backward = backward_bound(shape.backward(), rows, keys, limits, deterministic);
-        // A stage gathers, clears, converts and sums keys and values; the head exchange copies up to six tensors in and three out, for every
+        // A stage gathers, expands, clears, converts, contracts and sums keys and values; the head exchange copies up to six tensors in and three out, for every
         // member and perhaps packed; padding cuts a document's rows in two.
         let copies = (8 * steps + 2 * 9 * inner) * runs_bound(2 * segments);
         let tokens = match score.needs_origins() {
@@ -115,12 +115,11 @@ impl Tables {
                 Op::Fill { rows, .. } => {
                     Work::Rows(builder.rows(rows.iter().map(|r| (r.first, r.step, r.count))))
                 }
-                Op::Exchange { .. }
-                | Op::Expand { .. }
-                | Op::Contract { .. }
-                | Op::Delta
-                | Op::SinkTerms
-                | Op::Reduce { .. } => Work::None,
+                Op::Expand { rows, .. } | Op::Contract { rows, .. } => {
+                    let ranges = rows.iter().map(|r| (r.start, 1, r.end - r.start));
+                    Work::Rows(builder.rows(ranges))
+                }
+                Op::Exchange { .. } | Op::Delta | Op::SinkTerms | Op::Reduce { .. } => Work::None,
             });
         }
         let blob = builder.finish();
@@ -383,6 +382,13 @@ impl Run<'_> {
                         add: *add,
                     };
                     cuda.copy_rows(&step, work, tables, stream)
+                }
+                (Op::Expand { latent, k, rows }, Work::Rows(work)) => {
+                    cuda.expand(&slots.expand(*latent, *k, rows), work, tables, stream)
+                }
+                (Op::Contract { dk, latent, d_latent, rows }, Work::Rows(work)) => {
+                    let step = slots.contract(*dk, *latent, *d_latent, rows);
+                    cuda.contract(&step, work, tables, stream)
                 }
                 (Op::Fill { slot, rows, value }, Work::Rows(work)) => {
                     let view = slots.view(*slot);

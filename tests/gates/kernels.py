@@ -36,6 +36,9 @@ COMMON = {
 }
 # fp32: the deterministic order counts its turns with an integer RED.
 EXPECTED = {"forward": COMMON, "backward": COMMON | {("RED.E.ADD.F32", "REDG.E.ADD.F32"): "add_global"}}
+LATENT = {start: COMMON[start] for start in COMMON if start != "MUFU.EX2"}
+LATENT_KERNELS = {"expand": set(LATENT) - {"LDSM.16.MT88.4"}, "contract_latent": set(LATENT), "contract_weights": set(LATENT) - {"LDSM.16.M88.4"}}
+EXPECTED |= {operation: {start: LATENT[start] for start in starts} for operation, starts in LATENT_KERNELS.items()}
 MMA = {"bf16": "HMMA.16816.F32.BF16", "f16": "HMMA.16816.F32"}
 
 
@@ -112,8 +115,8 @@ def faults(name, arch, kernel):
         wrong.append("no launch bounds")
     elif kernel.limit and kernel.registers > kernel.limit:
         wrong.append(f"{kernel.registers} registers, launch bounds allow {kernel.limit}")
-    if found := re.match(r"cp_(forward|backward)_(bf16|f16)_", name):
-        operation, storage = found.groups()
+    if found := re.match(rf"cp_({'|'.join(EXPECTED)})_(bf16|f16)(_|$)", name):
+        operation, storage, _ = found.groups()
         for start, primitive in EXPECTED[operation].items():
             if not kernel.count(start):
                 wrong.append(f"no {start if isinstance(start, str) else start[0]} ({primitive})")
@@ -139,6 +142,7 @@ def missing(kernels):
                 else:
                     wanted[name] = ARCHS
                 wanted[f"{name}_score"] = ARCHS
+    wanted |= {f"cp_{operation}_{storage}": ARCHS for operation in LATENT_KERNELS for storage in ("bf16", "f16")}
     wrong = [f"{name}: not there for {', '.join(sorted(archs - have[name]))}" for name, archs in wanted.items() if archs - have[name]]
     return wrong + [f"{name}: not a kernel of this library" for name in have if name not in wanted]
 

@@ -125,11 +125,6 @@ const REFUSED: &[Refusal] = &[
         "expand it: strides of 0 are allowed",
     ),
     (
-        "latents on CUDA",
-        |c, _| (c.device_type, c.latent_dim) = (CP_DEVICE_CUDA, 128),
-        "the kernels are not written yet",
-    ),
-    (
         "latents in 8 bits on the wire",
         |c, _| (c.latent_dim, c.kv_wire) = (128, CP_KV_WIRE_E4M3),
         "latents are small already, and their error would reach every head",

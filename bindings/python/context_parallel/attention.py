@@ -63,7 +63,7 @@ class Attention:
     leaves the largest visible score of every query head in context.max_logit. bias: an additive bias [batch, heads, queries, keys] comes with every
     forward: "bhss", "1hss", "b1ss", "11ss" or "111s", where 1 is one for all; queries are this rank's, keys those of the whole padded sequence.
     bias_gradient: backward returns its gradient too (not of "111s"). latent: multi-head latent attention: (elements of c, elements of r) of a token:
-    forward takes latents and weights instead of k and v, ranks exchange latents, and each expands those that it attends. Not on CUDA yet.
+    forward takes latents and weights instead of k and v, ranks exchange latents, and each expands those that it attends.
 
     kv_wire: "e4m3" or "e5m2": keys and values travel as 8-bit numbers in blocks of 32 with a common power of two, 1.03 bytes an element. What is
     attended is K and V rounded so on every rank, the own ones included, also on one rank; gradients pass straight through. See CP_KV_WIRE_E4M3.

@@ -1,5 +1,7 @@
 //! Compute steps to launches: finds a device's kernels, checks what they need of tensors, and fills their parameters.
 
+mod latent;
+
 use super::image;
 use super::params;
 use super::shapes::{BIG_SHARED, SHAPES, Scores, Shape};
@@ -11,6 +13,7 @@ use crate::driver::{CUdeviceptr, CUstream, Device, Function, Launch, Module};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::score::{Seed, drop_below};
+use latent::LatentKernels;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Threads of a block of the row kernels.
@@ -41,6 +44,7 @@ pub(super) struct Kernels {
     decode_rows: OnceLock<Kernel>,
     fill_rows: OnceLock<Kernel>,
     delta: OnceLock<Kernel>,
+    latent: LatentKernels,
     sink_terms: OnceLock<Kernel>,
     reduce: OnceLock<Kernel>,
 }
@@ -78,6 +82,7 @@ impl Kernels {
             decode_rows: OnceLock::new(),
             fill_rows: OnceLock::new(),
             delta: OnceLock::new(),
+            latent: LatentKernels::default(),
             sink_terms: OnceLock::new(),
             reduce: OnceLock::new(),
         };

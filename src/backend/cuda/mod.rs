@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! image.rs    the compiled kernels               staging.rs  work lists on their way to the device
-//! shapes.rs   what they are compiled for         launch.rs   compute steps to launches
+//! shapes.rs   what they are compiled for         launch.rs   compute steps to launches (launch/)
 //! params.rs   what they are given
 //! tables.rs   slices to the kernels' work lists
 //! ```

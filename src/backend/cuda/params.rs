@@ -26,6 +26,13 @@ pub const LARGEST: u32 = 8;
 /// The dropout's seed is given by its address.
 pub const SEED_AT: u32 = 16;
 
+/// Rows and columns of the product that a block of latent.cu makes.
+pub const LATENT_TILE: u32 = 128;
+/// Its threads.
+pub const LATENT_THREADS: u32 = 256;
+/// Its shared memory, bytes.
+pub const LATENT_SHARED: u32 = 65536;
+
 /// `cp_view`.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -242,6 +249,29 @@ pub struct Reduce {
     pub reserved: u32,
 }
 
+/// `cp_latent_params`.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Latent {
+    pub latent: View,
+    pub up_k: View,
+    pub up_v: View,
+    pub k: View,
+    pub v: View,
+    pub d_latent: View,
+    pub d_up_k: View,
+    pub d_up_v: View,
+    pub runs: u64,
+    pub run_count: u32,
+    pub row_count: u32,
+    pub heads: u32,
+    pub first_head: u32,
+    pub dim: u32,
+    pub rope: u32,
+    pub dim_k: u32,
+    pub dim_v: u32,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -336,7 +366,10 @@ mod tests {
         same!("cp_rows_params", Rows,
             src dst runs run_count row_count src_type dst_type src_head dst_head heads dim add value);
         same!("cp_delta_params", Delta, out d_out delta row_count heads dim dtype);
-        assert_eq!(header_structs().len(), 12, "a struct that this test does not know");
+        same!("cp_latent_params", Latent,
+            latent up_k up_v k v d_latent d_up_k d_up_v
+            runs run_count row_count heads first_head dim rope dim_k dim_v);
+        assert_eq!(header_structs().len(), 13, "a struct that this test does not know");
     }
 
     #[test]
@@ -356,5 +389,8 @@ mod tests {
         assert_eq!(define("CP_LARGEST"), LARGEST);
         assert_eq!(define("CP_SEED_AT"), SEED_AT);
         assert_eq!(define("CP_NO_TOKEN"), NO_TOKEN);
+        assert_eq!(define("CP_LATENT_TILE"), LATENT_TILE);
+        assert_eq!(define("CP_LATENT_THREADS"), LATENT_THREADS);
+        assert_eq!(define("CP_LATENT_SHARED"), LATENT_SHARED);
     }
 }
