@@ -95,6 +95,26 @@ fn keys_in_8_bits() {
     tally.end("keys and values in 8 bits on CUDA");
 }
 
+/// Latents: every short case on every communication type over every way.
+#[test]
+#[ignore = "needs a CUDA device or the software GPU: tests/run"]
+fn latents() {
+    let mut tally = Tally::default();
+    let fits = |c: &&Case| c.tokens(Side::Key) <= LONGEST && c.latent.is_some();
+    for (index, case) in cases().iter().filter(fits).enumerate() {
+        for (kind, comm) in CommType::ALL.into_iter().enumerate() {
+            for (turn, way) in [Way::Local, Way::Nccl, Way::Staged].into_iter().enumerate() {
+                let number = seed() as usize + index + kind + turn;
+                let dtype = [DType::Bf16, DType::F16][number % 2];
+                let ranks = RANKS[(number + kind) % 5];
+                let drawn = Run::drawn(case, ranks, comm, dtype, (number * 29) as u64);
+                tally.note(&drawn, check(&drawn, OnCuda { way, deterministic: true, margin: 0 }));
+            }
+        }
+    }
+    tally.end("latents on CUDA");
+}
+
 /// A small step of three ranks over each way, in which planted faults of the driver and of NCCL have to show: see tests/softgpu/api_faults.
 #[test]
 #[ignore = "needs a CUDA device or the software GPU: tests/run"]

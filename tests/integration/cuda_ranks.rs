@@ -98,7 +98,11 @@ fn rank(
             .map(|((t, l), b)| (*t, View { ptr: b.address() as *mut u8, ..l.view }))
             .collect();
         let dense = |t| shard.get(t).view.is_dense();
-        let pack = how.pack || !(dense(Tensor::K) && dense(Tensor::V));
+        let cargo: &[Tensor] = match problem.latent {
+            Some(_) => &[Tensor::Latent],
+            None => &[Tensor::K, Tensor::V],
+        };
+        let pack = how.pack || !cargo.iter().all(|t| dense(*t));
         let same_pieces = transport.as_ref().is_some_and(|t| t.same_pieces());
         let options = Options { pack, saved: how.saved, same_pieces };
         let shape = cuda.supports(
@@ -146,7 +150,8 @@ fn rank(
             fences.push(workspace);
         }
         fences.extend(saved);
-        let inputs = [Tensor::Q, Tensor::K, Tensor::V, Tensor::DOut, Tensor::Sinks];
+        use Tensor::{DOut, K, Latent, Q, Sinks, UpK, UpV, V};
+        let inputs = [Q, K, V, DOut, Sinks, Latent, UpK, UpV];
         let before = shard.bits(&inputs);
         for ((_, local), buffer) in shard.0.iter_mut().zip(&buffers) {
             let bytes = local.bytes.len() * 8;
