@@ -222,7 +222,7 @@ pub struct Expand<'a> {
 }
 
 /// The way back: d_latent += Σ over local heads of (up_kᵀ·dk + up_vᵀ·dv ; dk of r), d_up_k += dk·cᵀ, d_up_v += dv·cᵀ over all rows, in fp32. The order of
-/// adding does not depend on the number of threads. Where operands are pairs of bf16, dk and dv are rounded to it.
+/// adding does not depend on the number of threads. dk and dv are rounded to bf16 where operands are pairs of it, and to the storage type on CUDA.
 #[derive(Clone, Debug)]
 pub struct Contract<'a> {
     /// `[rows, local heads, dim_qk]` fp32.
