@@ -32,6 +32,8 @@ extern "C" __global__ void __launch_bounds__(32) cp_backward_bf16_no_add(PARAMET
     attention<bf16_t, true, true, true>(in, out);
     add_release((uint32_t*)out, 1);  // a RED too, but of integers
 }
+extern "C" __global__ void __launch_bounds__(32) cp_expand_bf16_no_copy(PARAMETERS) { attention<bf16_t, true, false, false>(in, out); }
+extern "C" __global__ void __launch_bounds__(32) cp_contract_latent_f16_other_type(PARAMETERS) { attention<bf16_t, true, true, false>(in, out); }
 extern "C" __global__ void cp_delta_no_bounds(PARAMETERS) { out[threadIdx.x] = in[threadIdx.x]; }
 
 // An array whose index is known only at run time lies in local memory.

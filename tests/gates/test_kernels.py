@@ -20,6 +20,8 @@ WANTED = {
     "cp_forward_bf16_other_type": "0 tensor core instructions for bf16, 1 for the other type",
     "cp_forward_f16_other_type": "0 tensor core instructions for f16, 1 for the other type",
     "cp_backward_bf16_no_add": "no RED.E.ADD.F32 (add_global)",
+    "cp_expand_bf16_no_copy": "no LDGSTS.E.BYPASS.128 (cp_async_16)",
+    "cp_contract_latent_f16_other_type": "0 tensor core instructions for f16, 1 for the other type",
     "cp_delta_no_bounds": "no launch bounds",
     "cp_delta_local": "local memory: stack 128 bytes",
     "cp_delta_spills": "local memory",
@@ -66,6 +68,8 @@ def test_missing_kernels_are_named():
     for operation in ("forward", "backward"):
         for storage in ("bf16", "f16"):
             every |= {(f"cp_{operation}_{storage}_{dim}{more}", arch): None for dim in gates.DIMS for more in ("", "_score") for arch in gates.ARCHS}
+    of_latents = [f"cp_{operation}_{storage}" for operation in gates.LATENT_KERNELS for storage in ("bf16", "f16")]
+    every |= {(name, arch): None for name in of_latents for arch in gates.ARCHS}
     assert gates.missing(every) == []
     # Two sets of one shape: each has its own architectures.
     small = dict(every)
