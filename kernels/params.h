@@ -8,6 +8,9 @@
 #define CP_F32 0u
 #define CP_BF16 1u
 #define CP_F16 2u
+// Bytes of keys or values as they travel (fp8.cuh).
+#define CP_E4M3 3u
+#define CP_E5M2 4u
 
 // A tensor [rows, heads, dim] in device memory, dim contiguous. Element (r, h, d) lies at
 //   ptr + (r / rows_per_batch)·stride_batch + (r % rows_per_batch)·stride_row + h·stride_head + d      (strides in elements)
@@ -104,7 +107,8 @@ struct cp_run {
     uint32_t src, src_step, dst, dst_step, rows, before;
 };
 
-// Copies, converts or adds rows of some heads (cp_copy_rows); writes `value` to rows of dst (cp_fill_rows, runs' dst only).
+// Copies, converts or adds rows of some heads (cp_copy_rows), encodes or decodes them (cp_encode_rows, cp_decode_rows; dim is that of the stored side);
+// writes `value` to rows of dst (cp_fill_rows, runs' dst only).
 struct cp_rows_params {
     cp_view src, dst;
     uint64_t runs;  // cp_run[]

@@ -115,7 +115,7 @@ DEVICE void sync_block() { __syncthreads(); }
 // Barrier `id` (1 … 15) of `threads` threads of the block, whole warps.
 DEVICE void sync_some(int id, int threads) { asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"); }
 
-// Global memory. T is 4, 8 or 16 bytes (uint32_t, float, uint2, float2, uint4, float4) or 2 (bf16_t, f16_t).
+// Global memory. T is 4, 8 or 16 bytes (uint32_t, float, uint2, float2, uint4, float4), 2 (bf16_t, f16_t, uint16_t) or 1 (uint8_t).
 template <class T>
 DEVICE T load_global(const T* p) {
     return *p;

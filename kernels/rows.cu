@@ -1,4 +1,5 @@
-// Kernels on rows of tensors: copy and convert, add, fill, the row sums of O∘dO, gradients of sinks, and sums over rows. All are bound by memory.
+// Kernels on rows of tensors: copy and convert, add, encode and decode, fill, the row sums of O∘dO, gradients of sinks, and sums over rows. All are bound by memory.
+#include "fp8.cuh"
 #include "rows.cuh"
 
 // The run that row `index` of all rows belongs to: the last that starts at or before it. Neighbouring rows mostly share one.
@@ -29,7 +30,7 @@ struct run_search {
     }
 };
 
-// Equal types: bits are moved, whatever they mean. W: the word, 2, 4 or 16 bytes.
+// Equal types: bits are moved, whatever they mean. W: the word, 1, 2, 4 or 16 bytes.
 template <class W>
 DEVICE void move_rows(const cp_rows_params& p, uint32_t units, uint32_t element) {
     uint32_t lanes = row_lanes(units);
@@ -77,7 +78,7 @@ DEVICE void convert_rows(const cp_rows_params& p) {
     }
 }
 
-// Units of a pair: dim / 4, dim / 8 if no side is fp32, dim if not aligned.
+// Units of a pair: dim / 4, dim / 8 if no side is fp32, dim if not aligned; of bytes that travel dim / 16, dim / 4 or dim.
 extern "C" __global__ void __launch_bounds__(256, 4) cp_copy_rows(cp_rows_params p) {
     if (p.add) {
         switch (p.src_type) {
@@ -88,10 +89,12 @@ extern "C" __global__ void __launch_bounds__(256, 4) cp_copy_rows(cp_rows_params
         return;
     }
     if (p.src_type == p.dst_type) {
-        uint32_t element = p.src_type == CP_F32 ? 4 : 2, bytes = p.dim * element;
+        uint32_t element = p.src_type == CP_F32 ? 4 : p.src_type >= CP_E4M3 ? 1 : 2, bytes = p.dim * element;
         if (bytes % 16 == 0 && rows_aligned(p.src, element, 16) && rows_aligned(p.dst, element, 16)) return move_rows<uint4>(p, bytes / 16, element);
         if (element == 4) return move_rows<uint32_t>(p, p.dim, element);
-        return move_rows<bf16_t>(p, p.dim, element);
+        if (element == 2) return move_rows<bf16_t>(p, p.dim, element);
+        if (bytes % 4 == 0 && rows_aligned(p.src, element, 4) && rows_aligned(p.dst, element, 4)) return move_rows<uint32_t>(p, bytes / 4, element);
+        return move_rows<uint8_t>(p, bytes, element);
     }
     switch (p.src_type * 3 + p.dst_type) {
         case CP_F32 * 3 + CP_BF16: return convert_rows<float, bf16_t, false>(p);
@@ -101,6 +104,92 @@ extern "C" __global__ void __launch_bounds__(256, 4) cp_copy_rows(cp_rows_params
         case CP_F16 * 3 + CP_F32: return convert_rows<f16_t, float, false>(p);
         case CP_F16 * 3 + CP_BF16: return convert_rows<f16_t, bf16_t, false>(p);
     }
+}
+
+// Whole warps go through the loop together, for the largest of four threads: until the pair of lane 0, the least of the warp, is past the end.
+template <class S, class W>
+DEVICE void encode_rows(const cp_rows_params& p) {
+    const fp8_numbers format(p.dst_type);
+    const uint32_t units = p.dim / 8, lanes = row_lanes(units < 4 ? 4 : units);
+    run_search search(p.runs, p.run_count);
+    for (row_pairs pair(p.row_count, p.heads, lanes); shuffle(pair.valid(), 0); pair.next()) {
+        const S* src = nullptr;
+        uint64_t dst = 0;
+        if (pair.valid()) {
+            uint32_t i = search.find(pair.row);
+            uint32_t from = search.run.src + i * search.run.src_step, to = search.run.dst + i * search.run.dst_step;
+            src = (const S*)p.src.ptr + element_offset(p.src, from, p.src_head + pair.head);
+            dst = p.dst.ptr + element_offset(p.dst, to, p.dst_head + pair.head);
+        }
+        for (uint32_t first = 0; first < units; first += lanes) {
+            const uint32_t u = first + pair.lane;
+            const bool there = pair.valid() && u < units;
+            float x[8] = {};
+            uint32_t largest = 0;
+            if (there) {
+                elements<S, 8>::load(src + u * 8, x);
+                for (int e = 0; e < 8; e++) {
+                    const uint32_t bits = __float_as_uint(x[e]) & 0x7fffffff;
+                    largest = bits > largest ? bits : largest;
+                }
+            }
+            const uint32_t byte = format.scale(fp8_largest(largest));
+            if (!there) continue;
+            uint64_t codes = 0x7f7f7f7f7f7f7f7full;  // NaN
+            if (byte != 255) {
+                const float inverse = __uint_as_float((254 - byte) << 23);
+                codes = 0;
+                for (int e = 0; e < 8; e++) codes |= (uint64_t)format.code(x[e] * inverse) << 8 * e;
+            }
+            store_8<W>(dst + u * 8, codes);
+            if (u % 4 == 0) store_global((uint8_t*)dst + p.dim + u / 4, (uint8_t)byte);
+        }
+    }
+}
+
+// What rounds to a number beyond the storage type's largest becomes that.
+template <class D, class W>
+DEVICE void decode_rows(const cp_rows_params& p) {
+    const fp8_numbers format(p.src_type);
+    const float most = __uint_as_float(p.dst_type == CP_BF16 ? 0x7f7f0000u : 0x477fe000u);
+    const uint32_t units = p.dim / 8, lanes = row_lanes(units);
+    run_search search(p.runs, p.run_count);
+    for (row_pairs pair(p.row_count, p.heads, lanes); pair.valid(); pair.next()) {
+        uint32_t i = search.find(pair.row);
+        uint32_t from = search.run.src + i * search.run.src_step, to = search.run.dst + i * search.run.dst_step;
+        const uint64_t src = p.src.ptr + element_offset(p.src, from, p.src_head + pair.head);
+        D* dst = (D*)p.dst.ptr + element_offset(p.dst, to, p.dst_head + pair.head);
+        for (uint32_t u = pair.lane; u < units; u += lanes) {
+            const uint64_t codes = load_8<W>(src + u * 8);
+            const float scale = fp8_scale(load_global((const uint8_t*)src + p.dim + u / 4));
+            float x[8];
+            for (int e = 0; e < 8; e++) {
+                const float y = format.number((uint32_t)(codes >> 8 * e) & 0xff) * scale;
+                x[e] = y > most ? most : y < -most ? -most : y;
+            }
+            elements<D, 8>::store(dst + u * 8, x);
+        }
+    }
+}
+
+// Units of a pair: dim / 8, at least 4. Rows of src are aligned to 16 bytes, those of dst need not be.
+extern "C" __global__ void __launch_bounds__(256, 4) cp_encode_rows(cp_rows_params p) {
+    if (rows_aligned(p.dst, 1, 4)) {
+        if (p.src_type == CP_BF16) return encode_rows<bf16_t, uint32_t>(p);
+        return encode_rows<f16_t, uint32_t>(p);
+    }
+    if (p.src_type == CP_BF16) return encode_rows<bf16_t, uint8_t>(p);
+    encode_rows<f16_t, uint8_t>(p);
+}
+
+// Units of a pair: dim / 8. Rows of dst are aligned to 16 bytes, those of src need not be.
+extern "C" __global__ void __launch_bounds__(256, 4) cp_decode_rows(cp_rows_params p) {
+    if (rows_aligned(p.src, 1, 4)) {
+        if (p.dst_type == CP_BF16) return decode_rows<bf16_t, uint32_t>(p);
+        return decode_rows<f16_t, uint32_t>(p);
+    }
+    if (p.dst_type == CP_BF16) return decode_rows<bf16_t, uint8_t>(p);
+    decode_rows<f16_t, uint8_t>(p);
 }
 
 template <class D, int N>

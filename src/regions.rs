@@ -305,19 +305,31 @@ impl<'a> Sight<'a> {
         self.meeting(query).len().max(1)
     }
 
-    /// What a segment of queries and a segment of keys have to do with each other. No two overlaps have a pair in common.
+    /// Calls `f` for all that a segment of queries and a segment of keys have to do with each other. No two overlaps have a pair in common.
     #[inline]
-    pub fn overlaps(
-        self,
-        query: &'a Segment,
-        key: &'a Segment,
-    ) -> impl Iterator<Item = Overlap> + 'a {
-        let whole = match self.regions {
-            None => overlap(query, key, self.band),
-            Some(_) => None,
-        };
+    pub fn overlaps(&self, query: &Segment, key: &Segment, mut f: impl FnMut(Overlap)) {
+        match self.regions {
+            None => overlap(query, key, self.band).into_iter().for_each(f),
+            Some(_) => self.within(query, key, &mut f),
+        }
+    }
+
+    /// Apart, so that what is nearly always asked stays short.
+    #[cold]
+    fn within(&self, query: &Segment, key: &Segment, f: &mut dyn FnMut(Overlap)) {
         let regions = self.meeting(query).iter();
-        whole.into_iter().chain(regions.filter_map(move |r| r.overlap(query, key, self.band)))
+        regions.filter_map(|r| r.overlap(query, key, self.band)).for_each(f);
+    }
+
+    /// Is there any?
+    pub fn any(&self, query: &Segment, key: &Segment) -> bool {
+        match self.regions {
+            None => overlap(query, key, self.band).is_some(),
+            Some(_) => {
+                let mut regions = self.meeting(query).iter();
+                regions.any(|r| r.overlap(query, key, self.band).is_some())
+            }
+        }
     }
 }
 
@@ -362,10 +374,10 @@ mod tests {
             let band = Band { lo: -i64::from(mix.below(12)), hi: i64::from(mix.below(12)) };
             let regions = Regions::new(&[Region { seq: 1, ..r }, r]);
             let mut got: Vec<(u32, u32)> = Vec::new();
-            for o in regions.sight(0, band).overlaps(&q, &k) {
+            regions.sight(0, band).overlaps(&q, &k, |o| {
                 let s = o.slice(0, 0);
                 got.extend((0..s.q_len).flat_map(|i| s.keys_of(i).map(move |j| (s.q + i, j))));
-            }
+            });
             let sees = |i: u32, j: u32| {
                 let (i, j) = (q.start + i * q.step, k.start + j * k.step);
                 r.allows(i, j) && band.allows(i.into(), j.into())

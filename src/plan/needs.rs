@@ -24,7 +24,7 @@ pub fn needed(problem: &Problem, reader: &[Segment], owner: &[Segment]) -> Vec<I
     for_pairs(reader, owner, |qs, index, key| {
         let sight = problem.sight(key.seq);
         spans.clear();
-        spans.extend(qs.iter().flat_map(|q| sight.overlaps(q, key)).map(|o| o.k));
+        qs.iter().for_each(|q| sight.overlaps(q, key, |o| spans.push(o.k)));
         spans.sort_unstable();
         for &(from, to) in &spans {
             match out.last_mut() {
@@ -43,7 +43,7 @@ pub fn any(problem: &Problem, reader: &[Segment], owner: &[Segment], patience: &
         at += reader[at..].iter().take_while(|q| q.seq < key.seq).count();
         let sight = problem.sight(key.seq);
         for q in reader[at..].iter().take_while(|q| q.seq == key.seq) {
-            if *patience == 0 || sight.overlaps(q, key).next().is_some() {
+            if *patience == 0 || sight.any(q, key) {
                 return true;
             }
             *patience = patience.saturating_sub(sight.tries(q));
@@ -133,11 +133,11 @@ pub fn slices(
         // Intervals are made of overlaps, so each lies in one, if these are the keys of this reader.
         let place = |o: &Overlap| mine.partition_point(|i| i.from <= o.k.0).checked_sub(1);
         for q in qs {
-            for o in sight.overlaps(q, key) {
-                let Some(n) = place(&o).filter(|n| o.k.1 <= mine[*n].to) else { continue };
+            sight.overlaps(q, key, |o| {
+                let Some(n) = place(&o).filter(|n| o.k.1 <= mine[*n].to) else { return };
                 let first = i64::from(firsts[n]) - i64::from(mine[n].from);
                 out.push(o.slice(i64::from(q.offset), first));
-            }
+            });
         }
     });
 }
@@ -149,7 +149,7 @@ pub fn own_slices(problem: &Problem, reader: &[Segment], owner: &[Segment]) -> V
         let sight = problem.sight(key.seq);
         for q in qs {
             let slice = |o: Overlap| o.slice(i64::from(q.offset), i64::from(key.offset));
-            out.extend(sight.overlaps(q, key).map(slice));
+            sight.overlaps(q, key, |o| out.push(slice(o)));
         }
     });
     sort(&mut out);

@@ -23,7 +23,7 @@ ARCHS = {"sm_80", "sm_90", "sm_100", "sm_120"}
 BIG_ARCHS = {"sm_80", "sm_90", "sm_100"}
 SMALL_ARCHS = {"sm_80", "sm_120"}  # sm_80 for sm_86 and sm_89
 DIMS = (64, 96, 128, 192, 256)
-ROW_KERNELS = ("cp_copy_rows", "cp_fill_rows", "cp_delta", "cp_sink_terms", "cp_reduce")
+ROW_KERNELS = ("cp_copy_rows", "cp_encode_rows", "cp_decode_rows", "cp_fill_rows", "cp_delta", "cp_sink_terms", "cp_reduce")
 
 # Beginnings of SASS instructions, and what they are in kernels/ptx.cuh.
 COMMON = {

@@ -35,10 +35,9 @@ fn corpus(way: Way) {
     let ways = [Way::Local, Way::Nccl, Way::Staged];
     let turn = ways.iter().position(|w| *w == way).expect("one of the three");
     let mut tally = Tally::default();
-    let fits = |c: &&Case| {
-        // There are no coded keys on CUDA yet.
-        c.tokens(Side::Query).max(c.tokens(Side::Key)) <= LONGEST && c.kv_wire.is_none()
-    };
+    // There are no latents on CUDA yet.
+    let fits =
+        |c: &&Case| c.tokens(Side::Query).max(c.tokens(Side::Key)) <= LONGEST && c.latent.is_none();
     let short = cases().iter().filter(fits);
     for (index, case) in short.enumerate().filter(|(_, c)| !fast() || c.is("fast")) {
         for (kind, comm) in CommType::ALL.into_iter().enumerate() {
@@ -76,6 +75,26 @@ fn corpus_nccl() {
 #[ignore = "needs a CUDA device or the software GPU: tests/run"]
 fn corpus_staged() {
     corpus(Way::Staged);
+}
+
+/// Keys and values that travel as 8-bit numbers: every short case on every communication type over every way.
+#[test]
+#[ignore = "needs a CUDA device or the software GPU: tests/run"]
+fn keys_in_8_bits() {
+    let mut tally = Tally::default();
+    let fits = |c: &&Case| c.tokens(Side::Key) <= LONGEST && c.kv_wire.is_some();
+    for (index, case) in cases().iter().filter(fits).enumerate() {
+        for (kind, comm) in CommType::ALL.into_iter().enumerate() {
+            for (turn, way) in [Way::Local, Way::Nccl, Way::Staged].into_iter().enumerate() {
+                let number = seed() as usize + index + kind + turn;
+                let dtype = [DType::Bf16, DType::F16][number % 2];
+                let ranks = RANKS[(number + kind) % 5];
+                let drawn = Run::drawn(case, ranks, comm, dtype, (number * 31) as u64);
+                tally.note(&drawn, check(&drawn, OnCuda { way, deterministic: true, margin: 0 }));
+            }
+        }
+    }
+    tally.end("keys and values in 8 bits on CUDA");
 }
 
 /// A small step of three ranks over each way, in which planted faults of the driver and of NCCL have to show: see tests/softgpu/api_faults.

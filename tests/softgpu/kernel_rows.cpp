@@ -1,4 +1,4 @@
-// The row kernels on the software GPU. Copies and fills must be exact; delta is compared with float64. ./kernel_rows [part of a name]
+// The row kernels on the software GPU. Copies, fills and what is coded must be exact; delta is compared with float64. ./kernel_rows [part of a name]
 #include "kernel_test.h"
 
 #include "../../kernels/rows.cu"
@@ -13,7 +13,7 @@ struct Rows {
     size_t begin;
     std::unique_ptr<softgpu::Registered> registered;
 
-    uint32_t bytes() const { return type == CP_F32 ? 4 : 2; }
+    uint32_t bytes() const { return type == CP_F32 ? 4 : type >= CP_E4M3 ? 1 : 2; }
     // `shift`: elements from a multiple of 16 bytes to the first. `gap`: between heads, and between rows.
     Rows(Random& random, const char* name, uint32_t type_, uint32_t rows_, uint32_t heads_, uint32_t dim_, uint32_t shift, uint32_t gap, uint32_t per_batch,
          bool heads_outside)
@@ -94,6 +94,13 @@ static const Form FORMS[] = {
     {"lse_outside", 5, 1, 0, 0, true, true},   {"half_vector_12", 1, 12, 0, 0, false, false}, {"long_520", 1, 520, 0, 0, false, false},
 };
 
+// Aligned as keys and values are.
+static const Form TRAVELLED[] = {
+    {"dense_128", 3, 128, 0, 0, false, false}, {"dense_64", 2, 64, 0, 0, false, false}, {"dense_8", 2, 8, 0, 0, false, false},
+    {"gaps_96", 2, 96, 0, 8, false, false},    {"gaps_40", 2, 40, 0, 24, true, false},  {"dense_72", 3, 72, 0, 0, false, false},
+    {"batches_24", 4, 24, 0, 0, true, false},  {"heads_outside_256", 3, 256, 0, 0, true, true},
+};
+
 static std::string copy(const Form& f, uint32_t from, uint32_t to, bool add) {
     Random random(std::hash<std::string>()(f.name) + from * 3 + to);
     for (uint32_t blocks : {1u, 3u, 40u}) {
@@ -123,6 +130,117 @@ static std::string copy(const Form& f, uint32_t from, uint32_t to, bool add) {
         softgpu::launch(cp_copy_rows, blocks, 256, 0, p);
         const std::string wrong = same(dst.memory, expected);
         if (!wrong.empty()) return wrong;
+    }
+    return "";
+}
+
+// The nearest number of a format without an end, ties to even; from the definition.
+static double nearest(double x, uint32_t type) {
+    int exponent;
+    frexp(x, &exponent);
+    const double step = ldexp(1, std::max(exponent - 1, type == CP_E4M3 ? -6 : -14) - (type == CP_E4M3 ? 3 : 2));
+    return nearbyint(x / step) * step;
+}
+
+// The code of a number of the format: its place among those that are not below 0, and the sign.
+static unsigned char code_of(double x, uint32_t type) {
+    const int mantissa = type == CP_E4M3 ? 3 : 2, bias = type == CP_E4M3 ? 7 : 15;
+    for (int code = 0;; code++) {
+        const int e = code >> mantissa, m = code & ((1 << mantissa) - 1);
+        const double y = e == 0 ? ldexp(m, 1 - bias - mantissa) : ldexp((1 << mantissa) + m, e - bias - mantissa);
+        if (y == fabs(x)) return (unsigned char)(code | (std::signbit(x) ? 0x80 : 0));
+    }
+}
+
+// A block: its bytes to codes[0 … n), returns the scale byte; x becomes what is decoded.
+static unsigned char travel_block(float* x, uint32_t n, uint32_t type, float most, unsigned char* codes) {
+    double largest = 0;
+    for (uint32_t i = 0; i < n; i++) largest = std::isfinite(x[i]) ? std::max(largest, fabs((double)x[i])) : INFINITY;
+    if (largest == INFINITY) {
+        std::fill(x, x + n, NAN), std::fill(codes, codes + n, 0x7f);
+        return 255;
+    }
+    int e = -127;
+    while (nearest(ldexp(largest, -e), type) > (type == CP_E4M3 ? 448 : 57344)) e++;
+    for (uint32_t i = 0; i < n; i++) {
+        const double y = nearest(ldexp((double)x[i], -e), type);
+        codes[i] = code_of(y, type);
+        x[i] = (float)std::max<double>(-most, std::min<double>(most, ldexp(y, e)));
+    }
+    return (unsigned char)(e + 127);
+}
+
+// Encodes rows, copies the codes, decodes the copy: every byte of the three.
+static std::string travel(const Form& f, uint32_t stored, uint32_t type, uint32_t gap) {
+    Random random(std::hash<std::string>()(f.name) + stored * 3 + type);
+    const float most = stored == CP_BF16 ? widened(bf16_t{0x7f7f}) : 65504.0f;
+    const uint32_t coded_dim = f.dim + (f.dim + 31) / 32;
+    for (uint32_t blocks : {1u, 3u, 40u}) {
+        const uint32_t rows = 1 + random.below(60), heads = 1 + random.below(f.heads);
+        Rows src(random, "src", stored, rows, f.heads, f.dim, 0, f.gap, f.batches ? 11 : 0, f.heads_outside);
+        Rows code(random, "code", type, rows + 50, f.heads + 1, coded_dim, gap, gap, 0, false), moved(random, "moved", type, rows + 50, f.heads + 1, coded_dim, 0, gap, 0, false);
+        Rows back(random, "back", stored, rows + 50, f.heads + 1, f.dim, 0, f.gap, 0, false);
+        for (uint32_t r = 0; r < rows; r++)
+            for (uint32_t h = 0; h < f.heads; h++) {
+                const float scale = ldexpf(1, (int)random.below(stored == CP_BF16 ? 250 : 36) - (stored == CP_BF16 ? 130 : 22));
+                for (uint32_t d = 0; d < f.dim; d++) {
+                    const uint32_t kind = random.below(40);
+                    const float x = kind == 0 ? 0.0f : kind == 1 ? -0.0f : kind < 8 ? ldexpf(random.value(), -(int)random.below(20)) : random.value();
+                    Rows::put(src.memory, src.place(r, h, d), stored, x * scale);
+                }
+                const uint32_t special = random.below(10);
+                const float odd[] = {NAN, -INFINITY, INFINITY, most, -most};
+                if (special < 5) Rows::put(src.memory, src.place(r, h, random.below(f.dim)), stored, odd[special]);
+                if (special == 5)
+                    for (uint32_t d = 0; d < f.dim; d++) Rows::put(src.memory, src.place(r, h, d), stored, 0.0f);
+            }
+        cp_rows_params p{};
+        const std::vector<cp_run> runs = make_runs(random, rows, rows, p.row_count);
+        const std::vector<cp_run> straight = {cp_run{0, 1, 0, 1, rows + 50, 0}};
+        Table<cp_run> table("runs", runs), all("all", straight);
+        std::vector<unsigned char> codes = code.memory, decoded = back.memory;
+        for (const cp_run& run : runs)
+            for (uint32_t i = 0; i < run.rows; i++)
+                for (uint32_t h = 0; h < heads; h++) {
+                    std::vector<float> x(f.dim);
+                    for (uint32_t d = 0; d < f.dim; d++) x[d] = src.get(src.place(run.src + i * run.src_step, f.heads - heads + h, d));
+                    const uint32_t to = run.dst + i * run.dst_step;
+                    for (uint32_t d = 0; d < f.dim; d += 32)
+                        codes[code.place(to, h, f.dim + d / 32)] = travel_block(&x[d], std::min(32u, f.dim - d), type, most, &codes[code.place(to, h, d)]);
+                    for (uint32_t d = 0; d < f.dim; d++) Rows::put(decoded, back.place(to, h, d), stored, x[d]);
+                }
+        p.src = src.view, p.dst = code.view, p.runs = table.address(), p.run_count = (uint32_t)runs.size();
+        p.src_type = stored, p.dst_type = type, p.heads = heads, p.dim = f.dim, p.src_head = f.heads - heads;
+        softgpu::launch(cp_encode_rows, blocks, 256, 0, p);
+        std::string wrong = same(code.memory, codes);
+        if (!wrong.empty()) return "encoded: " + wrong;
+        p.src = code.view, p.dst = moved.view, p.runs = all.address(), p.run_count = 1, p.row_count = rows + 50;
+        p.src_type = type, p.heads = f.heads + 1, p.dim = coded_dim, p.src_head = 0;
+        std::vector<unsigned char> copied = moved.memory;
+        for (uint32_t r = 0; r < rows + 50; r++)
+            for (uint32_t h = 0; h <= f.heads; h++) memcpy(&copied[moved.place(r, h, 0)], &code.memory[code.place(r, h, 0)], coded_dim);
+        softgpu::launch(cp_copy_rows, blocks, 256, 0, p);
+        wrong = same(moved.memory, copied);
+        if (!wrong.empty()) return "copied: " + wrong;
+        // Rows that are decoded lie where they were encoded to.
+        std::vector<cp_run> again = runs;
+        for (cp_run& run : again) run.src = run.dst, run.src_step = run.dst_step;
+        Table<cp_run> places("places", again);
+        p.src = moved.view, p.dst = back.view, p.runs = places.address(), p.run_count = (uint32_t)runs.size();
+        p.row_count = runs.empty() ? 0 : runs.back().before + runs.back().rows;
+        p.dst_type = stored, p.heads = heads, p.dim = f.dim;
+        softgpu::launch(cp_decode_rows, blocks, 256, 0, p);
+        for (uint32_t r = 0; r < rows + 50; r++)  // NaN of any bits
+            for (uint32_t h = 0; h <= f.heads; h++)
+                for (uint32_t d = 0; d < f.dim; d++) {
+                    const size_t at = back.place(r, h, d);
+                    uint16_t want;
+                    memcpy(&want, &decoded[at], 2);
+                    const bool nan = (want & 0x7fff) > (stored == CP_BF16 ? 0x7f80 : 0x7c00);
+                    if (nan && back.get(at) != back.get(at)) memcpy(&decoded[at], &back.memory[at], 2);
+                }
+        wrong = same(back.memory, decoded);
+        if (!wrong.empty()) return "decoded: " + wrong;
     }
     return "";
 }
@@ -239,6 +357,12 @@ int main(int argc, char** argv) {
             tally.run("sum_" + name, [&] { return reduce(rows, heads, false); });
             tally.run("largest_" + name, [&] { return reduce(rows, heads, true); });
         }
+    for (const Form& f : TRAVELLED)
+        for (uint32_t type : {CP_E4M3, CP_E5M2})
+            for (uint32_t stored : {CP_BF16, CP_F16})
+                for (uint32_t gap : {0u, 1u, 4u, 7u})
+                    tally.run(std::string("travel_") + f.name + "_" + NAMES[stored] + (type == CP_E4M3 ? "_e4m3_" : "_e5m2_") + std::to_string(gap),
+                              [&] { return travel(f, stored, type, gap); });
     for (const Form& f : FORMS)
         for (uint32_t to = 0; to < 3; to++) {
             for (uint32_t from = 0; from < 3; from++) {

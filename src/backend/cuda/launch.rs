@@ -37,6 +37,8 @@ pub(super) struct Kernels {
     forward: [[[OnceLock<Kernel>; SHAPES.len()]; 2]; 2],
     backward: [[[OnceLock<Kernel>; SHAPES.len()]; 2]; 2],
     copy_rows: OnceLock<Kernel>,
+    encode_rows: OnceLock<Kernel>,
+    decode_rows: OnceLock<Kernel>,
     fill_rows: OnceLock<Kernel>,
     delta: OnceLock<Kernel>,
     sink_terms: OnceLock<Kernel>,
@@ -72,6 +74,8 @@ impl Kernels {
             forward: Default::default(),
             backward: Default::default(),
             copy_rows: OnceLock::new(),
+            encode_rows: OnceLock::new(),
+            decode_rows: OnceLock::new(),
             fill_rows: OnceLock::new(),
             delta: OnceLock::new(),
             sink_terms: OnceLock::new(),
@@ -94,6 +98,8 @@ impl Kernels {
         self.forward(dtype, shape)?;
         self.backward(dtype, shape)?;
         self.copy_rows()?;
+        self.encode_rows()?;
+        self.decode_rows()?;
         self.fill_rows()?;
         self.sink_terms()?;
         self.reduce()?;
@@ -116,6 +122,14 @@ impl Kernels {
 
     fn copy_rows(&self) -> Result<&Kernel> {
         get(&self.copy_rows, || self.load("cp_copy_rows".into(), ROW_THREADS, 0))
+    }
+
+    fn encode_rows(&self) -> Result<&Kernel> {
+        get(&self.encode_rows, || self.load("cp_encode_rows".into(), ROW_THREADS, 0))
+    }
+
+    fn decode_rows(&self) -> Result<&Kernel> {
+        get(&self.decode_rows, || self.load("cp_decode_rows".into(), ROW_THREADS, 0))
     }
 
     fn fill_rows(&self) -> Result<&Kernel> {
@@ -390,7 +404,7 @@ impl Cuda {
         unsafe { kernel.launch(blocks.min(most), params, stream) }
     }
 
-    /// Enqueues a copy of rows. `step.runs` is not read: `work` is made of it.
+    /// Enqueues a copy of rows, which encodes or decodes them if one side is as they travel; the other is bf16 or fp16 then, aligned to 16 bytes. `step.runs` is not read: `work` is made of it.
     ///
     /// # Safety
     /// As [`Cuda::forward`]; source and destination do not overlap.
@@ -419,9 +433,15 @@ impl Cuda {
             add: u32::from(step.add),
             value: 0,
         };
-        let kernel = self.kernels.copy_rows()?;
+        let travels = |view: &View| matches!(view.dtype, DType::Fp8(_));
+        let (kernel, stored) = match (travels(&step.src), travels(&step.dst)) {
+            (false, true) => (self.kernels.encode_rows()?, &step.src),
+            (true, false) => (self.kernels.decode_rows()?, &step.dst),
+            _ => (self.kernels.copy_rows()?, &step.src),
+        };
+        let p = params::Rows { dim: stored.dim as u32, ..p };
         let size = step.src.dtype.size().max(step.dst.dtype.size());
-        let grid = self.row_blocks(work.row_count as usize, step.heads, step.src.dim, size);
+        let grid = self.row_blocks(work.row_count as usize, step.heads, stored.dim, size);
         // SAFETY: the caller's promise; the kernel takes these parameters.
         unsafe { kernel.launch(grid, &p, stream) }
     }

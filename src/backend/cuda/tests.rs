@@ -9,7 +9,7 @@ use super::*;
 use crate::backend::cpu::{Cpu, Simd};
 use crate::backend::{Backward, CopyRows, Delta, Forward, HeadMap, Output, Run, State, View};
 use crate::driver::{self, DeviceBuffer};
-use crate::dtype::DType;
+use crate::dtype::{DType, Fp8};
 use crate::error::Status;
 use crate::mask::Slice;
 use bench::{Bench, Layout, Plain, Random, Tensor, compare};
@@ -424,6 +424,76 @@ fn row_steps_are_the_cpus() {
         }
         delta.pull(bench.stream());
         compare("delta", &delta, &want, 1e-5);
+    }
+}
+
+/// Rows to codes and back.
+#[test]
+#[ignore = "needs a CUDA device or the software GPU: tests/run"]
+fn codes_are_the_cpus() {
+    let mut bench = Bench::new();
+    let mut cpu = Cpu::new(1, Simd::detect()).unwrap();
+    let runs = [
+        Run { src: 3, src_step: 2, dst: 0, dst_step: 1, rows: 20 },
+        Run { src: 50, src_step: 1, dst: 30, dst_step: 3, rows: 7 },
+    ];
+    let back = runs.map(|r| Run { src: r.dst, src_step: r.dst_step, ..r });
+    for (stored, format, dim) in [
+        (DType::Bf16, Fp8::E4m3, 64),
+        (DType::F16, Fp8::E5m2, 72),
+        (DType::Bf16, Fp8::E5m2, 8),
+        (DType::F16, Fp8::E4m3, 256),
+    ] {
+        let coded = Fp8::bytes(dim) as usize;
+        let src = bench.filled(stored, [80, 5, dim as usize], Layout::Sbhd(40), 5, |_| true);
+        let make = |dtype, dim| {
+            let tensor = bench.tensor(dtype, [70, 4, dim], Layout::Gaps);
+            tensor.push(bench.stream());
+            tensor
+        };
+        let [mut code, want_code] = [0; 2].map(|_| make(DType::Fp8(format), coded));
+        let [mut got, want] = [0; 2].map(|_| make(stored, dim as usize));
+        let step = |src: View, dst: View| CopyRows {
+            src,
+            src_head: 2,
+            dst,
+            dst_head: 1,
+            heads: 3,
+            runs: &runs,
+            add: false,
+        };
+        let again = |src: View, dst: View| CopyRows {
+            src,
+            src_head: 1,
+            dst,
+            dst_head: 1,
+            heads: 3,
+            runs: &back,
+            add: false,
+        };
+        for (encodes, runs) in [(true, &runs), (false, &back)] {
+            let mut builder = TableBuilder::new(TILES, TILES);
+            let work = builder.runs(runs);
+            let tables = bench.upload(builder.bytes());
+            // SAFETY: tensors above, which live until the stream is empty.
+            unsafe {
+                let (cpus, step) = match encodes {
+                    true => {
+                        (step(src.view, want_code.view), step(src.on_device(), code.on_device()))
+                    }
+                    false => {
+                        (again(want_code.view, want.view), again(code.on_device(), got.on_device()))
+                    }
+                };
+                cpu.copy_rows(&cpus);
+                bench.cuda.copy_rows(&step, &work, tables.address(), bench.stream()).unwrap();
+            }
+            bench.wait();
+        }
+        code.pull(bench.stream());
+        got.pull(bench.stream());
+        assert!(code.all_bytes() == want_code.all_bytes(), "{stored:?} {format:?} {dim}");
+        assert!(got.all_bytes() == want.all_bytes(), "{stored:?} {format:?} {dim}");
     }
 }
 

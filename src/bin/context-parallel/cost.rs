@@ -184,8 +184,8 @@ fn key_rows(p: &Problem) -> (u64, u64) {
 fn seen(p: &Problem, queries: &[Segment], key: &Segment) -> u64 {
     let sight = p.sight(key.seq);
     let same = queries.iter().filter(|q| q.seq == key.seq);
-    let mut ranges: Vec<(u32, u32)> =
-        same.flat_map(|q| sight.overlaps(q, key)).map(|o| o.k).collect();
+    let mut ranges: Vec<(u32, u32)> = Vec::new();
+    same.for_each(|q| sight.overlaps(q, key, |o| ranges.push(o.k)));
     ranges.sort_unstable();
     let (mut count, mut end) = (0, 0);
     for (from, to) in ranges {

@@ -386,8 +386,8 @@ fn region_slices(
     let mut out = Vec::new();
     for a in q {
         for b in k {
-            let found = regions.sight(0, mask.band(len, len)).overlaps(a, b);
-            out.extend(found.map(|o| o.slice(a.offset.into(), b.offset.into())));
+            let sight = regions.sight(0, mask.band(len, len));
+            sight.overlaps(a, b, |o| out.push(o.slice(a.offset.into(), b.offset.into())));
         }
     }
     out.sort_by_key(|s| (s.q, s.k));
