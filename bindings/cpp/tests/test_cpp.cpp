@@ -352,6 +352,57 @@ void packed_and_list() {
         EXPECT(a.out.x[i] == a.v.x[i] && a.out.x[5 * heads * dim + i] == a.v.x[5 * kv_heads * dim + i]);
 }
 
+// Slices come with the sequences: two documents of one sequence are what they are in a packed batch.
+void documents_as_slices() {
+    cp::AttentionConfig c = small();
+    c.causal = false;
+    cp::Attention attention(c);
+    All whole = inputs(9);
+    cp::Sequences s = cp::Sequences::dense(1, 9);
+    s.slices({{0, 4, 9, 4, 9, CP_SLICE_HI, 0, 0}, {0, 0, 4, 0, 4, CP_SLICE_HI, 0, 0}});
+    cp::Context context;
+    attention.forward(s, whole.forward(), context);
+    attention.backward(s, whole.backward(), context);
+    for (std::size_t first : {std::size_t{0}, std::size_t{4}}) {
+        std::vector<std::uint32_t> tokens;
+        for (std::size_t t = first; t < (first == 0 ? 4 : 9); t++)
+            tokens.push_back(static_cast<std::uint32_t>(t));
+        All in = inputs(9), part(tokens.size());
+        part.q = in.q.pick(tokens);
+        part.k = in.k.pick(tokens);
+        part.v = in.v.pick(tokens);
+        part.d_out = in.d_out.pick(tokens);
+        cp::Attention causal(small());
+        cp::Context of_part;
+        cp::Sequences one = cp::Sequences::dense(1, static_cast<std::uint32_t>(tokens.size()));
+        causal.forward(one, part.forward(), of_part);
+        causal.backward(one, part.backward(), of_part);
+        EXPECT(worst(whole.out.pick(tokens).x, part.out.x) < 1e-5 && worst(whole.dk.pick(tokens).x, part.dk.x) < 1e-5);
+    }
+    s.slices({{0, 0, 4, 0, 10, 0, 0, 0}});
+    THROWS(invalid_argument, "slices[0]: got keys 0", attention.report(s));
+    s.slices({});
+    EXPECT(s.raw().slices == nullptr && s.raw().slice_count == 0);
+}
+
+// Keys and values travel rounded: a causal first row is its value, rounded.
+void rounded_keys() {
+    All exact = alone(9), a = inputs(9);
+    cp::AttentionConfig c = small();
+    c.kv_wire = cp::KvWire::e5m2;
+    cp::Attention attention(c);
+    cp::Sequences s = cp::Sequences::dense(1, 9);
+    cp::Context context;
+    attention.forward(s, a.forward(), context);
+    EXPECT(worst(a.out.x, exact.out.x) > 1e-3 && worst(a.out.x, exact.out.x) < 0.5);
+    double most = 0;
+    for (std::size_t i = 0; i < dim; i++)
+        most = std::fmax(most, std::fabs(static_cast<double>(a.out.x[i]) - a.v.x[i]) / std::fabs(static_cast<double>(a.v.x[i])));
+    EXPECT(most > 0.01 && most <= 0.126); // two mantissa bits
+    c.kv_wire = static_cast<cp::KvWire>(3);
+    THROWS(invalid_argument, "config.kv_wire: got 3", cp::Attention{c});
+}
+
 // Soft-cap, ALiBi, a bias, dropout, sinks and largest scores at once: on any number of ranks what one rank computes.
 cp::AttentionConfig scores(cp::Reach reach) {
     cp::AttentionConfig c = small();
@@ -566,6 +617,8 @@ int main() {
     score_errors();
     disagreement();
     packed_and_list();
+    documents_as_slices();
+    rounded_keys();
     tensors();
     std::printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;
