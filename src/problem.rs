@@ -127,7 +127,7 @@ pub enum Wire {
 }
 
 /// Keys and values that are made of one latent per token (multi-head latent attention, arXiv 2405.04434): head h has
-/// k = [up_k[h]·c ; r] and v = up_v[h]·c, rounded to the storage type. The latent (c ; r) travels, and who attends it expands it for its own heads.
+/// `k = [up_k[h]·c ; r]` and `v = up_v[h]·c`, rounded to the storage type. The latent (c ; r) travels, and who attends it expands it for its own heads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Latent {
     /// Elements of c: a multiple of 8 from 8 to 4096.

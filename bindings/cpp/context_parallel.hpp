@@ -429,16 +429,16 @@ class Sequences {
         return *this;
     }
 
+    /// What queries see at most, under the layer's mask, in any order; an empty list: that mask alone.
+    Sequences &slices(std::vector<cp_mask_slice> list) {
+        slices_ = std::move(list);
+        return *this;
+    }
+
     /// With dropout: the caller's number of every sequence. Equal numbers drop alike, whatever else is in the call; without, it is their index.
     Sequences &numbered(std::vector<std::uint32_t> ids) {
         need(ids, count_, "numbers of sequences");
         ids_ = std::move(ids);
-        return *this;
-    }
-
-    /// What queries see at most, under the layer's mask: see cp_mask_slice. None: all that the layer's mask lets them see.
-    Sequences &slices(std::vector<cp_mask_slice> list) {
-        slices_ = std::move(list);
         return *this;
     }
 

@@ -421,7 +421,7 @@ pub struct cp_attention_config {
     /// Must be 0.
     pub reserved: u32,
     /// Multi-head latent attention: elements of the latent c that keys and values of a token are made of, a multiple of 8 up to 4096; 0 = none. Calls
-    /// then have `latent`, `up_k` and `up_v` instead of `k` and `v`: head h has k = [up_k[h]·c ; r], v = up_v[h]·c, rounded to the storage type. Latents
+    /// then have `latent`, `up_k` and `up_v` instead of `k` and `v`: head h has `k = [up_k[h]·c ; r]`, `v = up_v[h]·c`, rounded to the storage type. Latents
     /// travel between ranks, and each rank expands those that it attends for its own heads. kv_heads is `heads`, or 0. Not on CUDA yet.
     pub latent_dim: u32,
     /// With latent_dim: elements of r, the part of a key that all heads share and that comes with its positions rotated into it: a multiple of 8 below

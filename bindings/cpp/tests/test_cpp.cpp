@@ -119,6 +119,21 @@ All alone(std::size_t n) {
     return a;
 }
 
+// A slice that is the causal half, under a mask that shows everything, is the causal mask.
+void slices(std::size_t n) {
+    All a = inputs(n), causal = alone(n);
+    const auto length = static_cast<std::uint32_t>(n);
+    cp::AttentionConfig full = small();
+    full.causal = false;
+    cp::Attention attention(full);
+    cp::Context context;
+    cp::Sequences s = cp::Sequences::dense(1, length).slices({{0, 0, length, 0, length, CP_SLICE_HI, 0, 0}});
+    attention.forward(s, a.forward(), context);
+    attention.backward(s, a.backward(), context);
+    EXPECT(a.out.x == causal.out.x && a.dq.x == causal.dq.x && a.dk.x == causal.dk.x && a.dv.x == causal.dv.x);
+    THROWS(invalid_argument, "slices[0]: got keys 0", attention.forward(s.slices({{0, 0, 1, 0, length + 1, 0, 0, 0}}), a.forward(), context));
+}
+
 template <class F> void on_ranks(std::uint32_t size, F body) {
     cp_unique_id id = cp::unique_id();
     std::vector<std::thread> threads;
@@ -350,39 +365,6 @@ void packed_and_list() {
     // Causal: the first row of a document sees itself alone. Rows 0 and 5 are such, by the list above.
     for (std::size_t i = 0; i < dim; i++)
         EXPECT(a.out.x[i] == a.v.x[i] && a.out.x[5 * heads * dim + i] == a.v.x[5 * kv_heads * dim + i]);
-}
-
-// Slices come with the sequences: two documents of one sequence are what they are in a packed batch.
-void documents_as_slices() {
-    cp::AttentionConfig c = small();
-    c.causal = false;
-    cp::Attention attention(c);
-    All whole = inputs(9);
-    cp::Sequences s = cp::Sequences::dense(1, 9);
-    s.slices({{0, 4, 9, 4, 9, CP_SLICE_HI, 0, 0}, {0, 0, 4, 0, 4, CP_SLICE_HI, 0, 0}});
-    cp::Context context;
-    attention.forward(s, whole.forward(), context);
-    attention.backward(s, whole.backward(), context);
-    for (std::size_t first : {std::size_t{0}, std::size_t{4}}) {
-        std::vector<std::uint32_t> tokens;
-        for (std::size_t t = first; t < (first == 0 ? 4 : 9); t++)
-            tokens.push_back(static_cast<std::uint32_t>(t));
-        All in = inputs(9), part(tokens.size());
-        part.q = in.q.pick(tokens);
-        part.k = in.k.pick(tokens);
-        part.v = in.v.pick(tokens);
-        part.d_out = in.d_out.pick(tokens);
-        cp::Attention causal(small());
-        cp::Context of_part;
-        cp::Sequences one = cp::Sequences::dense(1, static_cast<std::uint32_t>(tokens.size()));
-        causal.forward(one, part.forward(), of_part);
-        causal.backward(one, part.backward(), of_part);
-        EXPECT(worst(whole.out.pick(tokens).x, part.out.x) < 1e-5 && worst(whole.dk.pick(tokens).x, part.dk.x) < 1e-5);
-    }
-    s.slices({{0, 0, 4, 0, 10, 0, 0, 0}});
-    THROWS(invalid_argument, "slices[0]: got keys 0", attention.report(s));
-    s.slices({});
-    EXPECT(s.raw().slices == nullptr && s.raw().slice_count == 0);
 }
 
 // Keys and values travel rounded: a causal first row is its value, rounded.
@@ -617,7 +599,7 @@ int main() {
     score_errors();
     disagreement();
     packed_and_list();
-    documents_as_slices();
+    slices(65);
     rounded_keys();
     tensors();
     std::printf("%d passed, %d failed\n", passed, failed);
