@@ -872,6 +872,13 @@ typedef struct cp_attention_config {
     cp_kv_wire kv_wire;
     // Must be 0.
     uint32_t reserved;
+    // Multi-head latent attention: elements of the latent c that keys and values of a token are made of, a multiple of 8 up to 4096; 0 = none. Calls
+    // then have `latent`, `up_k` and `up_v` instead of `k` and `v`: head h has k = [up_k[h]·c ; r], v = up_v[h]·c, rounded to the storage type. Latents
+    // travel between ranks, and each rank expands those that it attends for its own heads. kv_heads is `heads`, or 0. Not on CUDA yet.
+    uint32_t latent_dim;
+    // With latent_dim: elements of r, the part of a key that all heads share and that comes with its positions rotated into it: a multiple of 8 below
+    // head_dim_qk.
+    uint32_t latent_rope;
 } cp_attention_config;
 
 // How a group communicates for a layer. All zero is p2p.
@@ -918,9 +925,9 @@ typedef struct cp_report {
     uint64_t backward_sent;
     // Received in backward.
     uint64_t backward_received;
-    // Floating-point operations of forward.
+    // Floating-point operations of forward: of attention, and of what expands latents.
     uint64_t forward_flops;
-    // Floating-point operations of backward.
+    // Floating-point operations of backward, likewise.
     uint64_t backward_flops;
     // KV stages.
     uint32_t stages;
@@ -982,6 +989,12 @@ typedef struct cp_forward_args {
     // storage type. Queries are this rank's, keys those of the whole padded sequence in natural order (packed: of the longest one). With a2a it
     // is exchanged like Q. [in]
     struct cp_tensor bias;
+    // With latent_dim, and then `k` and `v` are not given: (c ; r) of this rank's key tokens, `[batch, S_k, 1, latent_dim + latent_rope]`. [in]
+    struct cp_tensor latent;
+    // With latent_dim: `[heads, head_dim_qk - latent_rope, latent_dim]`, ndim 3, storage type, equal on all ranks. [in]
+    struct cp_tensor up_k;
+    // With latent_dim: `[heads, head_dim_v, latent_dim]`, likewise. [in]
+    struct cp_tensor up_v;
 } cp_forward_args;
 
 // Arguments of cp_attention_backward: what forward had, the gradient of the output, and where the gradients go.
@@ -1030,6 +1043,20 @@ typedef struct cp_backward_args {
     struct cp_tensor bias;
     // With CP_BIAS_GRADIENT: shape of `bias`: what this rank's queries add, over all keys. [out]
     struct cp_tensor d_bias;
+    // As in forward. [in]
+    struct cp_tensor latent;
+    // As in forward. [in]
+    struct cp_tensor up_k;
+    // As in forward. [in]
+    struct cp_tensor up_v;
+    // With latent_dim, and then `dk` and `dv` are not given: shape of `latent`, complete. [out]
+    struct cp_tensor d_latent;
+    // With latent_dim: shape of `up_k`, fp32: this rank's part, to be summed over the group together with the other weights' gradients. With p2p and
+    // all_gather it is what the rank's own queries give, with a2a what all queries give through the rank's heads (0 for other heads), with a2a+p2p what
+    // its team's queries give through its heads. [out]
+    struct cp_tensor d_up_k;
+    // Likewise, shape of `up_v`. [out]
+    struct cp_tensor d_up_v;
 } cp_backward_args;
 
 // Which half of a training step a plan is for.

@@ -126,6 +126,43 @@ pub enum Wire {
     F32,
 }
 
+/// Keys and values that are made of one latent per token (multi-head latent attention, arXiv 2405.04434): head h has
+/// k = [up_k[h]·c ; r] and v = up_v[h]·c, rounded to the storage type. The latent (c ; r) travels, and who attends it expands it for its own heads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Latent {
+    /// Elements of c: a multiple of 8 from 8 to 4096.
+    pub dim: u32,
+    /// Elements of r, which all heads share: a multiple of 8, less than `dim_qk`; it arrives with its positions rotated into it.
+    pub rope: u32,
+}
+
+impl Latent {
+    /// Elements of a token.
+    pub fn width(self) -> u32 {
+        self.dim + self.rope
+    }
+
+    fn validate(self, heads: u32, kv_heads: u32, dim_qk: u32) -> Result<()> {
+        let Latent { dim, rope } = self;
+        if dim == 0 || dim % 8 != 0 || dim > 4096 {
+            return Err(Error::argument(format!(
+                "latent_dim: got {dim}, allowed multiples of 8 from 8 to 4096"
+            )));
+        }
+        if rope % 8 != 0 || rope >= dim_qk {
+            return Err(Error::argument(format!(
+                "latent_rope: got {rope}, allowed multiples of 8 below head_dim_qk = {dim_qk}"
+            )));
+        }
+        if kv_heads != heads {
+            return Err(Error::argument(format!(
+                "kv_heads: got {kv_heads} with a latent, which is expanded for each of the {heads} query heads (allowed: 0 or {heads})"
+            )));
+        }
+        Ok(())
+    }
+}
+
 /// Everything that decides. See the field docs for what is allowed; [`Problem::validate`] checks it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Problem {
@@ -166,6 +203,8 @@ pub struct Problem {
     pub scale: f32,
     /// What else happens to scores, and what is asked about them.
     pub score: Score,
+    /// Keys and values come as latents.
+    pub latent: Option<Latent>,
 }
 
 impl Eq for Problem {}
@@ -191,10 +230,11 @@ impl Hash for Problem {
             kv_wire,
             scale,
             score,
+            latent,
         } = self;
         (ranks, inner, stages, relay, partition, mask, packed).hash(h);
         (seqs, regions, heads, kv_heads, dim_qk, dim_v, dtype).hash(h);
-        (wire, kv_wire, scale.to_bits(), score).hash(h);
+        (wire, kv_wire, scale.to_bits(), score, latent).hash(h);
     }
 }
 
@@ -268,6 +308,14 @@ impl Problem {
             return bad(format!("softmax_scale: got {}, must be finite", self.scale));
         }
         self.score.validate(self.heads)?;
+        if let Some(latent) = self.latent {
+            latent.validate(self.heads, self.kv_heads, self.dim_qk)?;
+            if self.kv_wire.is_some() {
+                return Err(Error::unsupported(
+                    "kv_wire: latents travel in the storage type; a format of 8 bits for them is not offered",
+                ));
+            }
+        }
         if self.packed && self.score.bias.is_some_and(|b| b.batch) {
             return bad("bias: packed sequences have no batch dimension".into());
         }
@@ -508,6 +556,7 @@ pub(crate) mod tests {
             kv_wire: None,
             scale: 1.0,
             score: Score::default(),
+            latent: None,
         }
     }
 

@@ -70,6 +70,8 @@ enum class TransportKind : std::uint32_t {
 };
 /// How far a number per head goes: not asked for, this rank's part, or the whole group's.
 enum class Reach : std::uint32_t { none = CP_REACH_NONE, rank = CP_REACH_RANK, group = CP_REACH_GROUP };
+/// How keys and values travel between ranks, and so what is attended.
+enum class KvWire : std::uint32_t { storage = CP_KV_WIRE_STORAGE, e4m3 = CP_KV_WIRE_E4M3, e5m2 = CP_KV_WIRE_E5M2 };
 enum class Side : std::uint32_t { query = CP_SIDE_Q, key = CP_SIDE_K };
 enum class Pass : std::uint32_t { forward = CP_PASS_FORWARD, backward = CP_PASS_BACKWARD };
 enum class PlanFormat : std::uint32_t { text = CP_PLAN_TEXT, json = CP_PLAN_JSON };
@@ -508,6 +510,9 @@ struct AttentionConfig {
     Reach sinks = Reach::none;       ///< a sink for every query head; how far its gradient goes
     Reach max_logit = Reach::none;   ///< forward writes the largest visible score of every query head
     std::uint32_t bias = 0;          ///< CP_BIAS_*: an additive bias comes with every call; 0: none
+    KvWire kv_wire = KvWire::storage; ///< keys and values travel, and are attended, as 8-bit numbers
+    std::uint32_t latent_dim = 0;    ///< keys and values are made of latents of so many elements; 0: they are given
+    std::uint32_t latent_rope = 0;   ///< and of so many that all heads share
 
     /// For the C interface; valid while this object is there and unchanged.
     cp_attention_config raw() const {
@@ -544,6 +549,9 @@ struct AttentionConfig {
         c.sinks = static_cast<cp_reach>(sinks);
         c.max_logit = static_cast<cp_reach>(max_logit);
         c.bias = bias;
+        c.kv_wire = static_cast<cp_kv_wire>(kv_wire);
+        c.latent_dim = latent_dim;
+        c.latent_rope = latent_rope;
         return c;
     }
 
@@ -586,6 +594,7 @@ struct ForwardTensors {
     Tensor sinks, max_logit;        ///< [heads] fp32, where the layer has them
     Tensor bias;                    ///< [batch or 1, heads or 1, queries or 1, keys], where the layer has one
     std::uint64_t dropout_seed = 0; ///< with dropout, equal on all ranks
+    Tensor latent, up_k, up_v;      ///< instead of k and v, where the layer has latents; see cp_forward_args
 
     ForwardTensors() = default;
     ForwardTensors(const Tensor &query, const Tensor &key, const Tensor &value, const Tensor &o, const Tensor &l)
@@ -596,6 +605,7 @@ struct BackwardTensors {
     Tensor q, k, v, out, lse, d_out, dq, dk, dv;
     Tensor sinks, d_sinks; ///< [heads] fp32, where the layer has them
     Tensor bias, d_bias;   ///< where the layer has a bias, and its gradient
+    Tensor latent, up_k, up_v, d_latent, d_up_k, d_up_v; ///< instead of k, v, dk and dv, where the layer has latents
 
     BackwardTensors() = default;
     BackwardTensors(const Tensor &query, const Tensor &key, const Tensor &value, const Tensor &o, const Tensor &l, const Tensor &d_o,
@@ -762,6 +772,9 @@ class Attention {
         a.dv = t.dv.raw();
         a.d_sinks = t.d_sinks.raw();
         a.d_bias = t.d_bias.raw();
+        a.d_latent = t.d_latent.raw();
+        a.d_up_k = t.d_up_k.raw();
+        a.d_up_v = t.d_up_v.raw();
         a.saved = context.saved();
         a.saved_bytes = context.saved_bytes_;
         check(cp_attention_backward(handle_, &a, stream));
@@ -782,6 +795,9 @@ class Attention {
         a.lse = t.lse.raw();
         a.sinks = t.sinks.raw();
         a.bias = t.bias.raw();
+        a.latent = t.latent.raw();
+        a.up_k = t.up_k.raw();
+        a.up_v = t.up_v.raw();
         a.sequence_ids = sequences.ids();
         a.workspace = workspace_;
         a.workspace_bytes = workspace_bytes_;
@@ -816,58 +832,6 @@ inline std::uint64_t padded_length(Partition partition, std::uint32_t ranks, std
     return padded;
 }
 
-/// Heads of a tensor that a rank has of whole sequences: first, and how many; see cp_trade_share.
-inline std::pair<std::uint32_t, std::uint32_t> heads_of_rank(std::uint32_t heads, std::uint32_t tensor_heads, std::uint32_t ranks,
-                                                             std::uint32_t rank) {
-    std::uint32_t first = 0, count = 0;
-    check(cp_trade_share(heads, tensor_heads, ranks, rank, &first, &count));
-    return {first, count};
-}
-
-/// Sequence <-> heads, for layers that are not attention: see cp_trade_args.
-class Trade {
-  public:
-    explicit Trade(Partition partition, Format format = Format::dense, std::uint32_t heads = 0)
-        : partition_(partition), format_(format), heads_(heads) {}
-
-    /// Fills `whole` from `local`. Collective.
-    void to_heads(const Group &group, const Sequences &sequences, const std::vector<Tensor> &local, const std::vector<Tensor> &whole,
-                  Stream stream = nullptr) const {
-        run(cp_sequence_to_heads, group, sequences, local, whole, stream);
-    }
-
-    /// Fills `local` from `whole`; of heads that several ranks have, their sum. Collective.
-    void to_sequence(const Group &group, const Sequences &sequences, const std::vector<Tensor> &whole, const std::vector<Tensor> &local,
-                     Stream stream = nullptr) const {
-        run(cp_heads_to_sequence, group, sequences, local, whole, stream);
-    }
-
-  private:
-    template <class Function>
-    void run(Function function, const Group &group, const Sequences &sequences, const std::vector<Tensor> &local,
-             const std::vector<Tensor> &whole, Stream stream) const {
-        cp_sequences s = sequences.raw();
-        cp_trade_args a = detail::sized<cp_trade_args>();
-        std::vector<cp_tensor> rows, heads;
-        for (const Tensor &t : local) rows.push_back(t.raw());
-        for (const Tensor &t : whole) heads.push_back(t.raw());
-        rows.resize(std::max(rows.size(), heads.size())); // tensors that are missing are refused, on all ranks
-        heads.resize(rows.size());
-        a.sequences = &s;
-        a.partition = static_cast<cp_partition>(partition_);
-        a.format = static_cast<cp_format>(format_);
-        a.heads = heads_;
-        a.count = static_cast<std::uint32_t>(rows.size());
-        a.local = rows.data();
-        a.whole = heads.data();
-        check(function(group.get(), &a, stream));
-    }
-
-    Partition partition_;
-    Format format_;
-    std::uint32_t heads_;
-};
-
 /// Ranks that work with `rank` along axes of a mesh ("cp", "tp-dp-cp"): what Group::subset takes; see cp_mesh_members.
 inline std::vector<std::uint32_t> mesh_members(const cp_mesh &mesh, const std::string &axes, std::uint32_t rank) {
     std::size_t count = 0;
@@ -896,5 +860,7 @@ inline std::pair<std::vector<cp_placement>, std::uint32_t> schedule_samples(cp_s
 }
 
 } // namespace cp
+
+#include "context_parallel_trade.hpp"
 
 #endif // CONTEXT_PARALLEL_HPP

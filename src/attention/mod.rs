@@ -1,6 +1,7 @@
 //! An attention layer: a configuration, the groups it has been attached to, and the two passes.
 
 pub(crate) mod engine;
+mod names;
 
 use crate::backend::View;
 use crate::backend::cpu::Cpu;
@@ -17,11 +18,12 @@ use crate::mask::Mask;
 use crate::partition::{Partition, Side};
 use crate::plan::account::{ALIGN, Account, account};
 use crate::plan::{Kind, Options, Pass, Plan, Slot, Tensor, fewest_stages};
-use crate::problem::{CommType, Fnv, Problem, Sequence, Wire};
+use crate::problem::{CommType, Fnv, Latent, Problem, Sequence, Wire};
 use crate::regions::Regions;
 use crate::score::{BiasShape, Score, Seed};
 pub use engine::{AllocFn, Allocator, FreeFn};
 use engine::{Engine, Lease};
+pub use names::name;
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::hash::{Hash, Hasher};
@@ -45,6 +47,8 @@ pub struct Config {
     pub scale: f32,
     /// What else happens to scores.
     pub score: Score,
+    /// Keys and values come as latents.
+    pub latent: Option<Latent>,
     /// Who may see whom.
     pub mask: Mask,
     /// Packed (thd) or one sequence per batch entry.
@@ -122,6 +126,7 @@ impl Config {
             kv_wire: self.kv_wire,
             scale: if self.scale == 0.0 { 1.0 / (self.dim_qk as f32).sqrt() } else { self.scale },
             score: self.score.clone(),
+            latent: self.latent,
         };
         if let Stages::Count(n) = comm.stages {
             p.stages = n;
@@ -135,8 +140,19 @@ impl Config {
         Ok(Arc::new(p))
     }
 
+    /// What no device offers, whatever its kernels.
+    pub fn fits_device(&self) -> Result<()> {
+        match self.latent {
+            Some(_) => Err(Error::unsupported(
+                "latent: keys and values from latents are not offered on CUDA yet; expand them before the call",
+            )),
+            None => Ok(()),
+        }
+    }
+
     /// Has the CUDA backend kernels for it?
     pub fn runs_on(&self, cuda: &Cuda) -> Result<()> {
+        self.fits_device()?;
         cuda.supports(self.dtype, self.dim_qk, self.dim_v, Scores::of(&self.score)).map(|_| ())
     }
 
@@ -666,7 +682,10 @@ impl Attention {
                 }
             }
             let dense = |tensor| args.views.iter().any(|(x, v)| *x == tensor && v.is_dense());
-            let pack = !(dense(Tensor::K) && dense(Tensor::V));
+            let pack = match problem.latent {
+                Some(_) => !dense(Tensor::Latent),
+                None => !(dense(Tensor::K) && dense(Tensor::V)),
+            };
             let count = args.seqs.len();
             if !args.ids.is_empty() && args.ids.len() != count {
                 let got = args.ids.len();
@@ -769,6 +788,14 @@ impl Attention {
                     i64::from(p.bias_columns()),
                 ],
                 (tensor, _) if tensor.per_head() => [1, 1, heads, 1],
+                (Tensor::Latent | Tensor::DLatent, _) => {
+                    let width = i64::from(p.latent.map_or(0, Latent::width));
+                    [batch, local / batch, 1, width]
+                }
+                (tensor, _) if tensor.weights() => {
+                    let dim = i64::from(p.latent.map_or(0, |l| l.dim));
+                    [1, Plan::weight_rows(p, *tensor).into(), heads, dim]
+                }
                 _ => [batch, local / batch, heads, dim],
             };
             if *shape != want && tensor.per_head() {
@@ -776,6 +803,16 @@ impl Attention {
                 let text =
                     format!("{name}: got shape [{}], must be [{heads}] (rank {rank})", shape[2]);
                 return Err(Error::argument(text));
+            }
+            if *shape != want && tensor.weights() {
+                let of = |[_, rows, heads, dim]: [i64; 4]| [heads, rows, dim];
+                return Err(Error::argument(format!(
+                    "{}: got shape [heads, rows, dim] = {:?}, must be {:?} (rank {})",
+                    name(*tensor),
+                    of(*shape),
+                    of(want),
+                    group.parent_rank()
+                )));
             }
             if *shape != want {
                 let name = name(*tensor);
@@ -829,32 +866,5 @@ impl Attention {
     pub fn saved_bytes(&self, problem: &Arc<Problem>) -> usize {
         let options = self.options(self.group(), false);
         self.group().prepare(problem, Pass::Forward, options, self.target()).saved
-    }
-}
-
-/// Name of a tensor as callers write it.
-pub fn name(tensor: Tensor) -> &'static str {
-    match tensor {
-        Tensor::Q => "q",
-        Tensor::K => "k",
-        Tensor::V => "v",
-        Tensor::Out => "out",
-        Tensor::Lse => "lse",
-        Tensor::DOut => "d_out",
-        Tensor::DQ => "dq",
-        Tensor::DK => "dk",
-        Tensor::DV => "dv",
-        Tensor::Delta => "delta",
-        Tensor::Max => "max",
-        Tensor::Sum => "sum",
-        Tensor::Sinks => "sinks",
-        Tensor::DSinks => "d_sinks",
-        Tensor::SinkTerms => "sink terms",
-        Tensor::Top => "row maxima",
-        Tensor::MaxLogit => "max_logit",
-        Tensor::Bias => "bias",
-        Tensor::DBias => "d_bias",
-        Tensor::Local => "local",
-        Tensor::Whole => "whole",
     }
 }

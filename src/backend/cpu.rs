@@ -5,7 +5,8 @@
 //! forward.rs   one tile of queries        kernels.rs  what an instruction set must provide
 //! backward.rs  one block of keys          scalar.rs, simd_avx2.rs, simd_avx512.rs provide it
 //! rows.rs      copies and row sums        pool.rs     parked threads
-//! effects.rs   scores beyond scale·q·k  fp8.rs      rows as they travel
+//! effects.rs   scores beyond scale·q·k    fp8.rs      rows as they travel
+//! latent.rs    keys and values from latents, and back
 //! ```
 
 mod backward;
@@ -13,6 +14,7 @@ mod effects;
 mod forward;
 mod fp8;
 mod kernels;
+mod latent;
 mod pool;
 mod rows;
 mod scalar;
@@ -23,10 +25,14 @@ mod simd_avx2;
 mod simd_avx512;
 mod tile;
 
-use super::{Backward, CopyRows, Delta, Forward, HeadMap, Progress, Reduce, SinkTerms, View};
+use super::{
+    Backward, Contract, CopyRows, Delta, Expand, Forward, HeadMap, Progress, Reduce, SinkTerms,
+    View,
+};
 use crate::error::{Error, Result};
 use kernels::Kernels;
 pub use simd::Simd;
+use std::ops::Range;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
@@ -91,6 +97,8 @@ pub struct Cpu {
     tiling: tile::Tiling,
     turns: Vec<AtomicU32>,
     places: effects::Places,
+    /// Blocks of rows that are expanded or contracted.
+    blocks: Vec<Range<usize>>,
 }
 
 impl Cpu {
@@ -115,6 +123,7 @@ impl Cpu {
             tiling: tile::Tiling::default(),
             turns: Vec::new(),
             places: effects::Places::default(),
+            blocks: Vec::new(),
         })
     }
 
@@ -139,6 +148,7 @@ impl Cpu {
             + self.places.bytes()
             + self.tiling.bytes()
             + self.turns.capacity() * size_of::<AtomicU32>()
+            + self.blocks.capacity() * size_of::<Range<usize>>()
     }
 
     /// One forward attend step. `progress` is called on this thread every few hundred microseconds; its error stops the step
@@ -214,6 +224,40 @@ impl Cpu {
             unsafe { task.get().run(block, kv, scratch, tick) }
         });
         (self.tiling, self.turns, self.places) = (tiling, turns, places);
+        result
+    }
+
+    /// Keys and values from latents. `progress` as in [`Cpu::forward`].
+    ///
+    /// # Safety
+    /// As for [`Cpu::forward`].
+    pub unsafe fn expand(&mut self, step: &Expand, progress: Progress) -> Result<()> {
+        let mut blocks = std::mem::take(&mut self.blocks);
+        latent::blocks(step.rows, &mut blocks);
+        let kernels = Kernels::of(self.simd, step.latent.dtype);
+        let work = Shared(latent::Expansion { step, kernels, blocks: &blocks });
+        let result = self.parallel(work.get().tasks(), false, progress, &|i, scratch, _| {
+            // SAFETY: the caller's promise; every (block, head) is one task.
+            unsafe { work.get().run(i, scratch) }
+        });
+        self.blocks = blocks;
+        result
+    }
+
+    /// Gradients of latents and of weights from those of keys and values. `progress` as in [`Cpu::forward`].
+    ///
+    /// # Safety
+    /// As for [`Cpu::forward`].
+    pub unsafe fn contract(&mut self, step: &Contract, progress: Progress) -> Result<()> {
+        let mut blocks = std::mem::take(&mut self.blocks);
+        latent::blocks(step.rows, &mut blocks);
+        let kernels = Kernels::of(self.simd, step.latent.dtype);
+        let work = Shared(latent::Contraction { step, kernels, blocks: &blocks });
+        let result = self.parallel(work.get().tasks(), false, progress, &|i, scratch, tick| {
+            // SAFETY: the caller's promise; the weights of a head, and every block, are one task.
+            unsafe { work.get().run(i, scratch, tick) }
+        });
+        self.blocks = blocks;
         result
     }
 

@@ -7,6 +7,7 @@ use crate::dtype::DType;
 use crate::mask::Slice;
 use crate::partition::Segment;
 use crate::score::{Score, Seed};
+use std::ops::Range;
 
 /// A tensor in memory, logically `[rows, heads, dim]`, `dim` contiguous. Rows of a caller's `[batch, seq, heads, dim]` tensor are
 /// numbered `batch · rows_per_batch + position`, so bshd, sbhd and bhsd differ only in strides. Strides are in elements.
@@ -199,6 +200,51 @@ pub struct Backward<'a> {
     pub dk: View,
     /// `[key rows, kv heads, dim_v]` fp32, added to.
     pub dv: View,
+}
+
+/// Keys and values from latents (c ; r): k = [up_k·c ; r], v = up_v·c per head, each element summed in fp32 and rounded to the storage type.
+#[derive(Clone, Debug)]
+pub struct Expand<'a> {
+    /// `[rows, 1, dim + rope]`.
+    pub latent: View,
+    /// Seen as `[dim_qk − rope, heads, dim]`, all heads.
+    pub up_k: View,
+    /// Seen as `[dim_v, heads, dim]`, all heads.
+    pub up_v: View,
+    /// Head of the weights that local head 0 is.
+    pub first_head: usize,
+    /// `[rows, local heads, dim_qk]`.
+    pub k: View,
+    /// `[rows, local heads, dim_v]`.
+    pub v: View,
+    /// Rows, the same in all.
+    pub rows: &'a [Range<u32>],
+}
+
+/// The way back: d_latent += Σ over local heads of (up_kᵀ·dk + up_vᵀ·dv ; dk of r), d_up_k += dk·cᵀ, d_up_v += dv·cᵀ over all rows, in fp32. The order of
+/// adding does not depend on the number of threads. Where operands are pairs of bf16, dk and dv are rounded to it.
+#[derive(Clone, Debug)]
+pub struct Contract<'a> {
+    /// `[rows, local heads, dim_qk]` fp32.
+    pub dk: View,
+    /// `[rows, local heads, dim_v]` fp32.
+    pub dv: View,
+    /// As in [`Expand`].
+    pub latent: View,
+    /// As in [`Expand`].
+    pub up_k: View,
+    /// As in [`Expand`].
+    pub up_v: View,
+    /// As in [`Expand`].
+    pub first_head: usize,
+    /// `[rows, 1, dim + rope]` fp32, added to.
+    pub d_latent: View,
+    /// As `up_k`, fp32, added to.
+    pub d_up_k: View,
+    /// As `up_v`, fp32, added to.
+    pub d_up_v: View,
+    /// Rows, the same in all.
+    pub rows: &'a [Range<u32>],
 }
 
 /// A run of rows to copy: row `src + i·src_step` to row `dst + i·dst_step` for `i` in `0 .. rows`.

@@ -420,6 +420,13 @@ pub struct cp_attention_config {
     pub kv_wire: cp_kv_wire,
     /// Must be 0.
     pub reserved: u32,
+    /// Multi-head latent attention: elements of the latent c that keys and values of a token are made of, a multiple of 8 up to 4096; 0 = none. Calls
+    /// then have `latent`, `up_k` and `up_v` instead of `k` and `v`: head h has k = [up_k[h]·c ; r], v = up_v[h]·c, rounded to the storage type. Latents
+    /// travel between ranks, and each rank expands those that it attends for its own heads. kv_heads is `heads`, or 0. Not on CUDA yet.
+    pub latent_dim: u32,
+    /// With latent_dim: elements of r, the part of a key that all heads share and that comes with its positions rotated into it: a multiple of 8 below
+    /// head_dim_qk.
+    pub latent_rope: u32,
 }
 
 /// cp_attention_config.bias: there is one; without other flags it is the same for all batch entries, heads and queries.
@@ -539,6 +546,12 @@ pub struct cp_forward_args {
     /// storage type. Queries are this rank's, keys those of the whole padded sequence in natural order (packed: of the longest one). With a2a it
     /// is exchanged like Q. [in]
     pub bias: cp_tensor,
+    /// With latent_dim, and then `k` and `v` are not given: (c ; r) of this rank's key tokens, `[batch, S_k, 1, latent_dim + latent_rope]`. [in]
+    pub latent: cp_tensor,
+    /// With latent_dim: `[heads, head_dim_qk - latent_rope, latent_dim]`, ndim 3, storage type, equal on all ranks. [in]
+    pub up_k: cp_tensor,
+    /// With latent_dim: `[heads, head_dim_v, latent_dim]`, likewise. [in]
+    pub up_v: cp_tensor,
 }
 
 /// Arguments of cp_attention_backward: what forward had, the gradient of the output, and where the gradients go.
@@ -589,6 +602,20 @@ pub struct cp_backward_args {
     pub bias: cp_tensor,
     /// With CP_BIAS_GRADIENT: shape of `bias`: what this rank's queries add, over all keys. [out]
     pub d_bias: cp_tensor,
+    /// As in forward. [in]
+    pub latent: cp_tensor,
+    /// As in forward. [in]
+    pub up_k: cp_tensor,
+    /// As in forward. [in]
+    pub up_v: cp_tensor,
+    /// With latent_dim, and then `dk` and `dv` are not given: shape of `latent`, complete. [out]
+    pub d_latent: cp_tensor,
+    /// With latent_dim: shape of `up_k`, fp32: this rank's part, to be summed over the group together with the other weights' gradients. With p2p and
+    /// all_gather it is what the rank's own queries give, with a2a what all queries give through the rank's heads (0 for other heads), with a2a+p2p what
+    /// its team's queries give through its heads. [out]
+    pub d_up_k: cp_tensor,
+    /// Likewise, shape of `up_v`. [out]
+    pub d_up_v: cp_tensor,
 }
 
 /// What a layer's call needs in memory and moves, for this rank. Bytes.
@@ -617,9 +644,9 @@ pub struct cp_report {
     pub backward_sent: u64,
     /// Received in backward.
     pub backward_received: u64,
-    /// Floating-point operations of forward.
+    /// Floating-point operations of forward: of attention, and of what expands latents.
     pub forward_flops: u64,
-    /// Floating-point operations of backward.
+    /// Floating-point operations of backward, likewise.
     pub backward_flops: u64,
     /// KV stages.
     pub stages: u32,

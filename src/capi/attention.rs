@@ -61,6 +61,7 @@ pub unsafe extern "C" fn cp_attention_create(
                 Attention::new(asked.config, cpu)?
             }
             Place::Cuda(ordinal) => {
+                asked.config.fits_device()?;
                 let mut cuda = Cuda::new(Device::get(ordinal)?)?;
                 cuda.set_margin(asked.sm_margin);
                 Attention::on_device(asked.config, cuda, asked.allocator)?
@@ -103,7 +104,10 @@ pub unsafe extern "C" fn cp_query_support(
         let config = asked.config;
         match asked.place {
             Place::Cpu => thread_count(asked.threads).map(|_| ())?,
-            Place::Cuda(ordinal) => config.runs_on(&Cuda::new(Device::get(ordinal)?)?)?,
+            Place::Cuda(ordinal) => {
+                config.fits_device()?;
+                config.runs_on(&Cuda::new(Device::get(ordinal)?)?)?
+            }
         }
         if ranks == 0 {
             return Err(Error::argument("ranks: got 0, need at least 1"));
@@ -213,8 +217,8 @@ pub unsafe extern "C" fn cp_attention_report(
             forward_received: f.received,
             backward_sent: b.sent,
             backward_received: b.received,
-            forward_flops: f.flops,
-            backward_flops: b.flops,
+            forward_flops: f.flops + f.latent_flops,
+            backward_flops: b.flops + b.latent_flops,
             stages: problem.stages,
             inner: problem.inner,
             ..cp_report::default()
@@ -296,7 +300,9 @@ unsafe fn forward_args(
         output("args.context", a.context)?;
     }
     let score = &layer.config().score;
-    let mut inputs = vec![(Tensor::Q, &a.q), (Tensor::K, &a.k), (Tensor::V, &a.v)];
+    let mut inputs = vec![(Tensor::Q, &a.q)];
+    let made = [(Tensor::Latent, &a.latent), (Tensor::UpK, &a.up_k), (Tensor::UpV, &a.up_v)];
+    keys_or_latents(layer, &[(Tensor::K, &a.k), (Tensor::V, &a.v)], &made, &mut inputs)?;
     let mut outputs = vec![(Tensor::Out, &a.out), (Tensor::Lse, &a.lse)];
     optional((Tensor::Sinks, &a.sinks), score.sinks.is_some(), &mut inputs)?;
     optional((Tensor::MaxLogit, &a.max_logit), score.max_logit.is_some(), &mut outputs)?;
@@ -391,13 +397,17 @@ unsafe fn backward_args(
         let sinks = layer.config().score.sinks.is_some();
         let mut inputs = vec![
             (Tensor::Q, &a.q),
-            (Tensor::K, &a.k),
-            (Tensor::V, &a.v),
             (Tensor::Out, &a.out),
             (Tensor::Lse, &a.lse),
             (Tensor::DOut, &a.d_out),
         ];
-        let mut outputs = vec![(Tensor::DQ, &a.dq), (Tensor::DK, &a.dk), (Tensor::DV, &a.dv)];
+        let made = [(Tensor::Latent, &a.latent), (Tensor::UpK, &a.up_k), (Tensor::UpV, &a.up_v)];
+        keys_or_latents(layer, &[(Tensor::K, &a.k), (Tensor::V, &a.v)], &made, &mut inputs)?;
+        let mut outputs = vec![(Tensor::DQ, &a.dq)];
+        let keys = [(Tensor::DK, &a.dk), (Tensor::DV, &a.dv)];
+        let made =
+            [(Tensor::DLatent, &a.d_latent), (Tensor::DUpK, &a.d_up_k), (Tensor::DUpV, &a.d_up_v)];
+        keys_or_latents(layer, &keys, &made, &mut outputs)?;
         optional((Tensor::Sinks, &a.sinks), sinks, &mut inputs)?;
         optional((Tensor::DSinks, &a.d_sinks), sinks, &mut outputs)?;
         let bias = layer.config().score.bias;
@@ -413,6 +423,27 @@ unsafe fn backward_args(
         Ok(Args { stream, ids, ..args })
     };
     (context, read())
+}
+
+/// Keys and values, or what they are made of: what the layer has not is not given.
+fn keys_or_latents<'a>(
+    layer: &Attention,
+    keys: &[Named_<'a>],
+    latents: &[Named_<'a>],
+    list: &mut Vec<Named_<'a>>,
+) -> Result<()> {
+    let made = layer.config().latent.is_some();
+    // Keys that are missing are found by their shape.
+    list.extend(keys.iter().filter(|_| !made));
+    for &(tensor, given) in keys.iter().filter(|_| made) {
+        if !given.data.is_null() || given.ndim != 0 {
+            let name = crate::attention::name(tensor);
+            return Err(Error::argument(format!(
+                "args.{name}: given, but the layer makes keys and values of latents"
+            )));
+        }
+    }
+    latents.iter().try_for_each(|tensor| optional(*tensor, made, list))
 }
 
 /// A tensor that is there exactly where the layer asks for it.
@@ -496,6 +527,8 @@ unsafe fn pass_args(
                 (view, shape)
             }
             tensor if tensor.per_head() => decode::per_head(name, t, place)?,
+            Tensor::DUpK | Tensor::DUpV => decode::weights(name, t, place, DType::F32)?,
+            tensor if tensor.weights() => decode::weights(name, t, place, config.dtype)?,
             _ => decode::tensor(name, t, place, config.dtype, config.packed)?,
         };
         if i >= inputs.len() {

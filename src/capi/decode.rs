@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::group::Group;
 use crate::mask::Mask;
 use crate::partition::{Partition, Stretch};
-use crate::problem::{CommType, Extent, Sequence, Wire};
+use crate::problem::{CommType, Extent, Latent, Sequence, Wire};
 use crate::score::{BiasShape, Reach, Score};
 
 /// A pointer that may be null, as a slice.
@@ -199,6 +199,7 @@ pub unsafe fn attention_config(ptr: *const cp_attention_config) -> Result<Layer>
         dtype: dtype("config.dtype", c.dtype)?,
         scale: c.softmax_scale,
         score,
+        latent: latent(&c)?,
         mask,
         packed,
         partition: partition("config.partition", c.partition)?,
@@ -597,6 +598,21 @@ fn bias_shape(flags: u32) -> Result<Option<BiasShape>> {
         queries: has(CP_BIAS_QUERIES),
         gradient: has(CP_BIAS_GRADIENT),
     }))
+}
+
+/// Keys and values that are made of latents.
+fn latent(c: &cp_attention_config) -> Result<Option<Latent>> {
+    if c.latent_dim == 0 {
+        zero("config.latent_rope: without latent_dim", c.latent_rope.into())?;
+        return Ok(None);
+    }
+    Ok(Some(Latent { dim: c.latent_dim, rope: c.latent_rope }))
+}
+
+/// Up-projection weights `[heads, rows, dim]`, or their gradient, seen as `[1, rows, heads, dim]`.
+pub fn weights(name: &str, t: &cp_tensor, place: Place, dtype: DType) -> Result<(View, [i64; 4])> {
+    place.check(name, t)?;
+    view(name, t, dtype, &[2, 1, 3], "[heads, rows, dim]", true)
 }
 
 /// A number per head, `[heads]`, seen as `[1, 1, heads, 1]`.

@@ -129,6 +129,7 @@ pub(super) unsafe fn problem(
         kv_wire: None,
         scale: 1.0,
         score: Score::default(),
+        latent: None,
     };
     p.validate()?;
     Dealt::default().resolve(&mut p);

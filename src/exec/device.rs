@@ -115,7 +115,12 @@ impl Tables {
                 Op::Fill { rows, .. } => {
                     Work::Rows(builder.rows(rows.iter().map(|r| (r.first, r.step, r.count))))
                 }
-                Op::Exchange { .. } | Op::Delta | Op::SinkTerms | Op::Reduce { .. } => Work::None,
+                Op::Exchange { .. }
+                | Op::Expand { .. }
+                | Op::Contract { .. }
+                | Op::Delta
+                | Op::SinkTerms
+                | Op::Reduce { .. } => Work::None,
             });
         }
         let blob = builder.finish();

@@ -103,6 +103,16 @@ unsafe fn compute(step: &Step, slots: &Slots, cpu: &mut Cpu, comm: &mut Comm) ->
             // SAFETY: the caller's promise.
             unsafe { cpu.backward(&work, &mut || comm.progress()) }
         }
+        Op::Expand { latent, k, rows } => {
+            let work = slots.expand(*latent, *k, rows);
+            // SAFETY: the caller's promise.
+            unsafe { cpu.expand(&work, &mut || comm.progress()) }
+        }
+        Op::Contract { dk, latent, d_latent, rows } => {
+            let work = slots.contract(*dk, *latent, *d_latent, rows);
+            // SAFETY: the caller's promise.
+            unsafe { cpu.contract(&work, &mut || comm.progress()) }
+        }
         Op::Delta => {
             // SAFETY: the caller's promise.
             unsafe { cpu.delta(&slots.delta()) };

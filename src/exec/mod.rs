@@ -5,7 +5,9 @@
 pub mod device;
 mod host;
 
-use crate::backend::{Backward, Delta, Effects, Forward, Output, SinkTerms, State, View};
+use crate::backend::{
+    Backward, Contract, Delta, Effects, Expand, Forward, Output, SinkTerms, State, View,
+};
 use crate::error::{Error, Result};
 use crate::mask::Slice;
 use crate::plan::{Kind, Message, Plan, Slot, Tensor};
@@ -13,6 +15,7 @@ use crate::problem::Sequence;
 use crate::score::Seed;
 use crate::transport::{self, Piece};
 pub use host::{Link, Scratch, run};
+use std::ops::Range;
 
 /// Memory that a plan's slots are bound to.
 pub struct Memory<'a> {
@@ -196,6 +199,41 @@ impl Slots<'_> {
             dq: self.view(Slot::of(Kind::Acc, Tensor::DQ)),
             dk: self.view(dk),
             dv: self.view(Slot { tensor: Tensor::DV, ..dk }),
+        }
+    }
+
+    /// Expands latents.
+    fn expand<'b>(&self, latent: Slot, k: Slot, rows: &'b [Range<u32>]) -> Expand<'b> {
+        Expand {
+            latent: self.view(latent),
+            up_k: self.view(Slot::caller(Tensor::UpK)),
+            up_v: self.view(Slot::caller(Tensor::UpV)),
+            first_head: self.plan.share.kv.start as usize,
+            k: self.view(k),
+            v: self.view(Slot { tensor: Tensor::V, ..k }),
+            rows,
+        }
+    }
+
+    /// Contracts gradients of what was expanded.
+    fn contract<'b>(
+        &self,
+        dk: Slot,
+        latent: Slot,
+        d_latent: Slot,
+        rows: &'b [Range<u32>],
+    ) -> Contract<'b> {
+        Contract {
+            dk: self.view(dk),
+            dv: self.view(Slot { tensor: Tensor::DV, ..dk }),
+            latent: self.view(latent),
+            up_k: self.view(Slot::caller(Tensor::UpK)),
+            up_v: self.view(Slot::caller(Tensor::UpV)),
+            first_head: self.plan.share.kv.start as usize,
+            d_latent: self.view(d_latent),
+            d_up_k: self.view(Slot::caller(Tensor::DUpK)),
+            d_up_v: self.view(Slot::caller(Tensor::DUpV)),
+            rows,
         }
     }
 

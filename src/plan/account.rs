@@ -2,6 +2,7 @@
 
 use super::{Kind, Op, Pass, Plan, Slot, Tensor};
 use std::collections::HashMap;
+use std::ops::Range;
 
 /// Alignment of every slot in the workspace, one cache line and the widest SIMD load.
 pub const ALIGN: usize = 64;
@@ -23,8 +24,10 @@ pub struct Account {
     pub received_heads: u64,
     /// (query, key, head) triples computed.
     pub pairs: u64,
-    /// Floating-point operations: 2·(dqk + dv) a triple forward, 2·(3·dqk + 2·dv) backward.
+    /// Floating-point operations of attention: 2·(dqk + dv) a triple forward, 2·(3·dqk + 2·dv) backward.
     pub flops: u64,
+    /// Beside those, what expanding latents takes, 2·dim·(dqk − rope + dv) a row and head, and contracting their gradients, twice as much.
+    pub latent_flops: u64,
     /// Workspace.
     pub workspace: u64,
     /// Kept between forward and backward.
@@ -43,6 +46,7 @@ impl Account {
             received_heads: f(self.received_heads, other.received_heads),
             pairs: f(self.pairs, other.pairs),
             flops: f(self.flops, other.flops),
+            latent_flops: f(self.latent_flops, other.latent_flops),
             workspace: f(self.workspace, other.workspace),
             saved: f(self.saved, other.saved),
         }
@@ -87,7 +91,11 @@ pub fn account(plan: &Plan) -> Account {
                         Kind::Recv => {
                             a.received_keys += bytes(m);
                             a.received_key_rows +=
-                                if m.slot.tensor == Tensor::K { u64::from(m.count()) } else { 0 };
+                                if matches!(m.slot.tensor, Tensor::K | Tensor::Latent) {
+                                    u64::from(m.count())
+                                } else {
+                                    0
+                                };
                         }
                         Kind::Return => a.received_gradients += bytes(m),
                         Kind::Ranks => {} // some bytes a head
@@ -98,6 +106,8 @@ pub fn account(plan: &Plan) -> Account {
             Op::Attend { slices, .. } | Op::AttendBackward { slices, .. } => {
                 a.pairs += heads * slices.iter().map(|s| s.pairs()).sum::<u64>();
             }
+            Op::Expand { rows, .. } => a.latent_flops += expansion(plan, rows),
+            Op::Contract { rows, .. } => a.latent_flops += 2 * expansion(plan, rows),
             _ => {}
         }
     }
@@ -105,6 +115,15 @@ pub fn account(plan: &Plan) -> Account {
     a.flops =
         a.pairs * if plan.pass == Pass::Forward { 2 * (qk + v) } else { 2 * (3 * qk + 2 * v) };
     a
+}
+
+/// What expanding some rows of latents takes.
+fn expansion(plan: &Plan, rows: &[Range<u32>]) -> u64 {
+    let p = &plan.problem;
+    let (dim, rope) = p.latent.map_or((0, 0), |l| (u64::from(l.dim), u64::from(l.rope)));
+    let made = u64::from(p.dim_qk) - rope + u64::from(p.dim_v);
+    let count: u64 = rows.iter().map(|r| r.len() as u64).sum();
+    2 * dim * made * count * plan.share.kv.len() as u64
 }
 
 /// Where every slot that is not the caller's lies: offsets into the workspace, or into the saved buffer.

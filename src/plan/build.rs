@@ -25,24 +25,22 @@ pub(super) fn plan(
     let mut b = Builder::new(survey, rank, options);
     match pass {
         Pass::Forward => {
-            b.trade_in(&[Tensor::Q, Tensor::K, Tensor::V, Tensor::Bias]);
+            b.trade_in(&[&[Tensor::Q], b.cargo(), &[Tensor::Bias]].concat());
             b.forward_stages();
             b.trade_out(&[Tensor::Out, Tensor::Lse]);
             b.max_logit();
         }
         Pass::Backward => {
             b.delta();
-            let (kept, new) = (
-                [Tensor::Q, Tensor::K, Tensor::V, Tensor::Lse],
-                [Tensor::DOut, Tensor::Delta, Tensor::Bias],
-            );
+            let kept = [&[Tensor::Q], b.cargo(), &[Tensor::Lse]].concat();
+            let new = [Tensor::DOut, Tensor::Delta, Tensor::Bias];
             // A team of one saves nothing: rows that a launch asked to pack are packed again.
             match options.saved && problem.inner > 1 {
                 true => b.trade_in(&new),
                 false => b.trade_in(&[kept.as_slice(), &new].concat()),
             }
             b.backward_stages();
-            b.trade_out(&[Tensor::DQ, Tensor::DK, Tensor::DV, Tensor::DBias]);
+            b.trade_out(&[&[Tensor::DQ], b.homebound(), &[Tensor::DBias]].concat());
             // Last, so that no rank waits at the beginning for all others.
             b.sink_gradient();
         }
@@ -114,6 +112,8 @@ impl<'a> Builder<'a> {
             Tensor::Bias | Tensor::DBias if !self.problem.score.bias.is_some_and(|b| b.heads) => {
                 0..u32::from(!share.q.is_empty())
             }
+            // One head, which every member with heads works on.
+            Tensor::Latent | Tensor::DLatent => 0..u32::from(!share.q.is_empty()),
             _ => share.side(tensor.key_side()),
         }
     }
@@ -159,6 +159,7 @@ impl<'a> Builder<'a> {
         let rows = match kind {
             Kind::Ranks => self.problem.ranks,
             Kind::Caller if tensor.per_head() => 1,
+            Kind::Caller if tensor.weights() => Plan::weight_rows(self.problem, tensor),
             Kind::Caller if tensor == Tensor::DBias => self.local_rows[0] / self.bias_copies(),
             Kind::Caller | Kind::Sum => self.local_rows[key],
             Kind::Team | Kind::Code | Kind::Acc => {
@@ -186,7 +187,9 @@ impl<'a> Builder<'a> {
         }
         let p = self.problem;
         let biases = matches!(tensor, Tensor::Bias | Tensor::DBias);
+        let latent = matches!(tensor, Tensor::Latent | Tensor::DLatent);
         let heads = match kind {
+            Kind::Caller | Kind::Sum if latent => 1,
             Kind::Caller | Kind::Sum | Kind::Ranks if biases => {
                 if p.score.bias.is_some_and(|b| b.heads) { p.heads } else { 1 }
             }
@@ -199,13 +202,19 @@ impl<'a> Builder<'a> {
             Tensor::Q | Tensor::K | Tensor::DQ | Tensor::DK => p.dim_qk,
             Tensor::V | Tensor::Out | Tensor::DOut | Tensor::DV => p.dim_v,
             Tensor::Bias | Tensor::DBias => p.bias_columns(),
+            Tensor::Latent | Tensor::DLatent => p.latent.map_or(0, |l| l.width()),
+            Tensor::UpK | Tensor::UpV | Tensor::DUpK | Tensor::DUpV => {
+                p.latent.map_or(0, |l| l.dim)
+            }
             Tensor::Local | Tensor::Whole => unreachable!("attention has no such tensor"),
             _ => 1,
         };
-        let wired =
-            matches!(tensor, Tensor::DK | Tensor::DV | Tensor::DBias) && kind != Kind::Caller;
+        let gradient = matches!(tensor, Tensor::DK | Tensor::DV | Tensor::DLatent | Tensor::DBias);
+        let wired = gradient && kind != Kind::Caller;
         let dtype = match kind {
             Kind::Part | Kind::Acc | Kind::Sum => DType::F32,
+            Kind::Seen if gradient => DType::F32,
+            _ if matches!(tensor, Tensor::DUpK | Tensor::DUpV) => DType::F32,
             _ if dim == 1 && !biases => DType::F32,
             _ if wired && p.wire == Wire::F32 => DType::F32,
             _ => p.dtype,
@@ -215,12 +224,10 @@ impl<'a> Builder<'a> {
             Some(format) if travels => (DType::Fp8(format), Fp8::bytes(dim)),
             _ => (dtype, dim),
         };
+        use Tensor::{K, Latent, Lse, Q, V};
         let kept = match self.coded(tensor) {
             Some(_) => kind == Kind::Code,
-            None => {
-                kind == Kind::Team
-                    && matches!(tensor, Tensor::Q | Tensor::K | Tensor::V | Tensor::Lse)
-            }
+            None => kind == Kind::Team && matches!(tensor, Q | K | V | Latent | Lse),
         };
         let saved = self.options.saved && p.inner > 1 && kept;
         self.slots.insert(slot, SlotInfo { slot, rows, heads, dim, dtype, saved });

@@ -19,6 +19,7 @@ mod needs;
 mod trade;
 
 use super::{Kind, Op, Plan, Rows, Slot, Step, Tensor};
+use std::ops::Range;
 
 /// Checks the plans of all ranks, in rank order. The error says which rank, which step, and what is wrong.
 pub fn check(plans: &[Plan]) -> Result<(), String> {
@@ -42,6 +43,10 @@ struct Access {
     slot: Slot,
     rows: Vec<Rows>,
     write: bool,
+}
+
+fn ranges(rows: &[Range<u32>]) -> Vec<Rows> {
+    rows.iter().map(|r| Rows::range(r.start, r.end - r.start)).collect()
 }
 
 /// Everything that a step touches. What it both reads and writes is listed as written.
@@ -85,6 +90,26 @@ fn accesses(plan: &Plan, step: &Step) -> Vec<Access> {
             out.extend(plan.d_bias().map(|slot| write(slot, all(slot))));
             out.extend([*k, beside(*k, Tensor::V)].map(|slot| read(slot, keys.clone())));
             out.extend([*dk, beside(*dk, Tensor::DV)].map(|slot| write(slot, keys.clone())));
+            out
+        }
+        Op::Expand { latent, k, rows } => {
+            let rows = ranges(rows);
+            let weights = [Tensor::UpK, Tensor::UpV].map(Slot::caller);
+            let mut out: Vec<Access> = weights.map(|slot| read(slot, all(slot))).into();
+            out.push(read(*latent, rows.clone()));
+            out.extend([*k, beside(*k, Tensor::V)].map(|slot| write(slot, rows.clone())));
+            out
+        }
+        Op::Contract { dk, latent, d_latent, rows } => {
+            let rows = ranges(rows);
+            let weights = [Tensor::UpK, Tensor::UpV].map(Slot::caller);
+            let mut out: Vec<Access> = weights.map(|slot| read(slot, all(slot))).into();
+            out.extend(
+                [*dk, beside(*dk, Tensor::DV), *latent].map(|slot| read(slot, rows.clone())),
+            );
+            out.push(write(*d_latent, rows));
+            let gradients = [Tensor::DUpK, Tensor::DUpV].map(Slot::caller);
+            out.extend(gradients.map(|slot| write(slot, all(slot))));
             out
         }
         Op::Delta => {

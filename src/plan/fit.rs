@@ -59,8 +59,8 @@ pub fn peaks(problem: &Problem) -> Vec<u64> {
         let traffic: Vec<_> = counts
             .clone()
             .map(|n| {
-                let seen =
-                    if problem.kv_wire.is_some() { stage_rows(&busy, n, attended) } else { [0; 2] };
+                let apart = problem.kv_wire.is_some() || problem.latent.is_some();
+                let seen = if apart { stage_rows(&busy, n, attended) } else { [0; 2] };
                 (
                     stage_rows(&busy, n, arriving),
                     stage_rows(&busy, n, leaving),
@@ -74,7 +74,7 @@ pub fn peaks(problem: &Problem) -> Vec<u64> {
                 let bytes = |s: &SlotInfo| {
                     let rows = match s.slot.kind {
                         Kind::Part if converts(problem) => rows[0].max(rows[1]),
-                        Kind::Seen => *seen,
+                        Kind::Seen => s.rows.max(*seen),
                         Kind::Recv | Kind::Part | Kind::Wire => rows[s.slot.index as usize],
                         Kind::Return => homes[s.slot.index as usize],
                         _ => s.rows,

@@ -29,6 +29,8 @@ impl Builder<'_> {
             let src = self.slot(from, tensor, 0);
             let team = self.arriving(tensor);
             let dense = packed(self.member_runs(self.survey.member, tensor), false);
+            // Latents go to all alike: one copy is enough.
+            let mut alike = None;
             for member in 0..self.problem.inner {
                 let heads = self.heads_of(member, tensor);
                 let count = heads.len() as u32;
@@ -37,8 +39,16 @@ impl Builder<'_> {
                     self.copy_heads(&[], (src, heads.start), (team, 0), count, runs, false);
                     continue;
                 }
-                let split = self.slot(Kind::Split, tensor, member);
-                self.copy_heads(&[], (src, heads.start), (split, 0), count, dense.clone(), false);
+                let split = match alike {
+                    Some(split) if tensor == Tensor::Latent && count > 0 => split,
+                    _ => {
+                        let split = self.slot(Kind::Split, tensor, member);
+                        let runs = dense.clone();
+                        self.copy_heads(&[], (src, heads.start), (split, 0), count, runs, false);
+                        alike = alike.or(Some(split).filter(|_| count > 0));
+                        split
+                    }
+                };
                 sends.push(self.to_member(member, tensor, split));
                 recvs.push(self.team_rows(member, tensor, team));
             }
@@ -144,6 +154,7 @@ impl Builder<'_> {
         let p = self.problem;
         let all = match tensor {
             Tensor::DBias => u32::from(!p.score.bias.is_some_and(|b| b.heads)),
+            Tensor::Latent | Tensor::DLatent => 1,
             _ => p.kv_heads,
         };
         let total: u32 = (0..p.inner).map(|m| self.heads_of(m, tensor).len() as u32).sum();

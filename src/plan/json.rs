@@ -6,7 +6,8 @@
 //! Problem  { "fingerprint": "hex", "ranks", "inner", "stages", "relay", "partition": "zigzag" | "contiguous" | "striped" | List,
 //!            "mask": { "causal", "bottom_right", "left": n | null, "right": n | null }, "slices": [Region, …] (none: the mask alone), "packed",
 //!            "sequences": [ { "q": Extent, "k": Extent }, … ], "heads", "kv_heads", "dim_qk", "dim_v",
-//!            "dtype": "fp32" | "bf16" | "fp16", "wire": "storage" | "fp32", "kv_wire": "storage" | "e4m3" | "e5m2", "scale" }
+//!            "dtype": "fp32" | "bf16" | "fp16", "wire": "storage" | "fp32", "kv_wire": "storage" | "e4m3" | "e5m2", "scale",
+//!            "latent": [dim, rope] | null }
 //! Extent   { "before", "len", "padded" }: padding tokens, true tokens, all tokens
 //! Region   [seq, first query, one past the last, first key, one past the last, lo | null, hi | null]: within it lo <= key − query <= hi
 //! List     { "q": [per rank: [ { "seq", "start", "step", "len" }, … ], …], "k": likewise }
@@ -17,16 +18,18 @@
 //!   exchange         "sends": [Message, …], "recvs": [Message, …]; Message { "peer", "slot", "rows": [Rows, …], "bytes" }
 //!   attend           "q", "k", "slices": [Slice, …], "first", "out", "lse" (the last two null unless it is the last)
 //!   attend_backward  "q", "d_out", "lse", "delta", "k", "dk", "slices"
+//!   expand           "latent", "k", "rows": [Rows, …]
+//!   contract         "dk", "latent", "d_latent", "rows": [Rows, …]
 //!   delta            nothing
 //!   copy             "src", "src_head", "dst", "dst_head", "heads", "add", "runs": [[src, src_step, dst, dst_step, rows], …]
 //!   fill             "slot", "rows": [Rows, …], "value": "0" | "-inf"
 //! Rows     [first, step, count]
 //! Slice    [q, q_len, k, k_len, lo, hi]: row q + i sees row k + j when lo <= j − i <= hi
 //! Account  { "sent", "received", "received_keys", "received_key_rows", "received_gradients", "received_heads", "pairs", "flops",
-//!            "workspace", "saved" }, in bytes where not rows, pairs or operations
+//!            "latent_flops", "workspace", "saved" }, in bytes where not rows, pairs or operations
 //! ```
 //! Slots are named as plans print them. Numbers are integers, but for `scale`. A slot that an op names without being in the
-//! schema is implied: values lie beside keys, state in `AccOut`, `AccMax`, `AccSum`, gradients of queries in `AccDQ`.
+//! schema is implied: values lie beside keys, weights of latents are the caller's, state in `AccOut`, `AccMax`, `AccSum`, gradients of queries in `AccDQ`.
 
 use super::account::account;
 use super::{Lane, Message, Op, Pass, Plan, Rows, Step, Value};
@@ -37,6 +40,7 @@ use crate::partition::{Partition, Stretch};
 use crate::problem::{Extent, Problem, Wire};
 use crate::regions::Region;
 use std::fmt::{Display, Write};
+use std::ops::Range;
 
 /// The plans of one problem, in the schema above.
 pub fn json(plans: &[Plan]) -> String {
@@ -88,6 +92,7 @@ pub fn problem(p: &Problem) -> String {
         ("wire", text(if p.wire == Wire::F32 { "fp32" } else { "storage" })),
         ("kv_wire", text(p.kv_wire.map_or("storage", |f| f.name()))),
         ("scale", num(p.scale)),
+        ("latent", p.latent.map_or("null".into(), |l| list([num(l.dim), num(l.rope)]))),
     ])
 }
 
@@ -134,6 +139,7 @@ fn one(plan: &Plan) -> String {
         ("received_heads", num(a.received_heads)),
         ("pairs", num(a.pairs)),
         ("flops", num(a.flops)),
+        ("latent_flops", num(a.latent_flops)),
         ("workspace", num(a.workspace)),
         ("saved", num(a.saved)),
     ]);
@@ -204,6 +210,19 @@ fn step(plan: &Plan, step: &Step) -> String {
             ("dk", debug(dk)),
             ("slices", slices(work)),
         ]),
+        Op::Expand { latent, k, rows } => fields.extend([
+            ("op", text("expand")),
+            ("latent", debug(latent)),
+            ("k", debug(k)),
+            ("rows", ranges(rows)),
+        ]),
+        Op::Contract { dk, latent, d_latent, rows } => fields.extend([
+            ("op", text("contract")),
+            ("dk", debug(dk)),
+            ("latent", debug(latent)),
+            ("d_latent", debug(d_latent)),
+            ("rows", ranges(rows)),
+        ]),
         Op::SinkTerms => fields.push(("op", text("sink_terms"))),
         Op::Reduce { src, dst, dst_row, dst_head, max } => fields.extend([
             ("op", text("reduce")),
@@ -232,6 +251,11 @@ fn step(plan: &Plan, step: &Step) -> String {
         ]),
     }
     object(&fields)
+}
+
+/// As `rows`, of consecutive ones.
+fn ranges(rows: &[Range<u32>]) -> String {
+    list(rows.iter().map(|r| format!("[{},1,{}]", r.start, r.len())))
 }
 
 fn rows(rows: &[Rows]) -> String {

@@ -6,6 +6,7 @@
 //!                     survey   both, for all stages: what the two passes of a rank have in common
 //!                     heads    head exchange: trade heads for sequence, and back
 //!                     stages   KV exchange: arrive, attend, return; forward and backward
+//!                     latent   keys and values that are expanded where they are attended
 //!                     statistics   numbers per head: gradients of sinks, largest scores
 //!                     trade    head exchange alone, for other layers than attention
 //!                  ──▶ Plan ──▶ check (proves all ranks' plans together), account (bytes, FLOPs, memory), print
@@ -18,6 +19,7 @@ pub mod check;
 mod fit;
 mod heads;
 pub mod json;
+mod latent;
 mod needs;
 pub mod print;
 mod stages;
@@ -33,6 +35,7 @@ use crate::mask::Slice;
 use crate::partition::Segment;
 use crate::problem::Problem;
 use std::fmt;
+use std::ops::Range;
 use std::sync::Arc;
 
 pub use fit::{fewest_stages, peaks};
@@ -103,6 +106,18 @@ pub enum Tensor {
     Bias,
     /// Its gradient.
     DBias,
+    /// Latents that keys and values are made of: one head, shared by all.
+    Latent,
+    /// Their gradient.
+    DLatent,
+    /// Weights that make keys of latents, without what all heads share: a row per element of a key.
+    UpK,
+    /// Weights that make values.
+    UpV,
+    /// This rank's part of their gradient, fp32.
+    DUpK,
+    /// Likewise.
+    DUpV,
     /// Of a trade: this rank's rows, all heads; the slot's index is the tensor's number.
     Local,
     /// Of a trade: whole sequences, this rank's heads. The index of a peer's buffer is the tensor's number times ranks plus the peer.
@@ -117,7 +132,13 @@ impl Tensor {
 
     /// Has one row per key instead of one per query.
     pub fn key_side(self) -> bool {
-        matches!(self, Tensor::K | Tensor::V | Tensor::DK | Tensor::DV)
+        use Tensor::*;
+        matches!(self, K | V | DK | DV | Latent | DLatent)
+    }
+
+    /// Has a row per element of a key or value: weights and their gradients, the same for every token.
+    pub fn weights(self) -> bool {
+        matches!(self, Tensor::UpK | Tensor::UpV | Tensor::DUpK | Tensor::DUpV)
     }
 }
 
@@ -140,7 +161,8 @@ pub enum Kind {
     Send,
     /// Keys or values of a stage, `index` = stage mod 2.
     Recv,
-    /// The same as they are attended, where that is not how they travel. One for all stages: they are attended one after another.
+    /// Keys and values as they are attended, where that is not how they travel: decoded, or expanded from latents, and then also their fp32 gradients. One
+    /// for all stages: they are attended one after another.
     Seen,
     /// fp32 gradients of a stage's keys or values, `index` = stage mod 2.
     Part,
@@ -336,6 +358,26 @@ pub enum Op {
         /// The work.
         slices: Vec<Slice>,
     },
+    /// Keys and values of this rank's heads from latents and the caller's weights.
+    Expand {
+        /// Latents.
+        latent: Slot,
+        /// Keys; the values lie in the same kind of slot.
+        k: Slot,
+        /// Rows, the same in all.
+        rows: Vec<Range<u32>>,
+    },
+    /// The gradients of what was expanded: adds to those of the latents, and to the caller's of the weights.
+    Contract {
+        /// fp32 gradient of the keys; that of the values lies in the same kind of slot.
+        dk: Slot,
+        /// The latents that were expanded.
+        latent: Slot,
+        /// Their fp32 gradient.
+        d_latent: Slot,
+        /// Rows, the same in all.
+        rows: Vec<Range<u32>>,
+    },
     /// `Delta` = Σ O∘dO over the caller's rows.
     Delta,
     /// `SinkTerms` = −exp(sink − LSE)·Delta over the caller's rows; 0 where the LSE is −∞.
@@ -457,6 +499,14 @@ impl Plan {
         match self.slots.binary_search_by_key(&slot, |s| s.slot) {
             Ok(index) => &self.slots[index],
             Err(_) => panic!("plan has no slot {slot:?}"),
+        }
+    }
+
+    /// Number of a tensor's rows that are weights.
+    pub fn weight_rows(problem: &Problem, tensor: Tensor) -> u32 {
+        match tensor {
+            Tensor::UpV | Tensor::DUpV => problem.dim_v,
+            _ => problem.dim_qk - problem.latent.map_or(0, |l| l.rope),
         }
     }
 

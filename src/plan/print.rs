@@ -2,6 +2,7 @@
 
 use super::{Kind, Lane, Message, Op, Pass, Plan, Rows, Step, Tensor};
 use std::fmt;
+use std::ops::Range;
 
 impl fmt::Display for Plan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -86,6 +87,12 @@ impl fmt::Display for Op {
             Op::AttendBackward { q, k, dk, slices, .. } => {
                 write!(f, "grads {q:?}·{k:?}→{dk:?}{}", Work(slices))
             }
+            Op::Expand { latent, k, rows } => {
+                write!(f, "expand {latent:?}→{k:?} ({} rows)", count(rows))
+            }
+            Op::Contract { dk, latent, d_latent, rows } => {
+                write!(f, "contract {dk:?}·{latent:?}→{d_latent:?} ({} rows)", count(rows))
+            }
             Op::Delta => write!(f, "delta"),
             Op::SinkTerms => write!(f, "sink terms"),
             Op::Reduce { src, dst, dst_row, dst_head, max } => {
@@ -106,6 +113,10 @@ impl fmt::Display for Op {
             }
         }
     }
+}
+
+fn count(rows: &[Range<u32>]) -> usize {
+    rows.iter().map(Range::len).sum()
 }
 
 struct Work<'a>(&'a [crate::mask::Slice]);
@@ -156,8 +167,8 @@ fn cell(plan: &Plan, stage: impl Fn(u32) -> bool) -> [u64; 4] {
                 for m in recvs {
                     let rows = u64::from(m.count());
                     match (m.slot.kind, m.slot.tensor) {
-                        (Kind::Recv, Tensor::K) => keys += rows,
-                        (Kind::Return, Tensor::DK) => home += rows,
+                        (Kind::Recv, Tensor::K | Tensor::Latent) => keys += rows,
+                        (Kind::Return, Tensor::DK | Tensor::DLatent) => home += rows,
                         (Kind::Team | Kind::Code | Kind::Merge | Kind::Pack, _) => traded += rows,
                         _ => {} // V and dV come with K and dK
                     }

@@ -22,8 +22,19 @@ use crate::problem::{Problem, Wire};
 
 impl Builder<'_> {
     /// What travels between teams so that others can attend this team's keys.
-    fn cargo(&self) -> &'static [Tensor] {
-        &[Tensor::K, Tensor::V]
+    pub fn cargo(&self) -> &'static [Tensor] {
+        match self.problem.latent {
+            Some(_) => &[Tensor::Latent],
+            None => &[Tensor::K, Tensor::V],
+        }
+    }
+
+    /// The gradients of it, which go home.
+    pub fn homebound(&self) -> &'static [Tensor] {
+        match self.problem.latent {
+            Some(_) => &[Tensor::DLatent],
+            None => &[Tensor::DK, Tensor::DV],
+        }
     }
 
     /// Where this team's own cargo is sent from.
@@ -31,6 +42,15 @@ impl Builder<'_> {
         match self.coded(tensor) {
             Some(_) => self.slot(Kind::Code, tensor, 0),
             None => self.input(tensor),
+        }
+    }
+
+    /// The keys that stage s attends, 0 being the own ones; their values lie in the same kind of slot.
+    fn keys(&mut self, arrived: Option<Event>, s: u32) -> Slot {
+        match s {
+            _ if self.problem.latent.is_some() => self.expand(arrived, s),
+            0 => self.own_keys(arrived),
+            _ => self.stage_keys(s, arrived),
         }
     }
 
@@ -164,8 +184,8 @@ impl Builder<'_> {
         let mut gathered = self.gather_keys(1, arrived);
         let mut next = self.push_keys(1, &[ready, gathered]);
         gathered = self.gather_keys(2, arrived);
-        let own = self.own_keys(arrived);
         let slices = survey.own.clone();
+        let own = self.keys(arrived, 0);
         let finish = (last == 0).then_some((out, lse));
         self.compute(&[arrived], Op::Attend { q, k: own, slices, first: true, last: finish });
         for s in 1..=n {
@@ -177,7 +197,7 @@ impl Builder<'_> {
             gathered = self.gather_keys(s + 2, arrived);
             let slices = survey.stage(s).work.clone();
             if !slices.is_empty() {
-                let k = self.stage_keys(s, this);
+                let k = self.keys(this, s);
                 let finish = (s == last).then_some((out, lse));
                 self.compute(&[this], Op::Attend { q, k, slices, first: false, last: finish });
             }
@@ -204,10 +224,17 @@ impl Builder<'_> {
         let arrived = self.trade_event();
         // The first exchange needs this rank's own keys, no gradients.
         let ready = if self.gathered(Tensor::K) { self.computed() } else { None };
-        for tensor in [Tensor::DQ, Tensor::DK, Tensor::DV] {
+        // Even without work they are there: what forward saved lies where it was.
+        for &tensor in self.cargo() {
+            self.own_cargo(tensor);
+        }
+        for tensor in [&[Tensor::DQ], self.homebound()].concat() {
             let acc = self.slot(Kind::Acc, tensor, 0);
             let rows = self.info(acc).rows;
             self.clear(&[], acc, rows);
+        }
+        if self.problem.latent.is_some() {
+            self.clear_weights();
         }
         if let Some(bias) = self.problem.score.bias {
             self.input(Tensor::Bias);
@@ -223,8 +250,11 @@ impl Builder<'_> {
         let mut gathered = self.gather_keys(1, arrived);
         let mut next = self.push_keys(1, &[ready, gathered]);
         gathered = self.gather_keys(2, arrived);
-        let own = (self.own_keys(arrived), self.slot(Kind::Acc, Tensor::DK, 0));
-        self.attend_backward(arrived, own.0, own.1, first_half);
+        let own = match self.problem.latent {
+            Some(_) => None,
+            None => Some((self.own_keys(arrived), self.slot(Kind::Acc, Tensor::DK, 0))),
+        };
+        self.attend_backward(arrived, 0, own, first_half);
         // Exchanges: X[s] brings the keys of stage s and returns the gradients of stage s−2.
         for s in 1..=n + 1 {
             let this = next;
@@ -238,7 +268,7 @@ impl Builder<'_> {
             } else {
                 // Covers the last two returns.
                 self.stage = 0;
-                self.attend_backward(arrived, own.0, own.1, std::mem::take(&mut second_half));
+                self.attend_backward(arrived, 0, own, std::mem::take(&mut second_half));
             }
             if !self.problem.relay && s >= 3 {
                 self.reduce(this, s - 2);
@@ -272,7 +302,7 @@ impl Builder<'_> {
         let (arriving, leaving) = (&stage.arriving, &stage.leaving);
         let b = self.problem.teams();
         self.stage = s;
-        for tensor in [Tensor::DK, Tensor::DV] {
+        for &tensor in self.homebound() {
             let wire = self.wired(tensor, s);
             if self.problem.relay {
                 // What comes in belongs to the owner that the left neighbour just worked for.
@@ -330,29 +360,51 @@ impl Builder<'_> {
     fn stage_gradients(&mut self, arrived: Option<Event>, s: u32) {
         let stage = self.survey.stage(s);
         self.stage = s;
-        for tensor in [Tensor::DK, Tensor::DV] {
+        for &tensor in self.homebound() {
             // The exchange also took the gradients of stage s−2 away, from the same buffer if they travel as fp32.
             let part = self.part(tensor, s);
             self.clear(&[arrived], part, stage.arriving.rows);
         }
         if !stage.work.is_empty() {
-            let (k, dk) = (self.stage_keys(s, arrived), self.part(Tensor::DK, s));
-            self.attend_backward(arrived, k, dk, stage.work.clone());
+            let keys = match self.problem.latent {
+                Some(_) => None,
+                None => Some((self.stage_keys(s, arrived), self.part(Tensor::DK, s))),
+            };
+            self.attend_backward(arrived, s, keys, stage.work.clone());
         }
     }
 
-    fn attend_backward(&mut self, arrived: Option<Event>, k: Slot, dk: Slot, slices: Vec<Slice>) {
+    /// Adds what slices of stage s give, 0 being the own keys, to the gradients `keys.1`; without `keys` they are expanded from latents.
+    fn attend_backward(
+        &mut self,
+        arrived: Option<Event>,
+        s: u32,
+        keys: Option<(Slot, Slot)>,
+        slices: Vec<Slice>,
+    ) {
         let [q, d_out, lse, delta] =
             [Tensor::Q, Tensor::DOut, Tensor::Lse, Tensor::Delta].map(|t| self.input(t));
-        if !slices.is_empty() {
-            self.compute(&[arrived], Op::AttendBackward { q, d_out, lse, delta, k, dk, slices });
+        if slices.is_empty() {
+            return;
+        }
+        let (k, dk) = match keys {
+            Some(keys) => keys,
+            None => self.expand_with_gradients(arrived, s),
+        };
+        self.compute(&[arrived], Op::AttendBackward { q, d_out, lse, delta, k, dk, slices });
+        if keys.is_none() {
+            let d_latent = match s {
+                0 => Slot::of(Kind::Acc, Tensor::DLatent),
+                _ => self.part(Tensor::DLatent, s),
+            };
+            self.contract(s, dk, d_latent);
         }
     }
 
     /// Relay: adds the travelling gradients to those of stage s, which are for the same owner.
     fn fold(&mut self, arrived: Option<Event>, s: u32) {
         self.stage = s;
-        for tensor in [Tensor::DK, Tensor::DV] {
+        for &tensor in self.homebound() {
             let rows = self.survey.stage(s).arriving.rows;
             let part = self.part(tensor, s);
             let landed = self.slot_rows(Kind::Return, tensor, (s - 1) % 2, rows);
@@ -371,7 +423,7 @@ impl Builder<'_> {
             false => &self.survey.stage(s).leaving,
         };
         self.stage = s;
-        for tensor in [Tensor::DK, Tensor::DV] {
+        for &tensor in self.homebound() {
             let acc = Slot::of(Kind::Acc, tensor);
             let landed = self.slot_rows(Kind::Return, tensor, s % 2, owned.rows);
             for t in &owned.transfers {
@@ -396,7 +448,7 @@ impl Builder<'_> {
 
     /// The one rounding at the end.
     fn finish_gradients(&mut self) {
-        for tensor in [Tensor::DQ, Tensor::DK, Tensor::DV] {
+        for tensor in [&[Tensor::DQ], self.homebound()].concat() {
             let acc = Slot::of(Kind::Acc, tensor);
             let rows = self.info(acc).rows;
             if self.problem.inner > 1 {

@@ -117,13 +117,19 @@ impl<'a> Survey<'a> {
             work: if work { vec![slice] } else { Vec::new() },
             tokens: Vec::new(),
         };
+        let mine = Team::new(problem, team, false);
+        // Only latents need more memory where there is own work.
+        let own = match problem.latent {
+            Some(_) => needs::own_slices(problem, &mine.q.segments, &mine.k.segments),
+            None => Vec::new(),
+        };
         Survey {
             problem,
             team,
             member,
-            mine: Team::new(problem, team, false),
+            mine,
             stages: (0..n).map(|_| stage()).collect(),
-            own: Vec::new(),
+            own,
             left_rows: vec![0; n],
         }
     }

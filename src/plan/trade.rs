@@ -118,6 +118,7 @@ impl Trade {
             kv_wire: None,
             scale: 1.0,
             score: Score::default(),
+            latent: None,
         };
         problem.validate()?;
         Ok(Trade { problem: Arc::new(problem), tensors })

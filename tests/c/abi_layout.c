@@ -157,7 +157,7 @@ AT(cp_trade_args, whole, 40);
 AT(cp_trade_args, workspace, 48);
 AT(cp_trade_args, workspace_bytes, 56);
 
-SIZE(cp_attention_config, 136);
+SIZE(cp_attention_config, 144);
 AT(cp_attention_config, struct_size, 0);
 AT(cp_attention_config, flags, 4);
 AT(cp_attention_config, heads, 8);
@@ -188,6 +188,8 @@ AT(cp_attention_config, max_logit, 120);
 AT(cp_attention_config, bias, 124);
 AT(cp_attention_config, kv_wire, 128);
 AT(cp_attention_config, reserved, 132);
+AT(cp_attention_config, latent_dim, 136);
+AT(cp_attention_config, latent_rope, 140);
 
 SIZE(cp_comm_config, 48);
 AT(cp_comm_config, struct_size, 0);
@@ -234,7 +236,7 @@ AT(cp_context, attached, 8);
 AT(cp_context, dropout_seed, 16);
 AT(cp_context, flags, 24);
 
-SIZE(cp_forward_args, 840);
+SIZE(cp_forward_args, 1128);
 AT(cp_forward_args, struct_size, 0);
 AT(cp_forward_args, flags, 4);
 AT(cp_forward_args, sequences, 8);
@@ -253,8 +255,11 @@ AT(cp_forward_args, max_logit, 632);
 AT(cp_forward_args, dropout_seed, 728);
 AT(cp_forward_args, sequence_ids, 736);
 AT(cp_forward_args, bias, 744);
+AT(cp_forward_args, latent, 840);
+AT(cp_forward_args, up_k, 936);
+AT(cp_forward_args, up_v, 1032);
 
-SIZE(cp_backward_args, 1312);
+SIZE(cp_backward_args, 1888);
 AT(cp_backward_args, struct_size, 0);
 AT(cp_backward_args, flags, 4);
 AT(cp_backward_args, sequences, 8);
@@ -277,6 +282,12 @@ AT(cp_backward_args, d_sinks, 1016);
 AT(cp_backward_args, sequence_ids, 1112);
 AT(cp_backward_args, bias, 1120);
 AT(cp_backward_args, d_bias, 1216);
+AT(cp_backward_args, latent, 1312);
+AT(cp_backward_args, up_k, 1408);
+AT(cp_backward_args, up_v, 1504);
+AT(cp_backward_args, d_latent, 1600);
+AT(cp_backward_args, d_up_k, 1696);
+AT(cp_backward_args, d_up_v, 1792);
 
 SIZE(cp_loss_config, 32);
 AT(cp_loss_config, struct_size, 0);

@@ -67,8 +67,10 @@ typedef struct side {
         float out[TOKENS * HEADS * DIM], lse[TOKENS * HEADS], dq[TOKENS * HEADS * DIM], dk[TOKENS * KV_HEADS * DIM];
         float dv[TOKENS * KV_HEADS * DIM], d_sinks[HEADS], max_logit[HEADS];
         float d_bias[HEADS * TOKENS * TOKENS];
+        float d_latent[TOKENS * DIM], d_up_k[HEADS * DIM * DIM], d_up_v[HEADS * DIM * DIM];
     } o, good;
     float sinks[HEADS], bias[HEADS * TOKENS * TOKENS];
+    float latent[TOKENS * DIM], up_k[HEADS * DIM * DIM], up_v[HEADS * DIM * DIM];
     void *memory, *saved;
     void (*body)(struct side *);
 } side;
@@ -299,6 +301,9 @@ static void wrong_forward(side *s) {
     FORWARD(INVALID, "args.sinks: given, but the layer was created without", a.sinks = per_head(s->sinks));
     FORWARD(INVALID, "args.max_logit: given, but the layer was created without", a.max_logit = per_head(s->o.max_logit));
     FORWARD(INVALID, "args.bias: given, but the layer was created without", a.bias = per_pair(s->bias, 2));
+    FORWARD(INVALID, "args.latent: given, but the layer was created without", a.latent = a.k);
+    FORWARD(INVALID, "args.up_k: given, but the layer was created without", a.up_k = a.k);
+    FORWARD(INVALID, "args.up_v: given, but the layer was created without", a.up_v = a.k);
     FORWARD(INVALID, "args.dropout_seed: without dropout", a.dropout_seed = 1);
     FORWARD(INVALID, "args.sequence_ids: got", a.sequence_ids = &number);
     TENSOR(FORWARD, q, 0);
@@ -335,6 +340,9 @@ static void wrong_backward(side *s) {
     BACKWARD(INVALID, "args.d_sinks: given, but the layer was created without", a.d_sinks = per_head(s->o.d_sinks));
     BACKWARD(INVALID, "args.bias: given, but the layer was created without", a.bias = per_pair(s->bias, 2));
     BACKWARD(INVALID, "args.d_bias: given, but the layer was created without", a.d_bias = per_pair(s->o.d_bias, 2));
+    BACKWARD(INVALID, "args.latent: given, but the layer was created without", a.latent = a.k);
+    BACKWARD(INVALID, "args.d_latent: given, but the layer was created without", a.d_latent = a.k);
+    BACKWARD(INVALID, "args.d_up_v: given, but the layer was created without", a.d_up_v = a.k);
     BACKWARD(INVALID, "args.sequence_ids: got", a.sequence_ids = &number);
     TENSOR(BACKWARD, q, 0);
     TENSOR(BACKWARD, k, 0);
@@ -462,6 +470,8 @@ static void wrong_scores(side *s) {
     side_close(s);
 }
 
+#include "badlatent.h"
+
 static void *run_side(void *p) {
     side *s = (side *)p;
     s->body(s);
@@ -489,6 +499,7 @@ static void on_ranks(int size, void (*body)(side *)) {
 static void passes(int size) {
     on_ranks(size, wrong_passes);
     on_ranks(size, wrong_scores);
+    on_ranks(size, wrong_latents);
 }
 
 /* Both ranks see that they disagree; `words` say about what. */

@@ -30,6 +30,7 @@ typedef struct test_case {
     int alibi;
     uint32_t bias; /* CP_BIAS_*; 0: none */
     cp_reach sinks, max_logit;
+    int latent_dim, latent_rope; /* 0: none */
     int slice_count;
     cp_mask_slice slices[MOST_SLICES];
     cp_kv_wire kv_wire;
@@ -181,8 +182,8 @@ static inline test_case parse_case(char *line) {
     c.bias = shapes[word_of(f[22], biases, 6, f[0])];
     parse_slices(f[26], &c);
     c.kv_wire = (cp_kv_wire)word_of(f[28], wires, 3, f[0]);
-    if (strcmp(f[27], "-") != 0)
-        die("latent: not read yet", f[0]);
+    if (strcmp(f[27], "-") != 0 && sscanf(f[27], "%d:%d", &c.latent_dim, &c.latent_rope) != 2)
+        die("latent is dim:rope", f[0]);
     if (c.heads > MOST_HEADS)
         die("a case with more heads than this reader knows", f[0]);
     return c;
@@ -334,7 +335,7 @@ static inline uint64_t mix(uint64_t n) {
     return z ^ (z >> 31);
 }
 
-/* Element `index` of global tensor `id`: Q 1, K 2, V 3, dO 4, sinks 5, bias 6. Exact in fp32. */
+/* Element `index` of global tensor `id`: Q 1, K 2, V 3, dO 4, sinks 5, bias 6, latents 7, their weights 8 and 9. Exact in fp32. */
 static inline float element(uint64_t id, uint64_t index) {
     uint64_t z = mix((id << 40) + index);
     uint64_t sum = (z & 0xFFFF) + (z >> 16 & 0xFFFF) + (z >> 32 & 0xFFFF) + (z >> 48);

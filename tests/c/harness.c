@@ -66,7 +66,7 @@ static double judge_numbers(const reference *r, int gradient, cp_reach reach, co
 
 /* Rank 0 checks the five results of all ranks, and the numbers per head. `failed` is this rank's own; everyone calls. Returns the worst share of a bound. */
 static double judge(world *w, const test_case *c, const reference *r, float *global, int failed, tally *t, const char *what) {
-    size_t n = results_size(c), at = 0;
+    size_t n = results_size(c), at = 0, dims[4];
     double worst = 0;
     char why[256];
     int result, bad = 0;
@@ -79,7 +79,8 @@ static double judge(world *w, const test_case *c, const reference *r, float *glo
         bad = 1;
     }
     for (result = 0; result < RESULTS && !bad; result++) {
-        double ratio = check_result(r, result, global + at, why, sizeof why);
+        /* Of K and V that are made of latents there are no gradients. */
+        double ratio = c->latent_dim > 0 && result >= DK ? 0 : check_result(r, result, global + at, why, sizeof why);
         worst = ratio > worst ? ratio : worst;
         at += result_size(c, result);
         if (!(ratio <= 1)) {
@@ -98,6 +99,15 @@ static double judge(world *w, const test_case *c, const reference *r, float *glo
     }
     if (c->bias & CP_BIAS_QUERIES && !bad) {
         double ratio = check_bias(r, global + at + MOST_RANKS * NUMBERS, why, sizeof why);
+        worst = ratio > worst ? ratio : worst;
+        if (!(ratio <= 1)) {
+            printf("FAIL %s, %s: %s\n", c->name, what, why);
+            bad = 1;
+        }
+    }
+    if (c->latent_dim > 0 && !bad) {
+        const float *got = global + at + MOST_RANKS * NUMBERS + bias_dims(c, dims);
+        double ratio = check_latents(&r->made, c, r->dtype, r->seen, got, why, sizeof why);
         worst = ratio > worst ? ratio : worst;
         if (!(ratio <= 1)) {
             printf("FAIL %s, %s: %s\n", c->name, what, why);
@@ -385,15 +395,19 @@ static void documented(world *w, tally *t) {
 
 static int body(world *w) {
     tally t = {0, 0};
-    int i;
+    int i, left_out = 0;
     documented(w, &t);
     for (i = 0; i < case_count; i++)
-        if ((only_tag == NULL || has_tag(&cases[i], only_tag)) && tokens_of(&cases[i], 0) <= most_tokens && tokens_of(&cases[i], 1) <= most_tokens)
+        if (on_cuda && cases[i].latent_dim > 0)
+            left_out++; /* not on CUDA yet */
+        else if ((only_tag == NULL || has_tag(&cases[i], only_tag)) && tokens_of(&cases[i], 0) <= most_tokens && tokens_of(&cases[i], 1) <= most_tokens)
             whole_case(w, &cases[i], &t);
     subsets(w, &t);
     interleaved(w, &t);
     if (!trusting)
         refused(w, &t);
+    if (w->rank == 0 && left_out > 0)
+        printf("left out: %d cases with latents, which are not on CUDA yet\n", left_out);
     if (w->rank == 0)
         printf("%d passed, %d failed\n", t.passed, t.failed);
     return t.failed > 0;

@@ -152,7 +152,8 @@ static inline int buffer_intact(const buffer *b) {
     return 1;
 }
 
-enum { T_Q, T_K, T_V, T_D_OUT, T_SINKS, T_BIAS, T_OUT, T_LSE, T_DQ, T_DK, T_DV, T_D_SINKS, T_MAX_LOGIT, T_D_BIAS, TENSORS };
+enum { T_Q, T_K, T_V, T_D_OUT, T_SINKS, T_BIAS, T_LATENT, T_UP_K, T_UP_V, T_OUT, T_LSE, T_DQ, T_DK, T_DV, T_D_SINKS, T_MAX_LOGIT, T_D_BIAS,
+       T_D_LATENT, T_D_UP_K, T_D_UP_V, TENSORS };
 
 typedef struct job {
     const test_case *c;
@@ -200,6 +201,8 @@ static inline cp_attention_config layer_config(const test_case *c, cp_dtype dtyp
     k.sinks = c->sinks;
     k.max_logit = c->max_logit;
     k.bias = c->bias;
+    k.latent_dim = (uint32_t)c->latent_dim;
+    k.latent_rope = (uint32_t)c->latent_rope;
     k.kv_wire = c->kv_wire;
     k.threads = here != NULL ? 0 : vary & VARY_THREADS ? 2 : 1;
     k.device_type = place_type();
@@ -274,6 +277,32 @@ static inline void job_bias(job *j, local *l, int layout, int gradient) {
     free(used);
 }
 
+/* Latents (0) or weights (1, 2) of a case with them, or the memory for their gradients. */
+static inline void job_latent(job *j, local *l, int which, int layout, int gradient) {
+    const test_case *c = j->c;
+    size_t shape[3], batch = c->format == THD ? 1 : (size_t)c->count, row, head, d, i;
+    char *is_true = true_tokens(c, 1);
+    latent_shape(c, which, shape);
+    if (which == D_LATENT) {
+        local_make(l, j->dtype, c->format == THD, ROWS, batch, j->count[1] / batch, 1, shape[2], layout, j->rank % 2);
+    } else {
+        local_make(l, gradient ? CP_DTYPE_F32 : j->dtype, 0, KEYS, 1, shape[1], shape[0], shape[2], layout, 0);
+        l->t.ndim = 3; /* [heads, rows, dim] */
+        for (i = 0; i < 4; i++) {
+            l->t.shape[i] = i < 3 ? l->t.shape[i + 1] : 0;
+            l->t.stride[i] = i < 3 ? l->t.stride[i + 1] : 0;
+        }
+    }
+    for (row = 0; !gradient && row < l->shape[0] * l->shape[1]; row++)
+        for (head = 0; head < l->shape[2]; head++)
+            for (d = 0; d < shape[2]; d++) {
+                size_t global = which == D_LATENT ? j->rows[1][row] : head * shape[1] + row;
+                float x = latent_element(c, which, global * shape[2] + d);
+                local_put(l, row, head, d, which == D_LATENT && !is_true[global] ? NAN : x);
+            }
+    free(is_true);
+}
+
 /* This rank's rows of a case on a group of `ranks`, inputs filled in. The layer may get its group later. */
 static inline void job_make(job *j, const test_case *c, cp_dtype dtype, cp_attention *layer, int ranks, int rank, unsigned vary) {
     int packed = c->format == THD, side, i;
@@ -306,7 +335,13 @@ static inline void job_make(job *j, const test_case *c, cp_dtype dtype, cp_atten
         size_t heads = (size_t)(key ? c->kv_heads : c->heads), dim = kind != ROWS ? 1 : (size_t)(qk ? c->dim_qk : c->dim_v);
         if (kind == PER_HEAD && (i == T_MAX_LOGIT ? c->max_logit : c->sinks) == CP_REACH_NONE)
             continue; /* no such tensor */
-        if (i == T_BIAS || i == T_D_BIAS) {
+        if (c->latent_dim > 0 && key)
+            continue; /* made of latents */
+        if ((i >= T_LATENT && i <= T_UP_V) || i >= T_D_LATENT) {
+            int gradient = i >= T_D_LATENT;
+            if (c->latent_dim > 0)
+                job_latent(j, &j->t[i], i - (gradient ? T_D_LATENT : T_LATENT), layout, gradient);
+        } else if (i == T_BIAS || i == T_D_BIAS) {
             if (i == T_BIAS ? c->bias : c->bias & CP_BIAS_QUERIES)
                 job_bias(j, &j->t[i], layout, i == T_D_BIAS);
         } else
@@ -327,7 +362,7 @@ static inline void job_make(job *j, const test_case *c, cp_dtype dtype, cp_atten
         }
         if (here != NULL)
             gpu_write(j->t[i].device, j->t[i].memory, j->t[i].bytes);
-        if (i > T_BIAS || j->t[i].memory == NULL)
+        if (i > T_UP_V || j->t[i].memory == NULL)
             continue;
         j->t[i].copy = (unsigned char *)must(malloc(j->t[i].bytes + 1));
         memcpy(j->t[i].copy, j->t[i].memory, j->t[i].bytes);
@@ -364,6 +399,9 @@ static inline int job_forward(job *j) {
     a.sinks = j->t[T_SINKS].t;
     a.max_logit = j->t[T_MAX_LOGIT].t;
     a.bias = j->t[T_BIAS].t;
+    a.latent = j->t[T_LATENT].t;
+    a.up_k = j->t[T_UP_K].t;
+    a.up_v = j->t[T_UP_V].t;
     if (j->c->dropout > 0) {
         a.dropout_seed = DROPOUT_SEED;
         a.sequence_ids = j->seq.numbers;
@@ -408,6 +446,12 @@ static inline int job_backward(job *j) {
     a.d_sinks = j->t[T_D_SINKS].t;
     a.bias = j->t[T_BIAS].t;
     a.d_bias = j->t[T_D_BIAS].t;
+    a.latent = j->t[T_LATENT].t;
+    a.up_k = j->t[T_UP_K].t;
+    a.up_v = j->t[T_UP_V].t;
+    a.d_latent = j->t[T_D_LATENT].t;
+    a.d_up_k = j->t[T_D_UP_K].t;
+    a.d_up_v = j->t[T_D_UP_V].t;
     a.sequence_ids = j->c->dropout > 0 ? j->seq.numbers : NULL;
     a.saved = j->saved.given;
     a.saved_bytes = j->saved.bytes;
@@ -419,9 +463,9 @@ static inline int job_backward(job *j) {
 /* A rank's own numbers per head, beside the results that all ranks have parts of: whether it is there, d_sinks, max_logit. */
 enum { NUMBERS = 1 + 2 * MOST_HEADS };
 
-/* Floats of the five global results of a case, one after another, of the numbers of every rank, and of the gradient of the bias. */
+/* Floats of the five global results of a case, one after another, of the numbers of every rank, and of the gradients of the bias and of latents. */
 static inline size_t results_size(const test_case *c) {
-    size_t dims[4], n = MOST_RANKS * NUMBERS + bias_dims(c, dims);
+    size_t dims[4], n = MOST_RANKS * NUMBERS + bias_dims(c, dims) + latents_size(c);
     int r;
     for (r = 0; r < RESULTS; r++)
         n += result_size(c, r);
@@ -431,7 +475,7 @@ static inline size_t results_size(const test_case *c) {
 /* Adds this rank's results to zeroed global ones, and checks what should be untouched. */
 static inline void job_results(job *j, float *global) {
     static const int of[RESULTS] = {T_OUT, T_LSE, T_DQ, T_DK, T_DV};
-    size_t row, head, d;
+    size_t row, head, d, dims[4];
     int i, r;
     if (here != NULL)
         gpu_wait();
@@ -458,6 +502,15 @@ static inline void job_results(job *j, float *global) {
         for (head = 0; head < j->t[T_D_BIAS].shape[2]; head++)
             for (d = 0; d < j->t[T_D_BIAS].shape[3]; d++)
                 global[job_bias_row(j, row, head) + d] += local_get(&j->t[T_D_BIAS], row, head, d);
+    global += bias_dims(j->c, dims);
+    for (i = 0; i < LATENTS; i++) {
+        const local *l = &j->t[T_D_LATENT + i];
+        for (row = 0; row < l->shape[0] * l->shape[1]; row++)
+            for (head = 0; head < l->shape[2]; head++)
+                for (d = 0; d < l->shape[3]; d++)
+                    global[(i == D_LATENT ? j->rows[1][row] : head * l->shape[1] + row) * l->shape[3] + d] += local_get(l, row, head, d);
+        global += latent_size(j->c, i);
+    }
     for (i = 0; i < TENSORS; i++)
         if (!local_intact(&j->t[i])) {
             fprintf(stderr, "rank %d: %s: tensor %d: bytes outside of its elements were written\n", j->rank, j->c->name, i);

@@ -4,6 +4,7 @@
 #define CP_TEST_ORACLE_H
 
 #include "case.h"
+#include "latent.h"
 
 enum { OUT, LSE, DQ, DK, DV, RESULTS };
 
@@ -36,6 +37,7 @@ typedef struct reference {
     double d_sinks[MOST_HEADS], d_sinks_terms[MOST_HEADS], max_logit[MOST_HEADS];
     float *bias, *plain_bias; /* and its gradient */
     double *d_bias, *d_bias_terms;
+    latents made; /* of which K and V are made */
 } reference;
 
 /* A global input tensor in fp32, its padding NaN. */
@@ -187,11 +189,6 @@ static inline void plain_row(reference *r, size_t row, const seen_key *keys, int
     }
 }
 
-/* Half the distance from 1 to the next value. */
-static inline double epsilon_of(cp_dtype d) {
-    return d == CP_DTYPE_F32 ? 0x1p-24 : d == CP_DTYPE_BF16 ? 0x1p-8 : 0x1p-11;
-}
-
 /* Plain attention's error is what others are measured by, so it must be small itself: else a mistake of the oracle would excuse all. */
 static inline void check_yardstick(const reference *r) {
     int result;
@@ -235,6 +232,10 @@ static inline void make_reference(reference *r, const test_case *c, cp_dtype dty
     attended(c, r->k, c->dim_qk, dtype);
     attended(c, r->v, c->dim_v, dtype);
     r->d_out = make_input(c, 4, 0, c->heads * c->dim_v, dtype);
+    if (c->latent_dim > 0) {
+        make_latents(&r->made, c);
+        expand_latents(&r->made, c, dtype, r->k, r->v);
+    }
     r->is_true[0] = true_tokens(c, 0);
     r->is_true[1] = true_tokens(c, 1);
     r->seen = (char *)must(calloc((size_t)tokens_of(c, 1) + 1, 1));
@@ -289,6 +290,8 @@ static inline void make_reference(reference *r, const test_case *c, cp_dtype dty
             r->plain[result][at] = rounded((result == DV ? 1.0f : c->scale) * r->plain[result][at], dtype);
     for (at = 0; at < bias_dims(c, dims); at++)
         r->plain_bias[at] = rounded(r->plain_bias[at], dtype);
+    if (c->latent_dim > 0)
+        contract_latents(&r->made, c, dtype, r->seen, r->right + DK, r->terms + DK, r->plain + DK);
     free(keys);
     free(s);
     free(s_plain);
@@ -299,6 +302,7 @@ static inline void free_reference(reference *r) {
     int i;
     free(r->q), free(r->k), free(r->v), free(r->d_out), free(r->seen), free(r->looks), free(r->is_true[0]), free(r->is_true[1]);
     free(r->bias), free(r->plain_bias), free(r->d_bias), free(r->d_bias_terms);
+    free_latents(&r->made);
     for (i = 0; i < RESULTS; i++)
         free(r->right[i]), free(r->terms[i]), free(r->plain[i]);
     memset(r, 0, sizeof *r);

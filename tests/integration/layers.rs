@@ -32,6 +32,7 @@ pub fn comm(kind: CommType) -> Comm {
 pub fn config() -> Config {
     Config {
         score: Score::default(),
+        latent: None,
         heads: 4,
         kv_heads: 2,
         dim_qk: 16,
@@ -618,6 +619,7 @@ fn bound_covers(case: &Case, group: &Group, comm: Comm, save: bool) {
         packed: p.packed,
         kv_wire: p.kv_wire,
         save,
+        latent: p.latent,
         ..config()
     };
     let mut layer = layer(config);

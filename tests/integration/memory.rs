@@ -2,7 +2,7 @@
 //!
 //! The table that `memory_is_proportional_to_the_rows` prints is the README's.
 
-use crate::oracle::{Inputs, element};
+use crate::oracle::{Inputs, Latents, element};
 use crate::plans_random::Random;
 use crate::ranks::{Layout, OUTPUTS, Shard, TENSORS, on_threads};
 use context_parallel::attention::{Args, Attention, Comm, Config};
@@ -192,6 +192,7 @@ fn measure(
     let new = || -> context_parallel::error::Result<Attention> {
         let config = Config {
             score: Score::default(),
+            latent: None,
             heads: HEADS as u32,
             kv_heads: KV_HEADS as u32,
             dim_qk: DIM as u32,
@@ -277,6 +278,7 @@ fn memory_is_proportional_to_the_rows() {
         k: tensor(2, KV_HEADS),
         v: tensor(3, KV_HEADS),
         d_o: tensor(4, HEADS),
+        latent: Latents::default(),
     };
     let mut table = format!(
         "\np2p, causal zigzag, S = {TOKENS}, {HEADS} query heads, {KV_HEADS} key heads, dimension {DIM}, bf16: bytes of the rank with most\n\
@@ -360,6 +362,7 @@ fn switching_groups_allocates_nothing() {
         .collect();
     let config = Config {
         score: Score::default(),
+        latent: None,
         heads: 8,
         kv_heads: 2,
         dim_qk: 64,

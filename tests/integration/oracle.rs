@@ -14,6 +14,7 @@
 mod case;
 mod exact;
 mod inputs;
+mod latent;
 mod leakage;
 mod metric;
 mod plain;
@@ -22,6 +23,7 @@ mod wire;
 
 pub use case::{Case, Dealing, Format, SEED, cases, number};
 pub use inputs::{Inputs, decode, element, encode, gather, inputs, mix, scatter};
+pub use latent::Latents;
 pub use leakage::leakage;
 pub use metric::{Reference, Tensor, reference};
 pub use plain::{Variation, plain};
@@ -46,11 +48,18 @@ pub struct Results<T> {
     pub max_logit: Vec<T>,
     /// `[batch, head, query, key]`, 1 where one is for all; empty where there is no gradient of the bias.
     pub d_bias: Vec<T>,
+    /// `[key token, dim + rope]`; empty without latents, as those below.
+    pub d_latent: Vec<T>,
+    /// `[head, dim_qk − rope, dim]`.
+    pub d_up_k: Vec<T>,
+    /// `[head, dim_v, dim]`.
+    pub d_up_v: Vec<T>,
 }
 
 impl<T: Copy> Results<T> {
     /// What padding and unseen rows have.
     fn empty(case: &Case, zero: T, minus_infinity: T) -> Results<T> {
+        let [dim, rope, nope] = case.latent_dims();
         let (nq, nk) = (case.tokens(Side::Query), case.tokens(Side::Key));
         Results {
             o: vec![zero; nq * case.heads * case.dim_v],
@@ -63,11 +72,14 @@ impl<T: Copy> Results<T> {
                 Some(bias) if bias.gradient => vec![zero; case.bias_dims().iter().product()],
                 _ => Vec::new(),
             },
+            d_latent: vec![zero; nk * (dim + rope)],
+            d_up_k: vec![zero; case.heads * nope * dim],
+            d_up_v: vec![zero; case.heads * case.dim_v * dim],
             max_logit: vec![minus_infinity; case.max_logit.map_or(0, |_| case.heads)],
         }
     }
 
-    /// One of the five.
+    /// By name.
     pub fn get(&self, tensor: Tensor) -> &[T] {
         match tensor {
             Tensor::O => &self.o,
@@ -75,6 +87,7 @@ impl<T: Copy> Results<T> {
             Tensor::Dq => &self.dq,
             Tensor::Dk => &self.dk,
             Tensor::Dv => &self.dv,
+            Tensor::DLatent => &self.d_latent,
         }
     }
 }

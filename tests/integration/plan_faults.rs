@@ -1,6 +1,7 @@
 //! Faults planted in good plans: the checker must catch every one, and say what it is.
 
 use crate::plans::problem;
+use crate::plans_latent::latent;
 use context_parallel::dtype::{DType, Fp8};
 use context_parallel::mask::{Mask, Slice};
 use context_parallel::plan::check::check;
@@ -9,11 +10,11 @@ use context_parallel::plan::{
 };
 use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
 use context_parallel::score::{BiasShape, Reach, Score};
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 
 /// Small plans that between them have every kind of step and slot.
-fn good_plans() -> Vec<Vec<Plan>> {
+pub fn good_plans() -> Vec<Vec<Plan>> {
     let plain = Options::default();
     let ring = problem(4, CommType::P2p, 0, 19, 2, 1);
     let window = Mask { left: Some(3), ..Mask::CAUSAL };
@@ -42,6 +43,8 @@ fn good_plans() -> Vec<Vec<Plan>> {
             Options { saved: true, ..plain },
         ),
         (Problem { score, ..problem(4, CommType::A2aP2p, 2, 11, 3, 1) }, plain),
+        (latent(3, CommType::P2p, 0, 13, 2), plain),
+        (latent(4, CommType::A2aP2p, 2, 11, 3), plain),
     ] {
         p.validate().unwrap();
         let p = Arc::new(p);
@@ -56,7 +59,7 @@ fn good_plans() -> Vec<Vec<Plan>> {
 
 /// Plants a fault at every place that `places` lists, one at a time; every one must be reported with one of `texts`.
 /// `plant` says whether it changed anything that matters.
-fn every<P: Copy + std::fmt::Debug>(
+pub fn every<P: Copy + std::fmt::Debug>(
     name: &str,
     places: impl Fn(&[Plan]) -> Vec<P>,
     plant: impl Fn(&mut Vec<Plan>, P) -> bool,
@@ -88,7 +91,7 @@ fn every<P: Copy + std::fmt::Debug>(
 }
 
 /// (rank, step) of all steps that `wanted` picks.
-fn steps(wanted: impl Fn(&Step) -> bool) -> impl Fn(&[Plan]) -> Vec<(usize, usize)> {
+pub fn steps(wanted: impl Fn(&Step) -> bool) -> impl Fn(&[Plan]) -> Vec<(usize, usize)> {
     move |plans| {
         let of = |(rank, plan): (usize, &Plan)| {
             let picked = plan.steps.iter().enumerate().filter(|(_, s)| wanted(s));
@@ -621,6 +624,8 @@ fn staged(step: &mut Step) -> Vec<&mut Slot> {
         Op::Copy { src, dst, .. } => vec![src, dst],
         Op::Fill { slot, .. } => vec![slot],
         Op::Reduce { src, dst, .. } => vec![src, dst],
+        Op::Expand { latent, .. } => vec![latent],
+        Op::Contract { latent, d_latent, .. } => vec![latent, d_latent],
         Op::Delta | Op::SinkTerms => vec![],
     };
     let staged = [Kind::Recv, Kind::Part, Kind::Wire, Kind::Return];
@@ -663,7 +668,8 @@ fn slots_that_are_confused() {
             |plans, ()| {
                 let mut changed = false;
                 for plan in plans {
-                    for tensor in [Tensor::K, Tensor::V, Tensor::DK, Tensor::DV] {
+                    use Tensor::{DK, DLatent, DV, K, Latent, V};
+                    for tensor in [K, V, DK, DV, Latent, DLatent] {
                         let [even, odd] = [0, 1].map(|i| Slot::indexed(kind, tensor, i));
                         let Some(at) = plan.slots.iter().position(|s| s.slot == odd) else {
                             continue;
@@ -701,158 +707,6 @@ fn slots_that_are_confused() {
 fn exact(kind: Kind) -> bool {
     use Kind::{Merge, Part, Recv, Return, Split, Wire};
     matches!(kind, Recv | Part | Wire | Return | Split | Merge)
-}
-
-/// What a step touches, row by row, written down once more and as plainly as possible.
-fn touches(plan: &Plan, step: &Step) -> Vec<(Slot, u32, bool)> {
-    let mut out = Vec::new();
-    let mut add = |slot: Slot, rows: &mut dyn Iterator<Item = u32>, write: bool| {
-        out.extend(rows.map(|row| (slot, row, write)));
-    };
-    let all = |slot: Slot| 0..plan.slots.iter().find(|s| s.slot == slot).unwrap().rows;
-    let keys = |slices: &[Slice]| -> HashSet<u32> {
-        slices.iter().flat_map(|s| s.k..s.k + s.k_len).collect()
-    };
-    let with = |slot: Slot, tensor| Slot { tensor, ..slot };
-    match &step.op {
-        Op::Exchange { sends, recvs } => {
-            for (list, write) in [(sends, false), (recvs, true)] {
-                for m in list {
-                    add(m.slot, &mut m.rows.iter().flat_map(|r| r.iter()), write);
-                }
-            }
-        }
-        Op::Attend { q, k, slices, first, last } => {
-            add(*q, &mut all(*q), false);
-            for tensor in [Tensor::K, Tensor::V] {
-                add(with(*k, tensor), &mut keys(slices).into_iter(), false);
-            }
-            if let Some((o, lse)) = last {
-                add(*o, &mut all(*o), true);
-                add(*lse, &mut all(*lse), true);
-                let there = |slot: &Slot| plan.slots.iter().any(|s| s.slot == *slot);
-                if let Some(slot) = Some(Slot::of(Kind::Acc, Tensor::Top)).filter(there) {
-                    add(slot, &mut all(slot), true);
-                }
-                if let Some(slot) = Some(Slot::caller(Tensor::Sinks)).filter(there) {
-                    add(slot, &mut all(slot), false);
-                }
-            }
-            if !first || last.is_none() {
-                let acc = Slot::of(Kind::Acc, Tensor::Out);
-                add(acc, &mut all(acc), true);
-            }
-        }
-        Op::AttendBackward { q, d_out, lse, delta, k, dk, slices } => {
-            for slot in [*q, *d_out, *lse, *delta] {
-                add(slot, &mut all(slot), false);
-            }
-            let dq = Slot::of(Kind::Acc, Tensor::DQ);
-            add(dq, &mut all(dq), true);
-            for (slot, write) in [
-                (*k, false),
-                (with(*k, Tensor::V), false),
-                (*dk, true),
-                (with(*dk, Tensor::DV), true),
-            ] {
-                add(slot, &mut keys(slices).into_iter(), write);
-            }
-        }
-        Op::SinkTerms => {
-            for (slot, write) in [
-                (Slot::caller(Tensor::Sinks), false),
-                (Slot::caller(Tensor::Lse), false),
-                (Slot::of(Kind::Sum, Tensor::Delta), false),
-                (Slot::of(Kind::Sum, Tensor::SinkTerms), true),
-            ] {
-                add(slot, &mut all(slot), write);
-            }
-        }
-        Op::Reduce { src, dst, dst_row, .. } => {
-            add(*src, &mut all(*src), false);
-            add(*dst, &mut std::iter::once(*dst_row), true);
-        }
-        Op::Delta => {
-            for (slot, write) in [
-                (Slot::caller(Tensor::Out), false),
-                (Slot::caller(Tensor::DOut), false),
-                (Slot::of(Kind::Sum, Tensor::Delta), true),
-            ] {
-                add(slot, &mut all(slot), write);
-            }
-        }
-        Op::Copy { src, dst, runs, .. } => {
-            for r in runs {
-                add(*src, &mut (0..r.rows).map(|i| r.src + i * r.src_step), false);
-                add(*dst, &mut (0..r.rows).map(|i| r.dst + i * r.dst_step), true);
-            }
-        }
-        Op::Fill { slot, rows, .. } => add(*slot, &mut rows.iter().flat_map(|r| r.iter()), true),
-    }
-    out
-}
-
-/// Pairs of steps that conflict and that no chain of lanes and events orders.
-fn races(plan: &Plan) -> Vec<(usize, usize)> {
-    let n = plan.steps.len();
-    let direct = |i: usize, j: usize| {
-        let (a, b) = (&plan.steps[i], &plan.steps[j]);
-        i < j && (a.lane == b.lane || a.signal.is_some_and(|e| b.waits.contains(&e)))
-    };
-    let mut before: Vec<Vec<bool>> =
-        (0..n).map(|i| (0..n).map(|j| direct(i, j)).collect()).collect();
-    for m in 0..n {
-        for i in 0..m {
-            for j in m + 1..n {
-                before[i][j] |= before[i][m] && before[m][j];
-            }
-        }
-    }
-    let touched: Vec<_> = plan.steps.iter().map(|s| touches(plan, s)).collect();
-    let conflict = |i: usize, j: usize| {
-        let rows: HashSet<(Slot, u32)> = touched[i].iter().map(|t| (t.0, t.1)).collect();
-        let written: HashSet<(Slot, u32)> =
-            touched[i].iter().filter(|t| t.2).map(|t| (t.0, t.1)).collect();
-        touched[j]
-            .iter()
-            .any(|t| if t.2 { rows.contains(&(t.0, t.1)) } else { written.contains(&(t.0, t.1)) })
-    };
-    let pairs = (0..n).flat_map(|j| (0..j).map(move |i| (i, j)));
-    pairs.filter(|(i, j)| !before[*i][*j] && conflict(*i, *j)).collect()
-}
-
-/// Every wait of every step, dropped in turn: the checker reports a hazard exactly if a race appears, by the double loop above.
-#[test]
-fn every_wait_that_is_needed_is_missed() {
-    let (mut harmful, mut redundant) = (0, 0);
-    for plans in good_plans() {
-        for (rank, index) in steps(|s| !s.waits.is_empty())(&plans) {
-            for wait in 0..plans[rank].steps[index].waits.len() {
-                let mut faulty = plans.clone();
-                faulty[rank].steps[index].waits.remove(wait);
-                match (races(&faulty[rank]).first(), check(&faulty)) {
-                    (Some((i, j)), Err(e)) => {
-                        assert!(e.contains("nothing orders"), "{e}");
-                        assert!(
-                            e.contains(&format!("step {i} ("))
-                                && e.contains(&format!("step {j} (")),
-                            "{e}"
-                        );
-                        harmful += 1;
-                    }
-                    (None, Ok(())) => {
-                        println!("not needed: {}", plans[rank].steps[index]);
-                        redundant += 1;
-                    }
-                    (race, got) => {
-                        panic!("step {index} wait {wait}: {race:?}, {got:?}\n{}", plans[rank])
-                    }
-                }
-            }
-        }
-    }
-    println!("waits dropped: {harmful} harmful, {redundant} redundant");
-    assert!(harmful > 200 && redundant < 5, "waits that order nothing cost time");
 }
 
 /// A return that both sides forget: the messages, and the sum that reads them.

@@ -22,6 +22,7 @@ pub fn problem(
     let inner = comm.inner(ranks, inner).unwrap();
     Problem {
         score: Score::default(),
+        latent: None,
         ranks,
         inner,
         stages: comm.default_stages(ranks / inner),

@@ -130,6 +130,7 @@ fn read_back(p: &Problem, options: Options) {
             let a = account(plan);
             let cost = got.get("account");
             assert_eq!(cost.get("flops").number(), a.flops);
+            assert_eq!(cost.get("latent_flops").number(), a.latent_flops);
             assert_eq!(cost.get("workspace").number(), a.workspace);
             let mut received = 0;
             assert_eq!(got.get("steps").list().len(), plan.steps.len());
@@ -163,6 +164,13 @@ fn read_back(p: &Problem, options: Options) {
                     Op::Reduce { dst, dst_row, .. } => {
                         assert_eq!(got.get("dst").text(), format!("{dst:?}"));
                         assert_eq!(got.get("dst_row").number(), u64::from(*dst_row));
+                    }
+                    Op::Expand { k: slot, rows, .. } | Op::Contract { dk: slot, rows, .. } => {
+                        let expands = matches!(step.op, Op::Expand { .. });
+                        let (op, name) = if expands { ("expand", "k") } else { ("contract", "dk") };
+                        assert_eq!(got.get("op").text(), op);
+                        assert_eq!(got.get(name).text(), format!("{slot:?}"));
+                        assert_eq!(got.get("rows").list().len(), rows.len());
                     }
                     Op::Delta => assert_eq!(got.get("op").text(), "delta"),
                     Op::Fill { .. } => assert_eq!(got.get("op").text(), "fill"),

@@ -10,7 +10,7 @@ use context_parallel::partition::{Partition, Stretch};
 use context_parallel::plan::account::workspace_bytes;
 use context_parallel::plan::check::check;
 use context_parallel::plan::{self, Options, Pass, Plan};
-use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
+use context_parallel::problem::{CommType, Extent, Latent, Problem, Sequence, Wire};
 use context_parallel::regions::{Region, Regions};
 use context_parallel::score::{BiasShape, Reach, Score};
 use std::sync::Arc;
@@ -131,6 +131,7 @@ pub fn any_problem(r: &mut Random) -> Problem {
     let (seqs, packed) = any_sequences(r, ranks);
     let mut p = Problem {
         score: any_score(r),
+        latent: None,
         ranks,
         inner,
         stages,
@@ -154,6 +155,11 @@ pub fn any_problem(r: &mut Random) -> Problem {
     } else if p.packed && p.seqs.iter().all(|s| s.q == s.k) && r.one_in(3) {
         p.partition = Partition::Balanced;
         Dealt::default().resolve(&mut p);
+    }
+    if p.kv_wire.is_none() && r.one_in(4) {
+        p.kv_heads = p.heads;
+        let rope = 8 * r.within(0, p.dim_qk / 8 - 1);
+        p.latent = Some(Latent { dim: 8 * r.within(1, 5), rope });
     }
     if matches!(p.partition, Partition::List { .. }) && !p.packed {
         p.score.bias = None; // entries are dealt differently

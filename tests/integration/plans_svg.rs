@@ -140,6 +140,7 @@ fn tiles_cover_what_is_computed() {
             },
             720.0 / 60.0,
         ),
+        (crate::plans_latent::latent(4, CommType::P2p, 0, 48, 1), 720.0 / 48.0),
         // Straight edges instead of steps: half a pixel's row on the diagonal, nothing at this length.
         (problem(8, CommType::P2p, 0, 20000, 1, 1), 720.0 / 20000.0),
     ] {

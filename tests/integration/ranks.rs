@@ -153,7 +153,7 @@ impl Local {
 }
 
 /// The tensors of a training step.
-pub const TENSORS: [Tensor; 14] = [
+pub const TENSORS: [Tensor; 20] = [
     Tensor::Q,
     Tensor::K,
     Tensor::V,
@@ -168,6 +168,12 @@ pub const TENSORS: [Tensor; 14] = [
     Tensor::MaxLogit,
     Tensor::Bias,
     Tensor::DBias,
+    Tensor::Latent,
+    Tensor::DLatent,
+    Tensor::UpK,
+    Tensor::UpV,
+    Tensor::DUpK,
+    Tensor::DUpV,
 ];
 /// Those that the library writes.
 pub const OUTPUTS: [Tensor; 5] = [Tensor::Out, Tensor::Lse, Tensor::DQ, Tensor::DK, Tensor::DV];
@@ -178,10 +184,19 @@ fn side(tensor: Tensor) -> Side {
 
 /// Heads and elements per head.
 fn width(p: &Problem, tensor: Tensor) -> (usize, usize) {
-    let heads = if tensor.key_side() { p.kv_heads } else { p.heads };
+    let latent = matches!(tensor, Tensor::Latent | Tensor::DLatent);
+    let heads = if latent {
+        1
+    } else if tensor.key_side() {
+        p.kv_heads
+    } else {
+        p.heads
+    };
     let dim = match tensor {
         Tensor::Q | Tensor::K | Tensor::DQ | Tensor::DK => p.dim_qk,
         Tensor::V | Tensor::DV | Tensor::Out | Tensor::DOut => p.dim_v,
+        _ if latent => p.latent.map_or(0, |l| l.width()),
+        _ if tensor.weights() => p.latent.map_or(0, |l| l.dim),
         _ => 1,
     };
     (heads as usize, dim as usize)
@@ -194,6 +209,9 @@ fn asked(p: &Problem, tensor: Tensor) -> bool {
         Tensor::MaxLogit => p.score.max_logit.is_some(),
         Tensor::Bias => p.score.bias.is_some(),
         Tensor::DBias => p.score.bias.is_some_and(|b| b.gradient),
+        Tensor::K | Tensor::V | Tensor::DK | Tensor::DV => p.latent.is_none(),
+        Tensor::Latent | Tensor::DLatent => p.latent.is_some(),
+        _ if tensor.weights() => p.latent.is_some(),
         _ => true,
     }
 }
@@ -218,11 +236,15 @@ impl Shard {
                 }
                 return (tensor, local);
             }
+            if tensor.weights() {
+                return (tensor, weights(p, global, tensor));
+            }
             let mut local = Local::new(dtype, [batch, rows / batch, heads, dim], layout);
             let source = match tensor {
                 Tensor::Q => &global.q,
                 Tensor::K => &global.k,
                 Tensor::V => &global.v,
+                Tensor::Latent => &global.latent.rows,
                 Tensor::DOut => &global.d_o,
                 _ => return (tensor, local),
             };
@@ -250,6 +272,24 @@ impl Shard {
         let there = |t: &&Tensor| self.0.iter().any(|(tensor, _)| tensor == *t);
         which.iter().filter(there).map(|t| self.get(*t).bytes.clone()).collect()
     }
+}
+
+/// Up-projection weights `[heads, n, dim]`, or the place for their gradient.
+fn weights(p: &Problem, global: &Inputs, tensor: Tensor) -> Local {
+    let (heads, dim) = width(p, tensor);
+    let n = Plan::weight_rows(p, tensor) as usize;
+    let gradient = matches!(tensor, Tensor::DUpK | Tensor::DUpV);
+    let dtype = if gradient { DType::F32 } else { p.dtype };
+    let mut local = Local::new(dtype, [1, n, heads, dim], Layout::HeadsFirst);
+    let values = match tensor {
+        Tensor::UpK => &global.latent.up_k,
+        Tensor::UpV => &global.latent.up_v,
+        _ => return local,
+    };
+    for (row, head) in (0..n).flat_map(|row| (0..heads).map(move |h| (row, h))) {
+        local.put(row, head, &values[(head * n + row) * dim..][..dim]);
+    }
+    local
 }
 
 /// [batch, heads, queries, keys] of the global bias, and of a rank's.
@@ -307,6 +347,9 @@ fn bias(p: &Problem, rank: u32, global: &Inputs, tensor: Tensor) -> Local {
 /// What all ranks wrote, as global tensors.
 pub fn collect(p: &Problem, shards: &[Shard]) -> Results<f32> {
     let one = |tensor| {
+        if !asked(p, tensor) {
+            return Vec::new();
+        }
         let (heads, dim) = width(p, tensor);
         let total: u32 = p.seqs.iter().map(|s| s.extent(side(tensor)).padded).sum();
         let mut values = vec![f32::NAN; total as usize * heads * dim];
@@ -359,7 +402,25 @@ pub fn collect(p: &Problem, shards: &[Shard]) -> Results<f32> {
             });
         }
     }
-    Results { o, lse, dq, dk, dv, d_sinks, max_logit, d_bias }
+    // Every rank has its part.
+    let parts = |tensor| {
+        if !asked(p, tensor) {
+            return Vec::new();
+        }
+        let ((heads, dim), n) = (width(p, tensor), Plan::weight_rows(p, tensor) as usize);
+        let mut sum = vec![0.0; heads * n * dim];
+        let mut part = vec![f32::NAN; dim];
+        for shard in shards {
+            for (at, sum) in sum.chunks_exact_mut(dim).enumerate() {
+                shard.get(tensor).get(at % n, at / n, &mut part);
+                sum.iter_mut().zip(&part).for_each(|(s, x)| *s += x);
+            }
+        }
+        sum
+    };
+    let d_latent = one(Tensor::DLatent);
+    let (d_up_k, d_up_v) = (parts(Tensor::DUpK), parts(Tensor::DUpV));
+    Results { o, lse, dq, dk, dv, d_sinks, max_logit, d_bias, d_latent, d_up_k, d_up_v }
 }
 
 /// Memory that must not be written beyond its end. Starts as NaNs.
@@ -394,8 +455,12 @@ fn rank(
     mut transport: Box<dyn Transport>,
 ) -> Result<Shard, String> {
     let shard = Shard::deal(problem, rank, global, how.layout);
-    let dense = |t| shard.get(t).view.is_dense();
-    let pack = how.pack || !(dense(Tensor::K) && dense(Tensor::V));
+    let cargo: &[Tensor] = match problem.latent {
+        Some(_) => &[Tensor::Latent],
+        None => &[Tensor::K, Tensor::V],
+    };
+    let dense = cargo.iter().all(|t| shard.get(*t).view.is_dense());
+    let pack = how.pack || !dense;
     let options = Options { pack, saved: how.saved, same_pieces: false };
     let mut cpu = Cpu::new(how.threads, how.simd).map_err(|e| e.to_string())?;
     let views = shard.views();
@@ -422,7 +487,8 @@ fn rank(
             members: &members,
             timeout: Duration::from_secs(60),
         };
-        let mut inputs = vec![Tensor::Q, Tensor::K, Tensor::V, Tensor::DOut, Tensor::Sinks];
+        use Tensor::{DOut, K, Latent, Q, Sinks, UpK, UpV, V};
+        let mut inputs = vec![Q, K, V, DOut, Sinks, Latent, UpK, UpV];
         if pass == Pass::Backward {
             inputs.extend([Tensor::Out, Tensor::Lse]);
         }
@@ -491,14 +557,18 @@ pub fn panic_text(payload: &(dyn std::any::Any + Send)) -> String {
 
 /// Forward and backward on all ranks; what they wrote, or what went wrong.
 pub fn run(problem: &Problem, how: How, global: &Inputs) -> Result<Results<f32>, String> {
+    shards(problem, how, global).map(|shards| collect(problem, &shards))
+}
+
+/// The same, rank by rank.
+pub fn shards(problem: &Problem, how: How, global: &Inputs) -> Result<Vec<Shard>, String> {
     problem.validate().map_err(|e| e.to_string())?;
     let problem = Arc::new(problem.clone());
-    let shards = on_threads(local_group(problem.ranks), |r, t| {
+    on_threads(local_group(problem.ranks), |r, t| {
         let t = match how.delay {
             Some(seed) => delay(t, seed + u64::from(r)),
             None => t,
         };
         rank(&problem, r, how, global, t)
-    })?;
-    Ok(collect(&problem, &shards))
+    })
 }

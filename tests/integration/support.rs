@@ -65,6 +65,7 @@ const FEATURES: &[(&str, Has)] = &[
             && c.sinks.is_some()
             && c.bias.is_some()
     }),
+    ("latents instead of keys and values (MLA), and their gradients", |c| c.latent.is_some()),
 ];
 
 fn sliced(c: &Case) -> bool {
@@ -122,6 +123,21 @@ const REFUSED: &[Refusal] = &[
         "a bias for each head or entry but not each query",
         |c, _| c.bias = CP_BIAS | CP_BIAS_HEADS,
         "expand it: strides of 0 are allowed",
+    ),
+    (
+        "latents on CUDA",
+        |c, _| (c.device_type, c.latent_dim) = (CP_DEVICE_CUDA, 128),
+        "the kernels are not written yet",
+    ),
+    (
+        "latents in 8 bits on the wire",
+        |c, _| (c.latent_dim, c.kv_wire) = (128, CP_KV_WIRE_E4M3),
+        "latents are small already, and their error would reach every head",
+    ),
+    (
+        "latents with fewer key than query heads",
+        |c, _| (c.latent_dim, c.latent_rope, c.kv_heads) = (128, 32, 2),
+        "latents are expanded for every query head; that is what they are for",
     ),
     (
         "head dimensions that are no multiple of 8, or beyond 256",

@@ -352,7 +352,7 @@ void packed_and_list() {
         EXPECT(a.out.x[i] == a.v.x[i] && a.out.x[5 * heads * dim + i] == a.v.x[5 * kv_heads * dim + i]);
 }
 
-// Soft-cap, ALiBi, a bias, dropout, sinks and largest scores at once: on any number of ranks what one rank computes.
+// Soft-cap, ALiBi, a bias, dropout, sinks, largest scores and 8-bit keys at once: on any number of ranks what one rank computes.
 cp::AttentionConfig scores(cp::Reach reach) {
     cp::AttentionConfig c = small();
     c.softcap = 2;
@@ -360,6 +360,8 @@ cp::AttentionConfig scores(cp::Reach reach) {
     c.alibi_slopes = {0.5f, 0.25f, 0.125f, 0.0625f};
     c.sinks = c.max_logit = reach;
     c.bias = CP_BIAS | CP_BIAS_HEADS | CP_BIAS_QUERIES | CP_BIAS_GRADIENT;
+    c.kv_wire = cp::KvWire::e4m3;
+    EXPECT(c.raw().kv_wire == CP_KV_WIRE_E4M3);
     return c;
 }
 
@@ -437,6 +439,73 @@ void equal_one_rank_with_scores(cp::CommType comm, cp::Reach reach) {
     EXPECT(worst(of_one.d_bias, d_bias) < 1e-5);
 }
 
+// Keys and values made of latents: on any number of ranks what one rank computes, parts of the weights' gradients summed.
+struct Latents {
+    enum { c = 32, r = 8 };
+    Rows latent, up_k, up_v, d_latent, d_up_k, d_up_v; // weights: a row for every element of every head
+
+    explicit Latents(const Rows &rows)
+        : latent(rows), up_k(Rows::wave(heads * (dim - r), c, 8)), up_v(Rows::wave(heads * dim, c, 9)),
+          d_latent(rows.x.size() / static_cast<std::size_t>(rows.width), rows.width), d_up_k(heads * (dim - r), c), d_up_v(heads * dim, c) {}
+
+    static cp::Tensor weights(const Rows &w) {
+        return cp::Tensor(w.x, {heads, static_cast<std::int64_t>(w.x.size()) / c / heads, c});
+    }
+
+    void step(cp::CommType comm, const cp::Group *group, const All &a, std::size_t n) {
+        cp::AttentionConfig config = small();
+        config.kv_heads = 0;
+        config.latent_dim = c;
+        config.latent_rope = r;
+        cp::Attention attention(config);
+        if (group != nullptr)
+            attention.set_group(*group, comm);
+        cp::ForwardTensors f = a.forward();
+        cp::BackwardTensors b = a.backward();
+        f.k = f.v = b.k = b.v = b.dk = b.dv = cp::Tensor();
+        f.latent = b.latent = latent.tensor(1);
+        f.up_k = b.up_k = weights(up_k);
+        f.up_v = b.up_v = weights(up_v);
+        b.d_latent = d_latent.tensor(1);
+        b.d_up_k = weights(d_up_k);
+        b.d_up_v = weights(d_up_v);
+        cp::Context context;
+        cp::Sequences s = cp::Sequences::dense(1, static_cast<std::uint32_t>(n));
+        attention.forward(s, f, context);
+        attention.backward(s, b, context);
+    }
+};
+
+void equal_one_rank_with_latents(cp::CommType comm) {
+    const std::size_t n = 37;
+    All right = inputs(n), got(n), in = inputs(n);
+    Latents of_one(Rows::wave(n, Latents::c + Latents::r, 7)), sum = of_one;
+    of_one.step(comm, nullptr, right, n);
+    for (Rows *part : {&sum.d_up_k, &sum.d_up_v})
+        std::fill(part->x.begin(), part->x.end(), 0.0f);
+    on_ranks(3, [&](cp::Group group) {
+        auto mine = cp::partition_tokens(cp::Partition::zigzag, cp::Format::dense, cp::Sequences::dense(1, n), 3, group.rank());
+        All a(mine.size());
+        a.q = in.q.pick(mine);
+        a.d_out = in.d_out.pick(mine);
+        Latents of_rank(of_one.latent.pick(mine));
+        of_rank.step(comm, &group, a, n);
+        std::lock_guard<std::mutex> lock(mutex);
+        got.out.put(mine, a.out);
+        got.dq.put(mine, a.dq);
+        sum.d_latent.put(mine, of_rank.d_latent);
+        for (std::size_t i = 0; i < sum.d_up_k.x.size(); i++)
+            sum.d_up_k.x[i] += of_rank.d_up_k.x[i];
+        for (std::size_t i = 0; i < sum.d_up_v.x.size(); i++)
+            sum.d_up_v.x[i] += of_rank.d_up_v.x[i];
+    });
+    EXPECT(worst(right.out, got.out) < 1e-4);
+    EXPECT(worst(right.dq, got.dq) < 1e-3);
+    EXPECT(worst(of_one.d_latent, sum.d_latent) < 1e-3);
+    EXPECT(worst(of_one.d_up_k, sum.d_up_k) < 1e-3);
+    EXPECT(worst(of_one.d_up_v, sum.d_up_v) < 1e-3);
+}
+
 void score_errors() {
     cp::AttentionConfig c = scores(cp::Reach::rank);
     c.alibi_slopes.pop_back();
@@ -490,6 +559,8 @@ int main() {
             equal_one_rank(size, comm, size % 2 == 0);
     equal_one_rank_with_scores(cp::CommType::p2p, cp::Reach::group);
     equal_one_rank_with_scores(cp::CommType::a2a, cp::Reach::rank);
+    for (cp::CommType comm : {cp::CommType::p2p, cp::CommType::all_gather, cp::CommType::a2a})
+        equal_one_rank_with_latents(comm);
     for (std::uint32_t size = 1; size <= 5; size++)
         trade_and_back(size);
     groups();

@@ -195,6 +195,8 @@ class cp_attention_config(Sized):
         ("bias", c_uint32),
         ("kv_wire", c_uint32),
         ("reserved", c_uint32),
+        ("latent_dim", c_uint32),
+        ("latent_rope", c_uint32),
     ]
 
 
@@ -286,6 +288,9 @@ class cp_forward_args(Sized):
         ("dropout_seed", c_uint64),
         ("sequence_ids", c_void_p),
         ("bias", cp_tensor),
+        ("latent", cp_tensor),
+        ("up_k", cp_tensor),
+        ("up_v", cp_tensor),
     ]
 
 
@@ -313,6 +318,12 @@ class cp_backward_args(Sized):
         ("sequence_ids", c_void_p),
         ("bias", cp_tensor),
         ("d_bias", cp_tensor),
+        ("latent", cp_tensor),
+        ("up_k", cp_tensor),
+        ("up_v", cp_tensor),
+        ("d_latent", cp_tensor),
+        ("d_up_k", cp_tensor),
+        ("d_up_v", cp_tensor),
     ]
 
 

@@ -34,14 +34,16 @@ _FORMATS = {"bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3), "bhsd": (0, 2, 1, 3), "t
 class Context:
     """Forward's note to backward: what it computed from, and what it left. Keeps the tensors alive; do not change them in between."""
 
-    def __init__(self, pod, sequences, ranks, tensors, saved, sinks=None, max_logit=None, numbers=None, bias=None):
+    def __init__(self, pod, sequences, ranks, tensors, saved, sinks=None, max_logit=None, numbers=None, bias=None, made_of=(None, None, None)):
         self.pod, self.sequences, self.ranks = pod, sequences, ranks
         self.tensors, self.saved = tensors, saved
         self.sinks, self.max_logit, self.numbers, self.bias = sinks, max_logit, numbers, bias
+        self.made_of = made_of  # (latent, up_k, up_v)
 
     def with_tensors(self, tensors):
         """The same note over the same (q, k, v, out, lse) kept elsewhere."""
-        return Context(self.pod, self.sequences, self.ranks, tuple(tensors), self.saved, self.sinks, self.max_logit, self.numbers, self.bias)
+        others = (self.saved, self.sinks, self.max_logit, self.numbers, self.bias, self.made_of)
+        return Context(self.pod, self.sequences, self.ranks, tuple(tensors), *others)
 
 
 class Attention:
@@ -60,7 +62,8 @@ class Attention:
     gradient on every rank; "rank": this rank's part, to be summed over ranks with other gradients. max_logit: "group" or "rank": forward also
     leaves the largest visible score of every query head in context.max_logit. bias: an additive bias [batch, heads, queries, keys] comes with every
     forward: "bhss", "1hss", "b1ss", "11ss" or "111s", where 1 is one for all; queries are this rank's, keys those of the whole padded sequence.
-    bias_gradient: backward returns its gradient too (not of "111s").
+    bias_gradient: backward returns its gradient too (not of "111s"). latent: multi-head latent attention: (elements of c, elements of r) of a token:
+    forward takes latents and weights instead of k and v, ranks exchange latents, and each expands those that it attends. Not on CUDA yet.
 
     kv_wire: "e4m3" or "e5m2": keys and values travel as 8-bit numbers in blocks of 32 with a common power of two, 1.03 bytes an element. What is
     attended is K and V rounded so on every rank, the own ones included, also on one rank; gradients pass straight through. See CP_KV_WIRE_E4M3.
@@ -76,16 +79,17 @@ class Attention:
     def __init__(self, *, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=False, bottom_right=False, window=(None, None),
                  format="bshd", partition="zigzag", softmax_scale=None, save=False, wire_fp32=False, max_tokens_per_rank=0, threads=0,
                  device=None, deterministic=False, sm_margin=0, max_segments=0, allocator=None, softcap=None, alibi=None, dropout=0.0,
-                 head_offset=0, sinks=None, max_logit=None, bias=None, bias_gradient=True, kv_wire=None):  # fmt: skip
+                 head_offset=0, sinks=None, max_logit=None, bias=None, bias_gradient=True, kv_wire=None, latent=None):  # fmt: skip
         pointer = c_void_p()
         config = _config(
             heads=heads, head_dim=head_dim, dtype=dtype, kv_heads=kv_heads, head_dim_v=head_dim_v, causal=causal, bottom_right=bottom_right,
             window=window, format=format, partition=partition, softmax_scale=softmax_scale, save=save, wire_fp32=wire_fp32,
             max_tokens_per_rank=max_tokens_per_rank, threads=threads, device=device, deterministic=deterministic, sm_margin=sm_margin,
             max_segments=max_segments, softcap=softcap, alibi=alibi, dropout=dropout, head_offset=head_offset, sinks=sinks,
-            max_logit=max_logit, bias=bias, bias_gradient=bias_gradient, kv_wire=kv_wire)  # fmt: skip
+            max_logit=max_logit, bias=bias, bias_gradient=bias_gradient, kv_wire=kv_wire, latent=latent)  # fmt: skip
         self._heads, self._sinks, self._max_logit = heads, sinks is not None, max_logit is not None
         self._d_bias = bool(config.bias & _abi.CP_BIAS_GRADIENT)
+        self._latent = latent is not None
         self._place = (config.device_type, config.device_id)
         self._allocator = None
         if self._cuda:
@@ -96,7 +100,7 @@ class Attention:
             config.device_alloc, config.device_free = self._allocator.alloc, self._allocator.free
         check(lib.cp_attention_create(byref(config), byref(pointer)))
         self._handle = Handle(self, "attention", pointer.value, lib.cp_attention_destroy)
-        self._axes, self._save, self._ranks = _FORMATS[format], save, 1
+        self._axes, self._save, self._ranks, self._dim_v = _FORMATS[format], save, 1, head_dim_v or head_dim
         self.format, self.partition = format, partition
 
     @property
@@ -108,6 +112,11 @@ class Attention:
     def has_bias_gradient(self):
         """Does backward return the gradient of a bias?"""
         return self._d_bias
+
+    @property
+    def has_latents(self):
+        """Are keys and values made of latents?"""
+        return self._latent
 
     @property
     def _cuda(self):
@@ -134,8 +143,8 @@ class Attention:
             self._run(wrong, lib.cp_set_group, pointer, byref(config))
         self._ranks = group.size
 
-    def forward(self, q, k, v, sequences, *, out=None, lse=None, saved=None, workspace=None, stream=None, sinks=None, max_logit=None,
-                dropout_seed=0, sequence_ids=None, bias=None):  # fmt: skip
+    def forward(self, q, k=None, v=None, sequences=None, *, out=None, lse=None, saved=None, workspace=None, stream=None, sinks=None, max_logit=None,
+                dropout_seed=0, sequence_ids=None, bias=None, latent=None, up_k=None, up_v=None):  # fmt: skip
         """Exact attention of this rank's queries over all keys that the mask lets them see: (out, lse, context). Collective.
 
         q: [batch, local seq, heads, head_dim] in the layer's format; k, v likewise with kv_heads; of any strides with a contiguous last axis, used in
@@ -144,6 +153,9 @@ class Attention:
 
         sinks: fp32 [heads], where the layer has them. dropout_seed: with dropout, equal on all ranks; sequence_ids: a number for every sequence: equal
         numbers drop alike, whatever else is in the call; None: their indices. max_logit: fp32 [heads] to write to, where it is asked for.
+
+        Of a layer with latents instead of k and v: latent, (c ; r) of this rank's keys as k with one head, up_k [heads, head_dim - r, c] and up_v
+        [heads, head_dim_v, c], equal on all ranks: head h has k = [up_k[h]·c ; r], v = up_v[h]·c, rounded to the storage type.
 
         On the CPU it blocks. On CUDA it enqueues on `stream` (an address, or a stream of torch or CuPy; None: the one that torch or CuPy works on now, else
         the default stream) and returns: arrays must stay as they are until the stream is through. torch sees to that itself; with torch,
@@ -155,15 +167,14 @@ class Attention:
         pod = _abi.cp_context()
         args = _abi.cp_forward_args(sequences=self._sequences(sequences, self._ranks, wrong), context=ctypes.pointer(pod))
         numbers = _dropout(args, dropout_seed, sequence_ids, sequences, wrong)
-        given = (q, k, v, out, lse, saved, workspace, sinks, max_logit, bias)
+        given = (q, k, v, out, lse, saved, workspace, sinks, max_logit, bias, latent, up_k, up_v)
         with _device.torch_stream(stream, self._place[1], given if self._cuda else ()):
-            if out is None and is_array(q) and is_array(v):
-                out = new(q, (*q.shape[:-1], *v.shape[-1:]))
+            if out is None and is_array(q):
+                out = new(q, (*q.shape[:-1], self._dim_v))
             if lse is None and is_array(q):
                 lse = new(q, self._lse_shape(q), "float32")
             saved = self._saved(args, q, saved, wrong, stream)
-            for name, array in (("q", q), ("k", k), ("v", v)):
-                setattr(args, name, describe(name, array, self._axes, wrong, stream))
+            self._keys(args, (("q", q),), (("k", k), ("v", v)), (("latent", latent), ("up_k", up_k), ("up_v", up_v)), wrong, stream)
             args.out = describe("out", out, self._axes, wrong, stream, written=True)
             args.lse = describe("lse", lse, range(4), wrong, stream, written=True)
             if max_logit is None and self._max_logit and is_array(q):
@@ -175,33 +186,41 @@ class Attention:
                 args.bias = describe("bias", bias, range(4), wrong, stream)
             args.workspace, args.workspace_bytes = buffer("workspace", workspace, wrong, stream)
             self._run(next(iter(wrong), None), lib.cp_attention_forward, byref(args), stream)
-        return out, lse, Context(pod, sequences, self._ranks, (q, k, v, out, lse), saved, sinks, max_logit, numbers, bias)
+        made_of = (latent, up_k, up_v)
+        return out, lse, Context(pod, sequences, self._ranks, (q, k, v, out, lse), saved, sinks, max_logit, numbers, bias, made_of)
 
-    def backward(self, context, d_out, *, dq=None, dk=None, dv=None, workspace=None, stream=None, d_sinks=None, d_bias=None):
+    def backward(self, context, d_out, *, dq=None, dk=None, dv=None, workspace=None, stream=None, d_sinks=None, d_bias=None, d_latent=None,
+                 d_up_k=None, d_up_v=None):  # fmt: skip
         """Gradients (dq, dk, dv), then d_sinks where there are sinks and d_bias where the bias has a gradient, from that of out. On the group that the
-        forward used, whatever is attached now. Collective over it, as forward is."""
+        forward used, whatever is attached now. Collective over it, as forward is.
+
+        With latents (dq, d_latent, d_up_k, d_up_v), then the others: d_latent is complete; the gradients of the weights are this rank's part, fp32, to be
+        summed over the group with those of other weights: what its own queries give, or with a2a all queries through its heads."""
         wrong = []
         args = _abi.cp_backward_args()
-        q = k = v = out = lse = saved = sinks = bias = None
+        q = k = v = out = lse = saved = sinks = bias = latent = up_k = up_v = None
         if isinstance(context, Context):
             q, k, v, out, lse = context.tensors
             saved, sinks, bias = context.saved, context.sinks, context.bias
+            latent, up_k, up_v = context.made_of
             args.sequence_ids = None if context.numbers is None else context.numbers.ctypes.data
             args.sequences = self._sequences(context.sequences, context.ranks, wrong)
             args.context = ctypes.pointer(context.pod)
         else:
             wrong.append(argument_error(f"context: got {type(context).__name__}, need what forward returned"))
         stream = self._stream(stream, q, wrong)
-        given = (q, k, v, out, lse, saved, d_out, dq, dk, dv, workspace, sinks, d_sinks, bias, d_bias)
+        given = (q, k, v, out, lse, saved, d_out, dq, dk, dv, workspace, sinks, d_sinks, bias, d_bias, latent, up_k, up_v, d_latent, d_up_k, d_up_v)
         with _device.torch_stream(stream, self._place[1], given if self._cuda else ()):
-            dq, dk, dv = (new(like, like.shape) if given is None and is_array(like) else given for given, like in ((dq, q), (dk, k), (dv, v)))
+            fresh = lambda given, like, dtype=None: new(like, like.shape, dtype) if given is None and is_array(like) else given
+            dq, dk, dv, d_latent = (fresh(*pair) for pair in ((dq, q), (dk, k), (dv, v), (d_latent, latent)))
+            d_up_k, d_up_v = (fresh(given, like, "float32") for given, like in ((d_up_k, up_k), (d_up_v, up_v)))
             if saved is not None:
                 args.saved, args.saved_bytes = aligned(saved, stream)
-            for name, array in (("q", q), ("k", k), ("v", v), ("out", out), ("d_out", d_out)):
-                setattr(args, name, describe(name, array, self._axes, wrong, stream))
+            inputs = (("q", q), ("out", out), ("d_out", d_out))
+            self._keys(args, inputs, (("k", k), ("v", v)), (("latent", latent), ("up_k", up_k), ("up_v", up_v)), wrong, stream)
             args.lse = describe("lse", lse, range(4), wrong, stream)
-            for name, array in (("dq", dq), ("dk", dk), ("dv", dv)):
-                setattr(args, name, describe(name, array, self._axes, wrong, stream, written=True))
+            gradients = (("d_latent", d_latent), ("d_up_k", d_up_k), ("d_up_v", d_up_v))
+            self._keys(args, (("dq", dq),), (("dk", dk), ("dv", dv)), gradients, wrong, stream, written=True)
             if d_sinks is None and self._sinks and is_array(q):
                 d_sinks = new(q, (self._heads,), "float32")
             for name, array in (("sinks", sinks), ("d_sinks", d_sinks)):
@@ -214,7 +233,8 @@ class Attention:
                     setattr(args, name, describe(name, array, range(4), wrong, stream, written=name == "d_bias"))
             args.workspace, args.workspace_bytes = buffer("workspace", workspace, wrong, stream)
             self._run(next(iter(wrong), None), lib.cp_attention_backward, byref(args), stream)
-        return (dq, dk, dv, *([d_sinks] if self._sinks else []), *([d_bias] if self._d_bias else []))
+        of_keys = (d_latent, d_up_k, d_up_v) if self._latent else (dk, dv)
+        return (dq, *of_keys, *([d_sinks] if self._sinks else []), *([d_bias] if self._d_bias else []))
 
     def workspace_size(self, tokens_per_rank):
         """Bytes that suffice for every call in which no rank holds more rows of Q or of K than that, batch times local length, on the current group."""
@@ -248,6 +268,16 @@ class Attention:
 
     def __exit__(self, *_):
         self.close()
+
+    def _keys(self, args, always, keys, latents, wrong, stream, written=False):
+        """Describes tensors, keys and values, or what they are made of. What the layer does not have it refuses, if it is given."""
+        for name, array in always:
+            setattr(args, name, describe(name, array, self._axes, wrong, stream, written=written))
+        for ours, tensors in ((not self._latent, keys), (self._latent, latents)):
+            for name, array in tensors:
+                if ours or array is not None:
+                    axes = range(3) if "up" in name else self._axes
+                    setattr(args, name, describe(name, array, axes, wrong, stream, written=written))
 
     def _run(self, wrong, function, *arguments):
         """Calls the library, even if this rank is already known to be wrong: it refuses, which tells the other ranks, and the reason is raised."""
@@ -326,13 +356,15 @@ def query_support(ranks, comm="p2p", *, stages=None, inner_size=None, level_size
 def _config(*, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=False, bottom_right=False, window=(None, None),
             format="bshd", partition="zigzag", softmax_scale=None, save=False, wire_fp32=False, max_tokens_per_rank=0, threads=0,
             device=None, deterministic=False, sm_margin=0, max_segments=0, softcap=None, alibi=None, dropout=0.0, head_offset=0,
-            sinks=None, max_logit=None, bias=None, bias_gradient=True, kv_wire=None):  # fmt: skip
+            sinks=None, max_logit=None, bias=None, bias_gradient=True, kv_wire=None, latent=None):  # fmt: skip
     """A layer's configuration: the arguments of Attention."""
     kind, index = _device.device(device)
     choice("format", format, _FORMATS)
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise argument_error(f"window: got {window!r}, need (left, right), None for no limit")
     left, right = window
+    if latent is not None and (not isinstance(latent, (tuple, list)) or len(latent) != 2):
+        raise argument_error(f"latent: got {latent!r}, need (elements of c, elements of r)")
     flags = 0
     for wanted, flag in (
         (causal, _abi.CP_ATTENTION_CAUSAL),
@@ -367,6 +399,8 @@ def _config(*, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=Fa
         head_offset=number("head_offset", head_offset),
         sinks=_reach("sinks", sinks),
         max_logit=_reach("max_logit", max_logit),
+        latent_dim=0 if latent is None else number("latent", latent[0]),
+        latent_rope=0 if latent is None else number("latent", latent[1]),
         kv_wire=_abi.CP_KV_WIRE_STORAGE if kv_wire is None else choice("kv_wire", kv_wire, _KV_WIRES),
         bias=0 if bias is None else choice("bias", bias, _BIASES) | (_abi.CP_BIAS_GRADIENT if bias_gradient and bias != "111s" else 0),
     )

@@ -8,8 +8,12 @@ from ._lib import argument_error
 __all__ = ["attention", "heads_to_sequence", "sequence_to_heads"]
 
 
-def attention(layer, q, k, v, sequences, *, return_lse=False, sinks=None, dropout_seed=0, sequence_ids=None, bias=None):
+def attention(layer, q, k, v, sequences, *, return_lse=False, sinks=None, dropout_seed=0, sequence_ids=None, bias=None, latent=None,
+              up_k=None, up_v=None):  # fmt: skip
     """layer.forward on torch tensors, differentiable in q, k, v, sinks and bias: out, or (out, lse); the lse carries no gradient.
+
+    Of a layer with latents k and v are None, and it is differentiable in latent, up_k and up_v: the gradient of a weight is this rank's part, as that of
+    any weight is, and in its storage type.
 
     The gradient of sinks is the whole group's or this rank's part, as the layer was made: a framework that sums gradients over the group wants "rank".
 
@@ -19,17 +23,18 @@ def attention(layer, q, k, v, sequences, *, return_lse=False, sinks=None, dropou
     """
     if bias is not None and bias.requires_grad and not layer.has_bias_gradient:
         raise argument_error('bias: requires a gradient, which the layer has not: made with bias="111s" or bias_gradient=False')
-    out, lse = _Attention.apply(q, k, v, sinks, bias, layer, sequences, dropout_seed, sequence_ids)
+    out, lse = _Attention.apply(q, k, v, latent, up_k, up_v, sinks, bias, layer, sequences, dropout_seed, sequence_ids)
     return (out, lse) if return_lse else out
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, sinks, bias, layer, sequences, dropout_seed, sequence_ids):
-        out, lse, context = layer.forward(q, k, v, sequences, sinks=sinks, dropout_seed=dropout_seed, sequence_ids=sequence_ids, bias=bias)
+    def forward(ctx, q, k, v, latent, up_k, up_v, sinks, bias, layer, sequences, dropout_seed, sequence_ids):
+        options = dict(sinks=sinks, dropout_seed=dropout_seed, sequence_ids=sequence_ids, bias=bias, latent=latent, up_k=up_k, up_v=up_v)
+        out, lse, context = layer.forward(q, k, v, sequences, **options)
         # autograd keeps the tensors, so that it sees if one is changed in place; the context keeps the rest.
-        ctx.save_for_backward(*context.tensors, sinks, bias)
-        context.tensors = context.sinks = context.bias = None
+        ctx.save_for_backward(*context.tensors, sinks, bias, latent, up_k, up_v)
+        context.tensors = context.sinks = context.bias = context.made_of = None
         ctx.layer, ctx.context = layer, context
         ctx.mark_non_differentiable(lse)
         return out, lse
@@ -39,12 +44,15 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, d_out, _):
         if not _usable(d_out):
             d_out = d_out.contiguous()  # autograd hands out expanded tensors, as after sum().
-        *tensors, sinks, bias = ctx.saved_tensors
+        *tensors, sinks, bias, latent, up_k, up_v = ctx.saved_tensors
         context = ctx.context.with_tensors(tensors)
-        context.sinks, context.bias = sinks, bias
-        dq, dk, dv, *others = ctx.layer.backward(context, d_out)
+        context.sinks, context.bias, context.made_of = sinks, bias, (latent, up_k, up_v)
+        dq, *others = ctx.layer.backward(context, d_out)
+        count = 3 if ctx.layer.has_latents else 2
+        of_keys, others = others[:count], others[count:]
+        of_keys = (None, None, *of_keys) if ctx.layer.has_latents else (*of_keys, None, None, None)
         d_sinks = others.pop(0) if ctx.layer.has_sinks else None
-        return dq, dk, dv, d_sinks, *(others or [None]), None, None, None, None
+        return dq, *of_keys, d_sinks, *(others or [None]), None, None, None, None
 
 
 def _usable(gradient):

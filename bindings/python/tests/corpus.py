@@ -50,6 +50,7 @@ class Case:
     max_logit: str | None
     slices: tuple  # (sequence, (q begin, q end), (k begin, k end), lo, hi); none: the layer's mask alone
     kv_wire: str | None  # how keys and values travel
+    latent: tuple | None = None  # elements of c, of r
 
     def side(self, side):
         return self.q if side == "q" else self.k
@@ -170,7 +171,7 @@ class Case:
             heads=self.heads, kv_heads=self.kv_heads, head_dim=self.dim_qk, head_dim_v=self.dim_v, dtype=dtype, causal=self.causal,
             bottom_right=self.bottom_right, window=(self.left, self.right), format=self.format, partition=self.partition, softmax_scale=self.scale,
             softcap=self.softcap, alibi=self.slopes() if self.alibi else None,
-            bias=self.bias, dropout=self.dropout, sinks=self.sinks, max_logit=self.max_logit, kv_wire=self.kv_wire)  # fmt: skip
+            bias=self.bias, dropout=self.dropout, sinks=self.sinks, max_logit=self.max_logit, kv_wire=self.kv_wire, latent=self.latent)  # fmt: skip
         return cp.Attention(**{**settings, **options})
 
 
@@ -197,14 +198,15 @@ def _case(row):
         assert len(lens) == len(padded) == len(before) == batch, row["name"]
         return tuple(Extent(*e) for e in zip(before, lens, padded))
 
-    assert row["latent"] == "-", f"{row['name']}: not read yet"
     limit = lambda name: None if row[name] == "-" else int(row[name])
     flag = lambda name: {"0": False, "1": True}[row[name]]
     numbers = (int(row[name]) for name in ("heads", "kv_heads", "dim_qk", "dim_v"))
     maybe = lambda name, kind=float: None if row[name] == "-" else kind(row[name])
     score = (maybe("softcap"), flag("alibi"), maybe("bias", str), maybe("dropout") or 0.0, maybe("sinks", str), maybe("max_logit", str))
+    latent = maybe("latent", lambda text: tuple(int(n) for n in text.split(":")))
     return Case(row["name"], tuple(row["tags"].split()), row["format"], side("q"), side("k"), *numbers, flag("causal"), flag("bottom_right"),
-                limit("window_left"), limit("window_right"), row["partition"], maybe("scale"), *score, _slices(row["slices"]), maybe("kv_wire", str))  # fmt: skip
+                limit("window_left"), limit("window_right"), row["partition"], maybe("scale"), *score, _slices(row["slices"]),
+                maybe("kv_wire", str), latent)  # fmt: skip
 
 
 def _slices(text):
@@ -254,6 +256,8 @@ def inputs(case, dtype):
         values[~case.is_true(side)] = np.nan
         made[name] = values.astype(DTYPES[dtype])
     made["sinks"] = elements(5, case.heads)
+    if case.latent:
+        made |= _latents(case, dtype)
     if case.bias:
         shape = case.bias_shape()
         used = np.zeros(shape, bool)
@@ -262,6 +266,31 @@ def inputs(case, dtype):
                 case.bias_block(used, seq, head)[...] = True
         made["bias"] = np.where(used, elements(6, used.size).reshape(shape), np.float32(np.nan)).astype(DTYPES[dtype])
     return made
+
+
+def _latents(case, dtype):
+    """Latents [token, 1, c and r], weights [head, rows, c], and K and V as they are made of them, in storage type."""
+    (dim, rope), eighths = case.latent, lambda id, count: np.floor(8 * elements(id, count) + np.float32(0.5)) / 8
+    scale = np.float32(0.5) ** next(s for s in range(32) if 4**s >= dim)
+    weights = lambda id, rows: (scale * eighths(id, case.heads * rows * dim)).reshape(case.heads, rows, dim)
+    latent = eighths(7, case.tokens("k") * (dim + rope)).reshape(-1, 1, dim + rope)
+    latent[~case.is_true("k")] = np.nan
+    up_k, up_v = weights(8, case.dim_qk - rope), weights(9, case.dim_v)
+    c, r = latent[:, 0, :dim].astype(np.float64), latent[:, :, dim:].repeat(case.heads, axis=1)
+    k, v = (np.einsum("hnd,td->thn", up.astype(np.float64), c) for up in (up_k, up_v))
+    made = {"k": np.concatenate([k, r], axis=2), "v": v, "latent": latent, "up_k": up_k, "up_v": up_v}
+    return {name: values.astype(np.float32).astype(DTYPES[dtype]) for name, values in made.items()}
+
+
+def contracted(case, given, dk, dv, size=lambda x: x):
+    """The gradients of latents and weights from those of K and V. size: of what they are multiplied by."""
+    dim, rope = case.latent
+    true, nope = case.is_true("k"), case.dim_qk - rope
+    up_k, up_v = (size(given[name].astype(dk.dtype)) for name in ("up_k", "up_v"))
+    c = size(np.where(true[:, None], given["latent"][:, 0, :dim].astype(dk.dtype), 0))
+    d_c = np.einsum("thn,hnd->td", dk[:, :, :nope], up_k) + np.einsum("thn,hnd->td", dv, up_v)
+    d_latent = np.concatenate([d_c, dk[:, :, nope:].sum(axis=1)], axis=1)[:, None]
+    return {"d_latent": d_latent, "d_up_k": np.einsum("thn,td->hnd", dk[:, :, :nope], c), "d_up_v": np.einsum("thn,td->hnd", dv, c)}
 
 
 def attended(rows, format):
@@ -280,7 +309,6 @@ def attended(rows, format):
     most = float(ml_dtypes.finfo(dtype).max)
     back = np.where(finite, np.clip(back, -most, most), np.nan)
     return back.reshape(*rows.shape[:-1], -1)[..., :dim].astype(dtype)
-
 
 SHAPES = {"out": ("q", "heads", "dim_v"), "dq": ("q", "heads", "dim_qk"), "dk": ("k", "kv_heads", "dim_qk"), "dv": ("k", "kv_heads", "dim_v")}
 
@@ -337,6 +365,11 @@ def reference(case, dtype):
                     part[name][at[name]] += values[name]
     for name in made.plain:
         made.plain[name] = made.plain[name].astype(np.float32).astype(DTYPES[dtype]).astype(np.float64)
+    if case.latent:
+        made.right |= contracted(case, given, made.right["dk"], made.right["dv"])
+        made.terms |= contracted(case, given, made.terms["dk"], made.terms["dv"], abs)
+        plain = contracted(case, given, made.plain["dk"].astype(np.float32), made.plain["dv"].astype(np.float32))
+        made.plain |= {**plain, "d_latent": plain["d_latent"].astype(DTYPES[dtype]).astype(np.float64)}
     return made
 
 
@@ -390,6 +423,11 @@ def _plain(q, k, v, d_out, sees, kept, shift, sink, case, dtype):
     return {"dx": dx, "out": out, "dq": scale * (ds @ k), "dk": scale * (ds.T @ q), "dv": rounded(kept * p).T @ d_out}
 
 
+def shapes(case):
+    """Those of SHAPES that a layer gives: gradients of K and V only if they are given."""
+    return {name: shape for name, shape in SHAPES.items() if not (case.latent and name in ("dk", "dv"))}
+
+
 def check(case, dtype, got):
     """Global results against the contract: name -> [token, head, dim], lse [token, head], d_sinks and max_logit [head]. Returns the largest error as a
     share of its bound."""
@@ -399,11 +437,18 @@ def check(case, dtype, got):
     assert np.all(lse[~finite] == -np.inf), f"{case.name} {dtype} lse: not -inf where nothing is seen"
     error = abs(lse[finite] - ref.right["lse"][finite])
     assert np.all(error <= LSE_BOUND), f"{case.name} {dtype} lse: off by {error.max()}"
-    for name, (side, _, _) in SHAPES.items():
-        values = got[name].astype(np.float64)
-        assert values.shape == ref.right[name].shape, (name, values.shape, ref.right[name].shape)
+    # [row, head, dim], and which rows there are: all of those of weights.
+    tensors = {name: (got[name], ref.looks if side == "q" else ref.seen) for name, (side, _, _) in SHAPES.items() if name in shapes(case)}
+    if case.latent:
+        turned = lambda x: x.transpose(1, 0, 2)
+        tensors["d_latent"] = (got["d_latent"], ref.seen)
+        tensors |= {name: (turned(got[name]), np.ones(got[name].shape[1], bool)) for name in ("d_up_k", "d_up_v")}
+    of = lambda part, name: part[name].transpose(1, 0, 2) if "up" in name else part[name]
+    for name, (values, alive) in tensors.items():
+        values = values.astype(np.float64)
+        right, terms, plain = (of(part, name) for part in (ref.right, ref.terms, ref.plain))
+        assert values.shape == right.shape, (name, values.shape, right.shape)
         for head in range(values.shape[1]):
-            alive = ref.looks if side == "q" else ref.seen
             where = f"{case.name} {dtype} {name} head {head}"
             assert np.all(values[~alive, head] == 0), f"{where}: not 0 where there is padding or nothing to see"
             live = np.flatnonzero(alive)
@@ -411,9 +456,9 @@ def check(case, dtype, got):
             for i in range(count):
                 rows = live[i * 64 : None if i + 1 == count else (i + 1) * 64]
                 norm = lambda x: np.linalg.norm(x[rows, head])
-                bound = (2 if name == "out" else 3) * norm(ref.plain[name] - ref.right[name])
-                bound += 4 * EPSILON[dtype] * norm(ref.right[name]) + 1e-7 * norm(ref.terms[name])
-                error = norm(values - ref.right[name])
+                bound = (2 if name == "out" else 3) * norm(plain - right)
+                bound += 4 * EPSILON[dtype] * norm(right) + 1e-7 * norm(terms)
+                error = norm(values - right)
                 assert error <= bound, f"{where} rows {rows[0]}..{rows[-1]}: error {error:.3e}, allowed {bound:.3e}"
                 worst = max(worst, error / bound) if bound else worst
     for name, wanted in (("d_sinks", case.sinks), ("max_logit", case.max_logit)):

@@ -5,7 +5,7 @@ import threading
 import numpy as np
 
 import context_parallel as cp
-from corpus import DTYPES, SEED, SHAPES, inputs
+from corpus import DTYPES, SEED, inputs, shapes
 
 # How the axes lie in an array of each format, from [batch, seq, heads, dim].
 ORDER = {"bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3), "bhsd": (0, 2, 1, 3)}
@@ -122,6 +122,11 @@ def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, p
     tokens = {side: cp.partition_tokens(case.partition, format, sequences, group.size, group.rank, side) for side in "qk"}
     given = inputs(case, dtype)
     mine = {name: view(to_local(case, given[name], tokens["k" if name in "kv" else "q"], format)) for name in ("q", "k", "v", "d_out")}
+    made_of = {}
+    if case.latent:
+        latent = view(to_local(case, given["latent"], tokens["k"], format))
+        made_of = {"latent": latent, **{name: view(given[name].copy()) for name in ("up_k", "up_v")}}
+        mine["k"] = mine["v"] = None
     numbers = [name for name, wanted in (("d_sinks", case.sinks), ("max_logit", case.max_logit)) if wanted]
     score = {"sinks": view(given["sinks"].copy())} if case.sinks else {}
     has_d_bias = case.bias is not None and case.bias[2] != "1"
@@ -132,11 +137,14 @@ def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, p
         score |= {"dropout_seed": SEED, "sequence_ids": case.sequence_ids()}
     fresh, saved = {}, {}
     if preallocate:
-        for name, (side, heads, dim) in SHAPES.items():
+        for name, (side, heads, dim) in shapes(case).items():
             rows = np.full((case.tokens(side), getattr(case, heads), getattr(case, dim)), np.nan, DTYPES[dtype])
             fresh[name] = view(to_local(case, rows, tokens[side], format))
         fresh["lse"] = view(to_local(case, np.full((case.tokens("q"), case.heads), np.nan, np.float32), tokens["q"], format))
         fresh |= {name: view(np.full(case.heads, np.nan, np.float32)) for name in numbers}
+        if case.latent:
+            fresh["d_latent"] = view(np.full_like(latent, np.nan))
+            fresh |= {f"d_{name}": view(np.full(given[name].shape, np.nan, np.float32)) for name in ("up_k", "up_v")}
         if has_d_bias:
             fresh["d_bias"] = view(np.full_like(given["bias"][:, :, of_bias], np.nan))
         saved = {"saved": buffer(size) for size in [layer.report(sequences)["saved"]] if size > 0}
@@ -145,9 +153,11 @@ def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, p
         held = (len(cp.partition_tokens(case.partition, format, sequences, group.size, rank, side)) for rank in range(group.size) for side in "qk")
         scratch = buffer(layer.workspace_size(max(held)))
     pick = lambda *names: {"workspace": scratch, "stream": stream, **{name: fresh[name] for name in names if name in fresh}}
-    out, lse, context = layer.forward(mine["q"], mine["k"], mine["v"], sequences, **pick("out", "lse", "max_logit"), **saved, **score)
-    dq, dk, dv, *rest = layer.backward(context, mine["d_out"], **pick("dq", "dk", "dv", "d_sinks", "d_bias"))
-    found = {"out": (out, tokens["q"]), "lse": (lse, tokens["q"]), "dq": (dq, tokens["q"]), "dk": (dk, tokens["k"]), "dv": (dv, tokens["k"])}
+    out, lse, context = layer.forward(mine["q"], mine["k"], mine["v"], sequences, **pick("out", "lse", "max_logit"), **saved, **score, **made_of)
+    wanted = ("d_latent", "d_up_k", "d_up_v") if case.latent else ("dk", "dv")
+    dq, *rest = layer.backward(context, mine["d_out"], **pick("dq", *wanted, "d_sinks", "d_bias"))
+    found = {"out": (out, tokens["q"]), "lse": (lse, tokens["q"]), "dq": (dq, tokens["q"])}
+    found |= {name: (rest.pop(0), tokens["k"]) for name in wanted}
     found |= {name: ({"d_sinks": rest, "max_logit": [context.max_logit]}[name][0], np.zeros(0, int)) for name in numbers}
     if has_d_bias:
         found["d_bias"] = (rest[-1], of_bias)
@@ -159,7 +169,7 @@ def run_case(group, case, dtype, comm="p2p", *, format=None, view=lambda x: x, p
 
 def collect(case, of_ranks, format):
     """The global results of all ranks' local ones."""
-    whole = {name: np.full((case.tokens(side), getattr(case, heads), getattr(case, dim)), np.nan) for name, (side, heads, dim) in SHAPES.items()}
+    whole = {name: np.full((case.tokens(side), getattr(case, heads), getattr(case, dim)), np.nan) for name, (side, heads, dim) in shapes(case).items()}
     whole["lse"] = np.full((case.tokens("q"), case.heads), np.nan)
     for name, reach, together in (("d_sinks", case.sinks, np.sum), ("max_logit", case.max_logit, np.max)):
         if reach:
@@ -171,6 +181,10 @@ def collect(case, of_ranks, format):
         for found in of_ranks:
             local, rows = found.pop("d_bias")
             whole["d_bias"][:, :, rows] = np.asarray(local, np.float64)
+    if case.latent:
+        whole["d_latent"] = np.full((case.tokens("k"), 1, sum(case.latent)), np.nan)
+        for name in ("d_up_k", "d_up_v"):  # every rank has its part
+            whole[name] = sum(np.asarray(found.pop(name)[0], np.float64) for found in of_ranks)
     for found in of_ranks:
         for name, (local, tokens) in found.items():
             from_local(case, whole[name], tokens, np.asarray(local, np.float64), format)

@@ -27,7 +27,7 @@ def test_golden_list_partition():
     case = cases()["causal_101_list"]
     dealt = {s[1] // 5: rank for rank, of_rank in enumerate(case.stretches(3, "q")) for s in of_rank if s[0] == 1}
     assert [dealt[b] for b in range(7)] == [1, 0, 1, 1, 1, 0, 2]
-    assert len(cases()) == 140
+    assert len(cases()) == 149
 
 
 def test_golden_random_words():
@@ -61,7 +61,7 @@ def test_the_metric_notices():
 
 def test_the_yardstick_is_small():
     """Plain attention's error is what others are measured by: a mistake in one of the two would excuse everything."""
-    for case in (cases()[name] for name in ("causal_33", "softcap", "alibi", "dropout", "sinks_blind", "bias_1hss", "bias_documents", "bias_and_everything")):
+    for case in (cases()[name] for name in ("causal_33", "softcap", "alibi", "dropout", "sinks_blind", "bias_1hss", "bias_documents", "bias_and_everything", "latent_causal", "latent_documents")):
         ref = reference(case, "float32")
         for name, plain in ref.plain.items():
             assert np.linalg.norm(plain - ref.right[name]) <= 16 * 2.0**-24 * np.linalg.norm(ref.terms[name]), (case.name, name)

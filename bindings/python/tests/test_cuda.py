@@ -29,6 +29,7 @@ BF16 = np.dtype(ml_dtypes.bfloat16)
 # Settings of the layer, and one of run_case.
 OPTIONS = ({}, {"save": True}, {"wire_fp32": True}, {"deterministic": True}, {"workspace": True}, {"sm_margin": 1}, {"max_segments": 200})
 FAST = {name: case for name, case in cases().items() if "fast" in case.tags}
+FAST = {name: case for name, case in FAST.items() if case.latent is None}  # not on CUDA yet
 NAMES = [name for name, case in FAST.items() if max(case.tokens("q"), case.tokens("k")) <= 210 and case.dim_qk >= case.dim_v]
 
 

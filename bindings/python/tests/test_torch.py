@@ -35,7 +35,7 @@ class AsArray:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["causal_101_sbhd", "pad_left", "thd_padded_between", "gqa_8_2", "everything", "kv_e4m3_causal"])
+@pytest.mark.parametrize("name", ["causal_101_sbhd", "pad_left", "thd_padded_between", "gqa_8_2", "everything", "kv_e4m3_causal", "latent_causal"])
 def test_tensors(torch, name, dtype):
     case, groups = cases()[name], thread_groups(3)
 
@@ -242,3 +242,39 @@ def test_no_gradient_of_a_gradient(torch):
     (grad,) = torch.autograd.grad(attention(cp.Attention(**CONFIG), q, k, v, SEQ).square().sum(), q, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         grad.sum().backward()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_latents_equal_torch(torch, dtype):
+    """Gradients of latents and of their weights against torch's own through keys and values that it expands: those of weights are parts that are summed."""
+    from context_parallel.torch import attention
+
+    made = lambda seed, *shape: torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(getattr(torch, dtype))
+    given = [made(1, 2, 21, 4, 24), made(2, 2, 21, 1, 40), made(3, 4, 16, 32) / 6, made(4, 4, 16, 32) / 6]
+    d_out = made(5, 2, 21, 4, 16)
+    q, latent, up_k, up_v = whole = [x.double().requires_grad_() for x in given]
+    c, r = latent[:, :, 0, :32], latent[:, :, :, 32:].expand(2, 21, 4, 8)
+    k = torch.cat([torch.einsum("hnd,bsd->bshn", up_k, c), r], dim=-1)
+    attended = sdpa(torch, q, k, torch.einsum("hnd,bsd->bshn", up_v, c))
+    (attended * d_out.double()).sum().backward()
+
+    def work(group, comm):
+        rows = cp.partition_tokens("zigzag", "bshd", SEQ, group.size, group.rank)
+        picked = rows[: len(rows) // 2]
+        mine = [x[:, picked].contiguous().requires_grad_() for x in given[:2]] + [x.clone().requires_grad_() for x in given[2:]]
+        layer = cp.Attention(heads=4, head_dim=24, head_dim_v=16, dtype=dtype, causal=True, latent=(32, 8))
+        layer.set_group(group, comm)
+        out = attention(layer, mine[0], None, None, SEQ, latent=mine[1], up_k=mine[2], up_v=mine[3])
+        (out * d_out[:, picked]).sum().backward()
+        assert all(x.grad.dtype == x.dtype for x in mine)
+        return picked, [out.detach(), *(x.grad for x in mine)]
+
+    near = lambda got, right: np.linalg.norm(got.double() - right) <= (1e-5 if dtype == "float32" else 0.02) * np.linalg.norm(right)
+    for comm in ("p2p", "all_gather", "a2a", "a2a+p2p"):
+        groups = thread_groups(4)
+        found = everywhere(groups, lambda group: work(group, comm))
+        for i, right in enumerate([attended.detach(), whole[0].grad, whole[1].grad]):
+            assert all(near(of_rank[i], right[:, picked]) for picked, of_rank in found), (comm, i)
+        for i, right in ((3, whole[2].grad), (4, whole[3].grad)):
+            assert near(sum(of_rank[i].double() for _, of_rank in found), right), (comm, i)
+        give_back(groups)

@@ -126,6 +126,7 @@ pub fn config(given: &Given, dtype: DType) -> std::result::Result<Config, Failur
     let default = if heads.is_multiple_of(4) { heads / 4 } else { heads };
     Ok(Config {
         score: Score::default(),
+        latent: None,
         heads,
         kv_heads: given.small("kv-heads", default, 1..=4096)?,
         dim_qk,

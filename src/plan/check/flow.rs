@@ -87,6 +87,17 @@ impl Sums {
     }
 }
 
+impl Sums {
+    /// Of latents, which every head's keys and values are made of.
+    fn latents(&self, p: &Problem) -> Vec<u64> {
+        let both = factor(Tensor::DK).wrapping_add(factor(Tensor::DV));
+        let of = |heads: &[u64]| {
+            heads.iter().fold(0u64, |sum, x| sum.wrapping_add(x.wrapping_mul(both)))
+        };
+        self.key.chunks_exact(p.kv_heads as usize).map(of).collect()
+    }
+}
+
 /// A posted send or receive.
 #[derive(Clone, Copy)]
 struct Posted<'a> {
@@ -299,22 +310,72 @@ impl<'a> Flow<'a> {
         Ok(())
     }
 
+    /// The gradients of up-projections: what this team's queries add through this rank's heads.
+    fn weights(&self, rank: usize) -> Result<(), String> {
+        let plan = &self.plans[rank];
+        let p = &*plan.problem;
+        if p.latent.is_none() || plan.pass != Pass::Backward {
+            return Ok(());
+        }
+        let mut want = vec![0u64; p.heads as usize];
+        for (index, seq) in p.seqs.iter().enumerate() {
+            let (q_base, k_base) =
+                (first_token(p, index, Side::Query), first_token(p, index, Side::Key));
+            let team = rank as u32 / p.inner;
+            let held = (team * p.inner..(team + 1) * p.inner)
+                .flat_map(|r| holding(p, r, Side::Query).segments)
+                .filter(|s| s.seq as usize == index);
+            for i in held.flat_map(|s| (0..s.len).map(move |i| s.start + i * s.step)) {
+                for j in (0..seq.k.len).filter(|j| may_see(p, index, i, *j)) {
+                    for head in plan.share.kv.clone() {
+                        let of_key = weight(head, 0, k_base + j);
+                        let pair = weight(head, q_base + i, k_base + j).wrapping_mul(of_key);
+                        let want = &mut want[head as usize];
+                        *want = want.wrapping_add(pair);
+                    }
+                }
+            }
+        }
+        for (tensor, of) in [(Tensor::DUpK, Tensor::DK), (Tensor::DUpV, Tensor::DV)] {
+            let Some(buffer) = self.memory[rank].find(Slot::caller(tensor)) else {
+                return Err(format!("rank {rank}: nobody wrote {tensor:?}"));
+            };
+            let rows = Plan::weight_rows(p, tensor);
+            for (row, head) in (0..rows).flat_map(|row| (0..p.heads).map(move |h| (row, h))) {
+                let want = want[head as usize].wrapping_mul(factor(of));
+                if buffer.read(row, head).map_err(|e| format!("rank {rank}: {e}"))? != want {
+                    return Err(format!(
+                        "rank {rank}: {tensor:?} of head {head} is not the sum of what its team's queries add"
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
     /// Every result of a rank: all rows, padding too.
     fn results(&self, rank: usize, sums: &Sums) -> Result<(), String> {
         let plan = &self.plans[rank];
         let p = &*plan.problem;
         self.numbers(rank, sums)?;
         self.bias(rank, sums)?;
+        self.weights(rank)?;
         let outputs: &[Tensor] = match plan.pass {
             Pass::Forward => &[Tensor::Out, Tensor::Lse],
+            Pass::Backward if p.latent.is_some() => &[Tensor::DQ, Tensor::DLatent],
             Pass::Backward => &[Tensor::DQ, Tensor::DK, Tensor::DV],
             Pass::ToHeads | Pass::ToSequence => &[],
         };
         for &tensor in outputs {
             let (side, slot) = (side_of(tensor), Slot::caller(tensor));
             let held = holding(p, rank as u32, side);
+            let latents;
             let (heads, sums) = match side {
                 Side::Query => (p.heads, &sums.query),
+                Side::Key if tensor == Tensor::DLatent => {
+                    latents = sums.latents(p);
+                    (1, &latents)
+                }
                 Side::Key => (p.kv_heads, &sums.key),
             };
             let mut want = vec![0; (held.rows * heads) as usize];

@@ -106,6 +106,17 @@ fn meaning(plan: &Plan, step: &Step) -> Result<(), String> {
             }
             slices.iter().try_for_each(tight)
         }
+        Op::Expand { latent, k, .. } => {
+            latent_shapes(plan, *latent, *k, Slot { tensor: Tensor::V, ..*k }, plan.problem.dtype)
+        }
+        Op::Contract { dk, latent, d_latent, .. } => {
+            latent_shapes(plan, *latent, *dk, Slot { tensor: Tensor::DV, ..*dk }, DType::F32)?;
+            let (from, to) = (find(plan, *latent)?, find(plan, *d_latent)?);
+            if (from.dim, 1, DType::F32) != (to.dim, to.heads, to.dtype) {
+                return Err(format!("{from:?} and {to:?} do not fit"));
+            }
+            Ok(())
+        }
         Op::Delta => Ok(()),
         Op::SinkTerms => {
             let sum = |tensor| find(plan, Slot::of(Kind::Sum, tensor));
@@ -153,6 +164,24 @@ fn meaning(plan: &Plan, step: &Step) -> Result<(), String> {
             if *value == empty { Ok(()) } else { Err(format!("{slot:?} must be {empty:?}")) }
         }
     }
+}
+
+/// A latent is one head, and what is made of it has this rank's heads.
+fn latent_shapes(plan: &Plan, latent: Slot, k: Slot, v: Slot, dtype: DType) -> Result<(), String> {
+    let p = &plan.problem;
+    let Some(shape) = p.latent else { return Err("the problem has no latents".into()) };
+    let info = find(plan, latent)?;
+    if (info.heads, info.dim, info.dtype) != (1, shape.width(), p.dtype) {
+        return Err(format!("{info:?} is no latent"));
+    }
+    let heads = plan.share.kv.len() as u32;
+    for (slot, dim) in [(k, p.dim_qk), (v, p.dim_v)] {
+        let info = find(plan, slot)?;
+        if (info.heads, info.dim, info.dtype) != (heads, dim, dtype) {
+            return Err(format!("{info:?} is not made of {latent:?}"));
+        }
+    }
+    Ok(())
 }
 
 /// Nothing is computed with numbers as they travel.

@@ -129,9 +129,10 @@ pub(super) fn initial(plan: &Plan) -> Memory {
     }
     let p = &*plan.problem;
     let inputs: &[Tensor] = match plan.pass {
-        Pass::Forward => &[Tensor::Q, Tensor::K, Tensor::V],
+        Pass::Forward => &[Tensor::Q, Tensor::K, Tensor::V, Tensor::Latent],
         Pass::Backward => {
-            &[Tensor::Q, Tensor::K, Tensor::V, Tensor::Out, Tensor::Lse, Tensor::DOut]
+            use Tensor::*;
+            &[Q, K, V, Latent, Out, Lse, DOut]
         }
         Pass::ToHeads | Pass::ToSequence => &[],
     };
@@ -166,7 +167,8 @@ pub(super) fn initial(plan: &Plan) -> Memory {
         } else if info.saved && plan.pass == Pass::Backward {
             // What forward left: the team's rows, this rank's heads.
             let segments = if tensor.key_side() { &team.k.segments } else { &team.q.segments };
-            fill(segments, plan.share.side(tensor.key_side()).start);
+            let first = plan.share.side(tensor.key_side()).start;
+            fill(segments, if tensor == Tensor::Latent { 0 } else { first });
             if matches!(info.dtype, DType::Fp8(_)) {
                 buffer.data.iter_mut().filter(|v| **v != POISON).for_each(|v| *v |= ROUNDED);
             }
@@ -222,6 +224,37 @@ pub(super) fn compute(plan: &Plan, memory: &mut Memory, step: &Step) -> Result<(
             for (row, head) in elements(&[Rows::range(0, info.rows)], info.heads) {
                 let token = memory.token(&inputs, row, head, head, 0)?;
                 memory.0[delta].put(row, head, identity(Tensor::Delta, head, token));
+            }
+            Ok(())
+        }
+        Op::Expand { latent, k, rows } => {
+            for row in rows.iter().cloned().flatten() {
+                let token = memory.latent(*latent, row)?;
+                for (head, global) in plan.share.kv.clone().enumerate() {
+                    for slot in [*k, Slot { tensor: Tensor::V, ..*k }] {
+                        let made = identity(slot.tensor, global, token);
+                        memory.of_mut(slot).put(row, head as u32, made);
+                    }
+                }
+            }
+            Ok(())
+        }
+        // Sums of weights stand for gradients; those of a head's up-projection are told apart by the token that they come from.
+        Op::Contract { dk, latent, d_latent, rows } => {
+            for row in rows.iter().cloned().flatten() {
+                let token = memory.latent(*latent, row)?;
+                for (head, global) in plan.share.kv.clone().enumerate() {
+                    for (tensor, up) in [(Tensor::DK, Tensor::DUpK), (Tensor::DV, Tensor::DUpV)] {
+                        let sum = memory.of(Slot { tensor, ..*dk }).read(row, head as u32)?;
+                        let part = sum.wrapping_mul(factor(Tensor::DLatent));
+                        memory.of_mut(*d_latent).add(row, 0, part)?;
+                        let part = sum.wrapping_mul(weight(global, 0, token));
+                        let up = Slot::caller(up);
+                        for row in 0..plan.info(up).rows {
+                            memory.of_mut(up).add(row, global, part)?;
+                        }
+                    }
+                }
             }
             Ok(())
         }
@@ -405,6 +438,11 @@ impl Memory {
             }
         }
         Ok(())
+    }
+
+    /// The true token whose latent a row is.
+    fn latent(&self, slot: Slot, row: u32) -> Result<u32, String> {
+        self.true_token(&[(slot, Tensor::Latent)], row, 0, 0, 0)
     }
 
     fn true_token(

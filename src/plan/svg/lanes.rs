@@ -62,6 +62,8 @@ pub fn lanes(plans: &[Plan]) -> String {
             let fill = match step.op {
                 Op::Copy { .. }
                 | Op::Fill { .. }
+                | Op::Expand { .. }
+                | Op::Contract { .. }
                 | Op::Delta
                 | Op::SinkTerms
                 | Op::Reduce { .. } => "#9a9a9a".to_string(),
@@ -99,9 +101,12 @@ fn label(step: &Step) -> String {
         Op::Attend { .. } | Op::AttendBackward { .. } => step.stage.to_string(),
         Op::Exchange { .. } if step.stage == 0 => "heads".to_string(),
         Op::Exchange { sends, recvs } => {
-            let moves = |tensor| sends.iter().chain(recvs).any(|m| m.slot.tensor == tensor);
-            let keys = moves(Tensor::K).then(|| format!("K{}", step.stage));
-            let home = moves(Tensor::DK).then(|| format!("d{}", step.stage.saturating_sub(2)));
+            let moves = |some: [Tensor; 2]| {
+                sends.iter().chain(recvs).any(|m| some.contains(&m.slot.tensor))
+            };
+            let keys = moves([Tensor::K, Tensor::Latent]).then(|| format!("K{}", step.stage));
+            let home = moves([Tensor::DK, Tensor::DLatent])
+                .then(|| format!("d{}", step.stage.saturating_sub(2)));
             keys.into_iter().chain(home).collect::<Vec<_>>().join(" ")
         }
         _ => String::new(),
@@ -166,6 +171,8 @@ impl Costs {
                 let rows: usize = rows.iter().map(|r| r.count as usize).sum();
                 0.05 * moved(rows * plan.info(*slot).row_bytes())
             }
+            // Next to a stage's pairs it is little, and what it takes is not pairs.
+            Op::Expand { .. } | Op::Contract { .. } => 0.0,
             Op::Delta | Op::SinkTerms | Op::Reduce { .. } => 0.0,
         }
     }

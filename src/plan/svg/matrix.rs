@@ -7,7 +7,7 @@ use crate::partition::{Segment, Side};
 use crate::plan::needs::Interval;
 use crate::plan::survey::Survey;
 use crate::plan::team::team_segments;
-use crate::plan::{Kind, Op, Plan};
+use crate::plan::{Op, Plan};
 use crate::problem::Problem;
 use std::fmt::Write;
 
@@ -239,12 +239,11 @@ fn draw_tiles(
         let mut d = String::new();
         let mut blurred = false;
         for step in plan.steps.iter().filter(|s| s.stage == stage) {
-            let (Op::Attend { k, slices, .. } | Op::AttendBackward { k, slices, .. }) = &step.op
-            else {
+            let (Op::Attend { slices, .. } | Op::AttendBackward { slices, .. }) = &step.op else {
                 continue;
             };
             let mut arrived = Vec::new();
-            if matches!(k.kind, Kind::Recv | Kind::Seen) {
+            if stage > 0 {
                 for t in &survey.stage(stage).arriving.transfers {
                     let owner = team_segments(p, t.owner, Side::Key);
                     let mut row = t.base;
@@ -254,7 +253,7 @@ fn draw_tiles(
                     }
                 }
             }
-            let keys = if matches!(k.kind, Kind::Recv | Kind::Seen) { &arrived } else { &own };
+            let keys = if stage > 0 { &arrived } else { &own };
             for s in slices {
                 let (Some(q), Some(k)) = (find(&queries, s.q), find(keys, s.k)) else { continue };
                 if !visible[q.seq as usize] {

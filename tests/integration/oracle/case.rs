@@ -5,7 +5,7 @@ use context_parallel::dtype::{DType, Fp8};
 use context_parallel::error::Result;
 use context_parallel::mask::Mask;
 use context_parallel::partition::{Partition, Side, Stretch};
-use context_parallel::problem::{CommType, Extent, Problem, Sequence, Wire};
+use context_parallel::problem::{CommType, Extent, Latent, Problem, Sequence, Wire};
 use context_parallel::regions::{Region, Regions};
 use context_parallel::score::{BiasShape, Reach, Score};
 use std::ops::Range;
@@ -56,6 +56,8 @@ pub struct Case {
     pub max_logit: Option<Reach>,
     /// With a gradient where there is one bias per query.
     pub bias: Option<BiasShape>,
+    /// K and V are made of latents.
+    pub latent: Option<Latent>,
     /// How keys and values travel.
     pub kv_wire: Option<Fp8>,
     /// If there are any, what queries see at most.
@@ -125,7 +127,6 @@ fn parse(text: &str) -> Vec<Case> {
 fn line(line: &str) -> Case {
     let f: Vec<&str> = line.split(',').collect();
     assert_eq!(f.len(), COLUMNS.split(',').count(), "cases.csv: {line}");
-    assert_eq!(f[27], "-", "{}: latent: not read yet", f[0]);
     let number =
         |i: usize| -> usize { f[i].parse().unwrap_or_else(|e| panic!("{}: {e}: {}", f[0], f[i])) };
     let batch = number(3);
@@ -182,12 +183,19 @@ fn line(line: &str) -> Case {
         bias: bias(f[22]),
         sinks: reach(24),
         max_logit: reach(25),
+        latent: latent(f[27]),
         slices: match f[26] {
             "-" => Vec::new(),
             list => list.split(' ').map(Part::parse).collect(),
         },
         kv_wire: (f[28] != "-").then(|| Fp8::parse(f[28]).unwrap_or_else(|| panic!("{}", f[28]))),
     }
+}
+
+/// The latent column: elements of c, a colon, elements of r.
+fn latent(word: &str) -> Option<Latent> {
+    let (dim, rope) = word.split_once(':')?;
+    Some(Latent { dim: dim.parse().expect(word), rope: rope.parse().expect(word) })
 }
 
 /// The bias column: the dimensions [batch, heads, queries, keys], 1 where one is for all.
@@ -271,6 +279,12 @@ impl Case {
     pub fn keeps(&self, seq: usize, head: usize, i: usize, j: usize) -> bool {
         let counter = [(j / 4) as u32, i as u32, head as u32, number(seq)];
         f64::from(philox(SEED, counter)[j % 4]) >= (f64::from(self.dropout) * 2f64.powi(32)).floor()
+    }
+
+    /// Elements of c, of r, and of a key without r; 0 without latents.
+    pub fn latent_dims(&self) -> [usize; 3] {
+        self.latent
+            .map_or([0; 3], |l| [l.dim as usize, l.rope as usize, self.dim_qk - l.rope as usize])
     }
 
     /// [batch, heads, queries, keys] of the global bias.
@@ -368,6 +382,7 @@ impl Case {
                 max_logit: self.max_logit,
                 ..Score::default()
             },
+            latent: self.latent,
         };
         problem.validate()?;
         Dealt::default().resolve(&mut problem);

@@ -3,6 +3,7 @@
 use super::Results;
 use super::case::Case;
 use super::inputs::Inputs;
+use super::latent;
 use context_parallel::partition::Side;
 
 /// The right results, and how large the terms are that were summed to get them.
@@ -31,6 +32,7 @@ pub fn exact(case: &Case, x: &Inputs) -> Exact {
             }
         }
     }
+    latent::exact(case, x, &mut out);
     out
 }
 

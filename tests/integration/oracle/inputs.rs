@@ -1,6 +1,7 @@
 //! Inputs that every language computes to the same bits, and the moving of rows between global and local tensors.
 
 use super::case::Case;
+use super::latent::{Latents, latents};
 use context_parallel::dtype::DType;
 use context_parallel::partition::Side;
 
@@ -19,6 +20,8 @@ pub struct Inputs {
     pub sinks: Vec<f32>,
     /// `[batch, head, query, key]`, 1 where one is for all. What no query and key use is NaN.
     pub bias: Vec<f32>,
+    /// Of latents, whose K and V are then those that are made of them; else empty.
+    pub latent: Latents,
 }
 
 /// SplitMix64's output for counter `n` (counting from 0).
@@ -58,13 +61,20 @@ pub fn inputs(case: &Case, dtype: DType) -> Inputs {
         }
         values
     };
+    let latent = latents(case, dtype);
+    let [made_k, made_v] = latent.expand(case, dtype);
+    let or = |made: Vec<f32>, id, width| match case.latent {
+        Some(_) => made,
+        None => tensor(id, Side::Key, case.kv_heads * width),
+    };
     Inputs {
         q: tensor(1, Side::Query, case.heads * case.dim_qk),
-        k: tensor(2, Side::Key, case.kv_heads * case.dim_qk),
-        v: tensor(3, Side::Key, case.kv_heads * case.dim_v),
+        k: or(made_k, 2, case.dim_qk),
+        v: or(made_v, 3, case.dim_v),
         d_o: tensor(4, Side::Query, case.heads * case.dim_v),
         bias: bias(case, dtype),
         sinks: (0..case.heads as u64).map(|head| element(5, head)).collect(),
+        latent,
     }
 }
 

@@ -27,17 +27,18 @@ pub enum Tensor {
     Dq,
     Dk,
     Dv,
+    DLatent,
 }
 
 impl Tensor {
-    /// All five.
+    /// The five of plain attention.
     pub const ALL: [Tensor; 5] = [Tensor::O, Tensor::Lse, Tensor::Dq, Tensor::Dk, Tensor::Dv];
 
     /// Which side's tokens it has rows for.
     pub fn side(self) -> Side {
         match self {
             Tensor::O | Tensor::Lse | Tensor::Dq => Side::Query,
-            Tensor::Dk | Tensor::Dv => Side::Key,
+            Tensor::Dk | Tensor::Dv | Tensor::DLatent => Side::Key,
         }
     }
 
@@ -49,6 +50,7 @@ impl Tensor {
             Tensor::Dq => (case.heads, case.dim_qk),
             Tensor::Dk => (case.kv_heads, case.dim_qk),
             Tensor::Dv => (case.kv_heads, case.dim_v),
+            Tensor::DLatent => (1, case.latent.map_or(0, |l| l.width() as usize)),
         }
     }
 }
@@ -201,6 +203,50 @@ impl Reference {
                 ));
             }
             worst = worst.max(if bound > 0.0 { error / bound } else { 0.0 });
+        }
+        Ok(worst)
+    }
+
+    /// Checks the gradients of latents and of their weights, these per head in buckets of 64 rows. Without latents there is nothing to check.
+    pub fn check_latent(&self, got: &Results<f32>) -> Result<f64, String> {
+        if self.case.latent.is_none() {
+            return Ok(0.0);
+        }
+        let mut worst = self.check(Tensor::DLatent, &got.d_latent)?;
+        let (right, terms, plain) = (&self.exact.right, &self.exact.terms, &self.plain);
+        let [dim, _, nope] = self.case.latent_dims();
+        for (name, rows, got, right, terms, plain) in [
+            ("d_up_k", nope, &got.d_up_k, &right.d_up_k, &terms.d_up_k, &plain.d_up_k),
+            ("d_up_v", self.case.dim_v, &got.d_up_v, &right.d_up_v, &terms.d_up_v, &plain.d_up_v),
+        ] {
+            if got.len() != right.len() {
+                return Err(format!("{name}: {} elements, not {}", got.len(), right.len()));
+            }
+            for first in (0..rows * self.case.heads).step_by(rows) {
+                let all: Vec<usize> = (first..first + rows).collect();
+                for rows in buckets(&all) {
+                    let [mut error, mut plain_error, mut size, mut term_size] = [0.0f64; 4];
+                    for i in rows[0] * dim..(rows[rows.len() - 1] + 1) * dim {
+                        error += (f64::from(got[i]) - right[i]).powi(2);
+                        plain_error += (f64::from(plain[i]) - right[i]).powi(2);
+                        size += right[i].powi(2);
+                        term_size += terms[i].powi(2);
+                    }
+                    let bound = 3.0 * plain_error.sqrt()
+                        + 4.0 * epsilon(self.dtype) * size.sqrt()
+                        + 1e-7 * term_size.sqrt();
+                    let error = error.sqrt();
+                    if error.is_nan() || error > bound {
+                        return Err(format!(
+                            "case {}, {}, {name}, row {}: error {error:.3e}, allowed {bound:.3e}",
+                            self.case.name,
+                            self.dtype.name(),
+                            rows[0]
+                        ));
+                    }
+                    worst = worst.max(if bound > 0.0 { error / bound } else { 0.0 });
+                }
+            }
         }
         Ok(worst)
     }

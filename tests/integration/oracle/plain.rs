@@ -3,6 +3,7 @@
 use super::Results;
 use super::case::Case;
 use super::inputs::{Inputs, round};
+use super::latent;
 use context_parallel::dtype::DType;
 use context_parallel::partition::Side;
 
@@ -40,6 +41,7 @@ pub fn plain(case: &Case, x: &Inputs, dtype: DType, how: &Variation) -> Results<
         gradient.iter_mut().for_each(|g| *g = round(scale * *g, dtype));
     }
     out.d_bias.iter_mut().for_each(|g| *g = round(*g, dtype));
+    latent::plain(case, x, dtype, &mut out);
     out
 }
 

@@ -15,7 +15,7 @@ fn case(name: &str) -> &'static Case {
 fn corpus_is_well_formed() {
     let tags: HashSet<&str> = [
         "fast", "tiny", "long", "mask", "window", "cross", "blind", "pad", "format", "thd",
-        "heads", "dims", "scale", "score", "slices", "wire",
+        "heads", "dims", "scale", "score", "slices", "wire", "latent",
     ]
     .into();
     let mut names = HashSet::new();
@@ -39,6 +39,7 @@ fn corpus_is_well_formed() {
         let score = c.softcap > 0.0 || !c.slopes.is_empty() || c.dropout > 0.0;
         let asked = c.sinks.is_some() || c.max_logit.is_some() || c.bias.is_some();
         assert_eq!(c.is("score"), score || asked, "{}: tag score", c.name);
+        assert_eq!(c.is("latent"), c.latent.is_some(), "{}: tag latent", c.name);
         assert_eq!(c.is("slices"), !c.slices.is_empty(), "{}: tag slices", c.name);
         assert_eq!(c.is("blind"), blind, "{}: tag blind", c.name);
     }
