@@ -416,8 +416,9 @@ fn switching_groups_allocates_nothing() {
 fn masks_that_change_are_forgotten() {
     const LEN: u32 = 200_000;
     let tag = TAGS - 3;
-    let mut members = local_group(32);
-    let group = Group::new(members.swap_remove(0), Duration::from_secs(1));
+    let parent = Group::new(local_group(32).swap_remove(0), Duration::from_secs(1));
+    // A subset is attached without a word to its members.
+    let group = parent.subset(&(0..32).collect::<Vec<u32>>()).unwrap();
     let config = Config {
         score: Score::default(),
         latent: None,
@@ -455,8 +456,8 @@ fn masks_that_change_are_forgotten() {
         }
         assert!(held() < 10, "{} MiB of problems", held());
         let mut bytes = 0;
-        for call in 0..45 {
-            let problem = layer.problem_within(&seqs, None, &mask(call, 20)).unwrap();
+        for call in 0..130 {
+            let problem = layer.problem_within(&seqs, None, &mask(call, 33)).unwrap();
             let plan = group.prepare(&problem, Pass::Forward, Options::default(), Target::Host);
             bytes += plan.plan.bytes();
         }
