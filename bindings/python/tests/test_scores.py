@@ -35,6 +35,7 @@ GIVEN = dict(sinks=random(4), dropout_seed=11, bias=random(1, 4, 12, 24))
         (dict(alibi=True, heads=0), "heads|0"),
         (dict(head_offset=-1), "head_offset|-1"),
         (dict(sinks="all"), "sinks|'all'|'group'"),
+        (dict(kv_wire="fp8"), "kv_wire|'fp8'|'e4m3'"),
         (dict(max_logit=True), "max_logit|True|'rank'"),
         (dict(bias="sshb"), "bias|'sshb'|'1hss'"),
     ],
