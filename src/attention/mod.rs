@@ -279,6 +279,8 @@ struct Recent {
 
 /// Problems that a layer remembers: those of the subsets that it switches between. A new one takes the place of the one not asked for longest.
 const RECENT_PROBLEMS: usize = 64;
+/// Regions among them, 36 bytes each, besides the newest's: masks may be new in every call, and a model has many layers.
+const RECENT_REGIONS: usize = 1 << 16;
 
 /// Hash of the caller's numbers of sequences; 0 is none.
 fn numbers(ids: &[u32]) -> u32 {
@@ -450,7 +452,10 @@ impl Attention {
         }
         let problem = self.new_problem(at, seqs.to_vec(), partition, regions)?;
         let mut recent = self.recent.borrow_mut();
-        if recent.len() >= RECENT_PROBLEMS {
+        let pieces = |recent: &HashMap<u64, Recent>| -> usize {
+            recent.values().map(|r| r.problem.regions.list().len()).sum()
+        };
+        while recent.len() >= RECENT_PROBLEMS || pieces(&recent) > RECENT_REGIONS {
             let oldest = recent.iter().min_by_key(|(_, r)| r.asked).map(|(key, _)| *key);
             oldest.and_then(|key| recent.remove(&key));
         }
