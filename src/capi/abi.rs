@@ -544,7 +544,8 @@ pub struct cp_forward_args {
     pub sequence_ids: *const u32,
     /// With a bias: `[batch or 1, heads or 1, S_q or 1, keys]`, ndim 4 in either format (packed: batch is 1, S_q the local tokens), in the layer's
     /// storage type. Queries are this rank's, keys those of the whole padded sequence in natural order (packed: of the longest one). With a2a it
-    /// is exchanged like Q. [in]
+    /// is exchanged like Q. -inf hides a key as a mask does. No number does that for all keys of a query: with -1e9 for each of them fp32 does not hold
+    /// its LSE finely enough for backward, and its gradients are of the wrong size. [in]
     pub bias: cp_tensor,
     /// With latent_dim, and then `k` and `v` are not given: (c ; r) of this rank's key tokens, `[batch, S_k, 1, latent_dim + latent_rope]`. [in]
     pub latent: cp_tensor,
