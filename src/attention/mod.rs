@@ -135,7 +135,7 @@ impl Config {
         dealt.resolve(&mut p);
         lists_fill_the_batch(&p)?;
         if let Stages::Within(cap) = comm.stages {
-            p.stages = fewest_stages(&p, cap)?;
+            p.stages = fewest_stages(&p, cap, self.save)?;
         }
         Ok(Arc::new(p))
     }
@@ -191,12 +191,12 @@ fn lists_fill_the_batch(p: &Problem) -> Result<()> {
 struct Fitted(RefCell<Option<(Problem, u64, u32)>>);
 
 impl Fitted {
-    fn stages(&self, p: &Problem, cap: u64) -> Result<u32> {
+    fn stages(&self, p: &Problem, cap: u64, saved: bool) -> Result<u32> {
         let mut last = self.0.borrow_mut();
         if let Some((_, _, stages)) = last.as_ref().filter(|(q, c, _)| q == p && *c == cap) {
             return Ok(*stages);
         }
-        let stages = fewest_stages(p, cap)?;
+        let stages = fewest_stages(p, cap, saved)?;
         *last = Some((p.clone(), cap, stages));
         Ok(stages)
     }
@@ -478,7 +478,7 @@ impl Attention {
         };
         let Stages::Within(cap) = at.comm.stages else { return made(at.comm) };
         let p = made(Comm { stages: Stages::Named, ..at.comm })?;
-        let stages = self.fitted.stages(&p, cap)?;
+        let stages = self.fitted.stages(&p, cap, self.config.save)?;
         Ok(Arc::new(Problem { stages, ..(*p).clone() }))
     }
 
@@ -546,7 +546,8 @@ impl Attention {
             bytes(Pass::Forward).max(bytes(Pass::Backward))
         };
         let bound = most(self.options(&at.group, true));
-        let gathering = bound.saturating_sub(most(Options::default()));
+        let gathering =
+            bound.saturating_sub(most(Options { saved: self.config.save, ..Options::default() }));
         // A stage of many pieces has longer work lists than the full mask's; backward cuts its own keys' work in two.
         let segments = match self.config.max_segments {
             0 => DEFAULT_SEGMENTS,
