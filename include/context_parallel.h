@@ -249,7 +249,7 @@
 #define CP_KV_WIRE_STORAGE 0
 
 // As 8-bit numbers E4M3 (up to 448) in blocks: 32 consecutive elements of a row and head (the last block of a head has as many as are left) share a
-// power of two, the smallest with which rounding to nearest even gives nothing beyond the format's largest number. That is 1.03 bytes an element instead of 2 or 4. The result is
+// power of two, the smallest with which rounding to nearest even gives nothing beyond the format's largest number. That is 1.03 bytes an element (1.13 of heads of 8) instead of 2 or 4. The result is
 // exactly attention of Q with K and V rounded so, whatever the communication type and the number of ranks, one included, and so are O, LSE, dQ; dK and dV are the
 // gradients of the rounded K and V, and travel as without it. A block with a NaN or an infinity becomes NaN.
 #define CP_KV_WIRE_E4M3 1
@@ -987,7 +987,8 @@ typedef struct cp_forward_args {
     const uint32_t *sequence_ids;
     // With a bias: `[batch or 1, heads or 1, S_q or 1, keys]`, ndim 4 in either format (packed: batch is 1, S_q the local tokens), in the layer's
     // storage type. Queries are this rank's, keys those of the whole padded sequence in natural order (packed: of the longest one). With a2a it
-    // is exchanged like Q. [in]
+    // is exchanged like Q. -inf hides a key as a mask does. No number does that for all keys of a query: with -1e9 for each of them fp32 does not hold
+    // its LSE finely enough for backward, and its gradients are of the wrong size. [in]
     struct cp_tensor bias;
     // With latent_dim, and then `k` and `v` are not given: (c ; r) of this rank's key tokens, `[batch, S_k, 1, latent_dim + latent_rope]`. [in]
     struct cp_tensor latent;

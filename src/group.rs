@@ -23,8 +23,8 @@ use std::time::{Duration, Instant};
 
 /// Plans kept per parent group. Regular training needs a few; packed batches of ever new lengths replace the oldest.
 const CACHED_PLANS: usize = 1024;
-/// Bytes of work lists for CUDA among them.
-const CACHED_TABLES: usize = 256 << 20;
+/// Bytes of them, besides the newest's: a mask of many slices makes long lists, and may be new in every call.
+const CACHED_BYTES: usize = 256 << 20;
 
 /// Ranks that compute together. Cheap to clone; clones are the same group.
 #[derive(Clone)]
@@ -98,6 +98,8 @@ pub struct Prepared {
     pub saved: usize,
     /// Work lists of the kernels, on CUDA.
     pub tables: Option<Tables>,
+    /// Bytes that it takes up itself.
+    bytes: usize,
 }
 
 impl Prepared {
@@ -107,7 +109,8 @@ impl Prepared {
         let (slots, saved) = (workspace_bytes(&plan), saved_bytes(&plan));
         let tables = Tables::new(&plan, target, slots);
         let workspace = tables.as_ref().map_or(slots, |t| t.workspace());
-        Prepared { plan, offsets, workspace, saved, tables }
+        let bytes = plan.bytes() + tables.as_ref().map_or(0, |t| t.bytes());
+        Prepared { plan, offsets, workspace, saved, tables, bytes }
     }
 }
 
@@ -506,7 +509,6 @@ impl Group {
         same: impl Fn(&Plan) -> bool,
         plan: impl FnOnce() -> Plan,
     ) -> Arc<Prepared> {
-        let target = key.4;
         let mut cache = lock(&self.parent.plans);
         cache.clock += 1;
         let now = cache.clock;
@@ -516,16 +518,12 @@ impl Group {
             *used = now;
             return prepared.clone();
         }
-        let tables = |c: &PlanCache| -> usize {
-            c.plans.values().filter_map(|(_, p)| p.tables.as_ref()).map(|t| t.bytes()).sum()
-        };
-        while cache.plans.len() >= CACHED_PLANS
-            || (target != Target::Host && tables(&cache) > CACHED_TABLES)
-        {
+        let bytes = |c: &PlanCache| -> usize { c.plans.values().map(|(_, p)| p.bytes).sum() };
+        while cache.plans.len() >= CACHED_PLANS || bytes(&cache) > CACHED_BYTES {
             let oldest = cache.plans.iter().min_by_key(|(_, (used, _))| *used).map(|(key, _)| *key);
             oldest.and_then(|key| cache.plans.remove(&key));
         }
-        let prepared = Arc::new(Prepared::new(plan(), target));
+        let prepared = Arc::new(Prepared::new(plan(), key.4));
         cache.plans.insert(key, (now, prepared.clone()));
         prepared
     }

@@ -18,7 +18,7 @@ use crate::error::{Error, Result};
 use crate::mask::{Band, Overlap, UNBOUNDED, overlap};
 use crate::partition::Segment;
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap};
+use std::collections::{BTreeSet, BinaryHeap};
 use std::fmt;
 use std::hash::{Hash, Hasher};
 use std::sync::Arc;
@@ -234,27 +234,31 @@ impl Regions {
     /// Have the regions of a sequence, from number `first` in the list, no pair of tokens in common? Goes over the queries, and compares
     /// those whose keys may meet.
     fn disjoint(&self, first: usize, of_seq: &[Region]) -> Result<()> {
-        // By first key, among them those of equal ones by place in the list.
-        let mut open: BTreeMap<(u32, usize), u32> = BTreeMap::new();
-        let mut ends: BinaryHeap<Reverse<(u32, u32, usize)>> = BinaryHeap::new();
-        let widest = of_seq.iter().map(|r| r.k.1 - r.k.0).max().unwrap_or(0);
+        // Those that the sweep is in, by first key, among equal ones by place in the list; those whose widths have the same number of binary
+        // digits together, so that few are looked at which end before a key.
+        let mut open: Vec<BTreeSet<(u32, usize)>> = vec![BTreeSet::new(); 33];
+        let digits = |r: &Region| (u32::BITS - (r.k.1 - r.k.0).leading_zeros()) as usize;
+        let mut ends: BinaryHeap<Reverse<(u32, usize)>> = BinaryHeap::new();
         let mut compared = 0;
         for (i, r) in of_seq.iter().enumerate() {
-            while let Some(Reverse((_, k, at))) = ends.peek().filter(|e| e.0.0 <= r.q.0).copied() {
-                open.remove(&(k, at));
+            while let Some(Reverse((_, at))) = ends.peek().filter(|e| e.0.0 <= r.q.0).copied() {
+                open[digits(&of_seq[at])].remove(&(of_seq[at].k.0, at));
                 ends.pop();
             }
-            let from = (r.k.0.saturating_sub(widest), 0);
-            for (&(_, other), _) in open.range(from..(r.k.1, 0)).filter(|(_, end)| **end > r.k.0) {
-                if let Some((query, key)) = of_seq[other].shared(r) {
-                    let (a, b) = (self.numbers[first + other], self.numbers[first + i]);
-                    let (a, b) = (a.min(b), a.max(b));
-                    return Err(Error::argument(format!(
-                        "slices[{a}] and slices[{b}] both let query {query} of sequence {} see key {key}; allowed once",
-                        r.seq
-                    )));
+            for (digits, open) in open.iter().enumerate().filter(|(_, open)| !open.is_empty()) {
+                let widest = ((1u64 << digits) - 1) as u32;
+                let from = (r.k.0.saturating_sub(widest), 0);
+                for &(_, other) in open.range(from..(r.k.1, 0)) {
+                    if let Some((query, key)) = of_seq[other].shared(r) {
+                        let (a, b) = (self.numbers[first + other], self.numbers[first + i]);
+                        let (a, b) = (a.min(b), a.max(b));
+                        return Err(Error::argument(format!(
+                            "slices[{a}] and slices[{b}] both let query {query} of sequence {} see key {key}; allowed once",
+                            r.seq
+                        )));
+                    }
+                    compared += 1;
                 }
-                compared += 1;
             }
             if compared > MOST_COMPARED {
                 return Err(Error::unsupported(format!(
@@ -262,8 +266,8 @@ impl Regions {
                     r.seq
                 )));
             }
-            open.insert((r.k.0, i), r.k.1);
-            ends.push(Reverse((r.q.1, r.k.0, i)));
+            open[digits(r)].insert((r.k.0, i));
+            ends.push(Reverse((r.q.1, i)));
         }
         Ok(())
     }

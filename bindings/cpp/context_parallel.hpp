@@ -70,6 +70,8 @@ enum class TransportKind : std::uint32_t {
 };
 /// How far a number per head goes: not asked for, this rank's part, or the whole group's.
 enum class Reach : std::uint32_t { none = CP_REACH_NONE, rank = CP_REACH_RANK, group = CP_REACH_GROUP };
+/// How keys and values travel between ranks, and so what is attended.
+enum class KvWire : std::uint32_t { storage = CP_KV_WIRE_STORAGE, e4m3 = CP_KV_WIRE_E4M3, e5m2 = CP_KV_WIRE_E5M2 };
 enum class Side : std::uint32_t { query = CP_SIDE_Q, key = CP_SIDE_K };
 enum class Pass : std::uint32_t { forward = CP_PASS_FORWARD, backward = CP_PASS_BACKWARD };
 enum class PlanFormat : std::uint32_t { text = CP_PLAN_TEXT, json = CP_PLAN_JSON };
@@ -517,6 +519,7 @@ struct AttentionConfig {
     Reach sinks = Reach::none;       ///< a sink for every query head; how far its gradient goes
     Reach max_logit = Reach::none;   ///< forward writes the largest visible score of every query head
     std::uint32_t bias = 0;          ///< CP_BIAS_*: an additive bias comes with every call; 0: none
+    KvWire kv_wire = KvWire::storage; ///< keys and values travel, and are attended, as 8-bit numbers
     std::uint32_t latent_dim = 0;    ///< keys and values are made of latents of so many elements; 0: they are given
     std::uint32_t latent_rope = 0;   ///< and of so many that all heads share
 
@@ -555,6 +558,7 @@ struct AttentionConfig {
         c.sinks = static_cast<cp_reach>(sinks);
         c.max_logit = static_cast<cp_reach>(max_logit);
         c.bias = bias;
+        c.kv_wire = static_cast<cp_kv_wire>(kv_wire);
         c.latent_dim = latent_dim;
         c.latent_rope = latent_rope;
         return c;

@@ -135,7 +135,7 @@ impl Config {
         dealt.resolve(&mut p);
         lists_fill_the_batch(&p)?;
         if let Stages::Within(cap) = comm.stages {
-            p.stages = fewest_stages(&p, cap)?;
+            p.stages = fewest_stages(&p, cap, self.save)?;
         }
         Ok(Arc::new(p))
     }
@@ -181,12 +181,12 @@ fn lists_fill_the_batch(p: &Problem) -> Result<()> {
 struct Fitted(RefCell<Option<(Problem, u64, u32)>>);
 
 impl Fitted {
-    fn stages(&self, p: &Problem, cap: u64) -> Result<u32> {
+    fn stages(&self, p: &Problem, cap: u64, saved: bool) -> Result<u32> {
         let mut last = self.0.borrow_mut();
         if let Some((_, _, stages)) = last.as_ref().filter(|(q, c, _)| q == p && *c == cap) {
             return Ok(*stages);
         }
-        let stages = fewest_stages(p, cap)?;
+        let stages = fewest_stages(p, cap, saved)?;
         *last = Some((p.clone(), cap, stages));
         Ok(stages)
     }
@@ -269,6 +269,8 @@ struct Recent {
 
 /// Problems that a layer remembers: those of the subsets that it switches between. A new one takes the place of the one not asked for longest.
 const RECENT_PROBLEMS: usize = 64;
+/// Regions among them, 36 bytes each, besides the newest's: masks may be new in every call, and a model has many layers.
+const RECENT_REGIONS: usize = 1 << 16;
 
 /// Hash of the caller's numbers of sequences; 0 is none.
 fn numbers(ids: &[u32]) -> u32 {
@@ -440,7 +442,10 @@ impl Attention {
         }
         let problem = self.new_problem(at, seqs.to_vec(), partition, regions)?;
         let mut recent = self.recent.borrow_mut();
-        if recent.len() >= RECENT_PROBLEMS {
+        let pieces = |recent: &HashMap<u64, Recent>| -> usize {
+            recent.values().map(|r| r.problem.regions.list().len()).sum()
+        };
+        while recent.len() >= RECENT_PROBLEMS || pieces(&recent) > RECENT_REGIONS {
             let oldest = recent.iter().min_by_key(|(_, r)| r.asked).map(|(key, _)| *key);
             oldest.and_then(|key| recent.remove(&key));
         }
@@ -463,7 +468,7 @@ impl Attention {
         };
         let Stages::Within(cap) = at.comm.stages else { return made(at.comm) };
         let p = made(Comm { stages: Stages::Named, ..at.comm })?;
-        let stages = self.fitted.stages(&p, cap)?;
+        let stages = self.fitted.stages(&p, cap, self.config.save)?;
         Ok(Arc::new(Problem { stages, ..(*p).clone() }))
     }
 
@@ -531,7 +536,8 @@ impl Attention {
             bytes(Pass::Forward).max(bytes(Pass::Backward))
         };
         let bound = most(self.options(&at.group, true));
-        let gathering = bound.saturating_sub(most(Options::default()));
+        let gathering =
+            bound.saturating_sub(most(Options { saved: self.config.save, ..Options::default() }));
         // A stage of many pieces has longer work lists than the full mask's; backward cuts its own keys' work in two.
         let segments = match self.config.max_segments {
             0 => DEFAULT_SEGMENTS,

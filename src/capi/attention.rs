@@ -213,8 +213,8 @@ pub unsafe extern "C" fn cp_attention_report(
             forward_received: f.received,
             backward_sent: b.sent,
             backward_received: b.received,
-            forward_flops: f.flops + f.latent_flops,
-            backward_flops: b.flops + b.latent_flops,
+            forward_flops: f.flops.saturating_add(f.latent_flops),
+            backward_flops: b.flops.saturating_add(b.latent_flops),
             stages: problem.stages,
             inner: problem.inner,
             ..cp_report::default()

@@ -28,10 +28,17 @@ pub unsafe fn mask_slices(sequences: *const cp_sequences) -> Result<Regions> {
         return Ok(Regions::default());
     };
     let region = |(n, s): (usize, &cp_mask_slice)| {
-        known_flags(&format!("slices[{n}].flags"), s.flags, CP_SLICE_LO | CP_SLICE_HI)?;
-        let limit = |name: &str, value: i32, flag: u32| match s.flags & flag {
-            0 => zero(&format!("slices[{n}].{name}: without its flag"), u64::from(value as u32))
-                .map(|()| None),
+        // Names are made where something is wrong: lists may be long, and come with every call.
+        let flags = CP_SLICE_LO | CP_SLICE_HI;
+        if s.flags & !flags != 0 {
+            known_flags(&format!("slices[{n}].flags"), s.flags, flags)?;
+        }
+        let limit = |name: &str, value: i32, flag: u32| match (s.flags & flag, value) {
+            (0, 0) => Ok(None),
+            (0, _) => {
+                zero(&format!("slices[{n}].{name}: without its flag"), u64::from(value as u32))
+                    .map(|()| None)
+            }
             _ => Ok(Some(value)),
         };
         let (lo, hi) = (limit("lo", s.lo, CP_SLICE_LO)?, limit("hi", s.hi, CP_SLICE_HI)?);

@@ -22,7 +22,7 @@ pub struct Account {
     pub received_gradients: u64,
     /// Of the bytes received, the head exchange.
     pub received_heads: u64,
-    /// (query, key, head) triples computed.
+    /// (query, key, head) triples computed. Like every number here it stays at the largest of 64 bits where it would be more.
     pub pairs: u64,
     /// Floating-point operations of attention: 2·(dqk + dv) a triple forward, 2·(3·dqk + 2·dv) backward.
     pub flops: u64,
@@ -65,7 +65,7 @@ pub struct Summary {
 /// The cost of all ranks' plans.
 pub fn summary(plans: &[Plan]) -> Summary {
     plans.iter().map(account).fold(Summary::default(), |s, a| Summary {
-        total: s.total.zip(a, |x, y| x + y),
+        total: s.total.zip(a, u64::saturating_add),
         worst: s.worst.zip(a, u64::max),
     })
 }
@@ -104,7 +104,8 @@ pub fn account(plan: &Plan) -> Account {
                 }
             }
             Op::Attend { slices, .. } | Op::AttendBackward { slices, .. } => {
-                a.pairs += heads * slices.iter().map(|s| s.pairs()).sum::<u64>();
+                let pairs = slices.iter().map(|s| s.pairs()).sum::<u64>();
+                a.pairs = a.pairs.saturating_add(heads.saturating_mul(pairs));
             }
             Op::Expand { rows, .. } => a.latent_flops += expansion(plan, rows),
             Op::Contract { rows, .. } => a.latent_flops += 2 * expansion(plan, rows),
@@ -112,8 +113,9 @@ pub fn account(plan: &Plan) -> Account {
         }
     }
     let (qk, v) = (u64::from(plan.problem.dim_qk), u64::from(plan.problem.dim_v));
-    a.flops =
-        a.pairs * if plan.pass == Pass::Forward { 2 * (qk + v) } else { 2 * (3 * qk + 2 * v) };
+    let each = if plan.pass == Pass::Forward { 2 * (qk + v) } else { 2 * (3 * qk + 2 * v) };
+    // A billion tokens have more than 64 bits' worth.
+    a.flops = a.pairs.saturating_mul(each);
     a
 }
 

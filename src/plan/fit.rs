@@ -10,9 +10,9 @@ use crate::problem::Problem;
 use std::sync::Arc;
 
 /// Resolves a stage count that the caller left open: the fewest stages with which every rank's workspace, forward and backward,
-/// stays within `cap` bytes. `problem.stages` is not read. Fails with [`Status::OutOfMemory`] if no count fits.
-pub fn fewest_stages(problem: &Problem, cap: u64) -> Result<u32> {
-    let peaks = peaks(problem);
+/// stays within `cap` bytes. `saved` as in [`Options`]. `problem.stages` is not read. Fails with [`Status::OutOfMemory`] if no count fits.
+pub fn fewest_stages(problem: &Problem, cap: u64, saved: bool) -> Result<u32> {
+    let peaks = peaks(problem, saved);
     let least = peaks.iter().min().copied().unwrap_or(0);
     // More stages need less memory, but not always: two large distances may come to share a slot, or cease to.
     match peaks.iter().position(|peak| *peak <= cap) {
@@ -27,11 +27,12 @@ pub fn fewest_stages(problem: &Problem, cap: u64) -> Result<u32> {
 
 /// Largest workspace of any rank and pass, in bytes, for 1, 2, … b − 1 stages (a relay: for b − 1; one team: for none).
 /// Exact, but much cheaper than the plans: only the stages' slots change with their number.
-pub fn peaks(problem: &Problem) -> Vec<u64> {
+pub fn peaks(problem: &Problem, saved: bool) -> Vec<u64> {
     let b = problem.teams();
+    let options = Options { saved, ..Options::default() };
     if b == 1 {
         let alone = Arc::new(Problem { stages: 0, ..problem.clone() });
-        let plans = |pass| Plan::all(&alone, pass, Options::default());
+        let plans = |pass| Plan::all(&alone, pass, options);
         let all = plans(Pass::Forward).into_iter().chain(plans(Pass::Backward));
         return vec![all.map(|p| workspace_bytes(&p) as u64).max().unwrap_or(0)];
     }
@@ -69,7 +70,7 @@ pub fn peaks(problem: &Problem) -> Vec<u64> {
             })
             .collect();
         for pass in [Pass::Forward, Pass::Backward] {
-            let slots = build::plan(problem, rank, &survey, pass, Options::default()).slots;
+            let slots = build::plan(problem, rank, &survey, pass, options).slots;
             for (peak, (rows, homes, seen)) in out.iter_mut().zip(&traffic) {
                 let bytes = |s: &SlotInfo| {
                     let rows = match s.slot.kind {
@@ -81,7 +82,7 @@ pub fn peaks(problem: &Problem) -> Vec<u64> {
                     };
                     SlotInfo { rows, ..*s }.bytes().next_multiple_of(ALIGN) as u64
                 };
-                let own = slots.iter().filter(|s| s.slot.kind != Kind::Caller);
+                let own = slots.iter().filter(|s| s.slot.kind != Kind::Caller && !s.saved);
                 *peak = own.map(bytes).sum::<u64>().max(*peak);
             }
         }

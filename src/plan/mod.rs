@@ -482,6 +482,24 @@ impl Plan {
         build::plan(problem, rank, &survey, pass, options)
     }
 
+    /// Bytes of its lists, the regions of its problem among them; what has no length of its own to speak of is left out.
+    pub fn bytes(&self) -> usize {
+        let messages = |list: &[Message]| -> usize {
+            list.iter().map(|m| size_of_val(m) + size_of_val(&m.rows[..])).sum()
+        };
+        let lists = |op: &Op| match op {
+            Op::Exchange { sends, recvs } => messages(sends) + messages(recvs),
+            Op::Attend { slices, .. } | Op::AttendBackward { slices, .. } => {
+                size_of_val(&slices[..])
+            }
+            Op::Copy { runs, .. } => size_of_val(&runs[..]),
+            _ => 0,
+        };
+        size_of_val(&self.slots[..])
+            + size_of_val(self.problem.regions.list())
+            + self.steps.iter().map(|s| size_of_val(s) + lists(&s.op)).sum::<usize>()
+    }
+
     /// Plans forward and backward of one rank, in less time than one after the other.
     pub fn both(problem: &Arc<Problem>, rank: u32, options: Options) -> [Plan; 2] {
         let survey = survey::Survey::new(problem, rank, options.pack);

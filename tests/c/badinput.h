@@ -286,6 +286,7 @@ static void refused(side *s, int line, const char *change, cp_status got, cp_sta
 
 static void wrong_forward(side *s) {
     const uint32_t number = 1;
+    const cp_mask_slice beyond = {0, 0, 99999, 0, 1, 0, 0, 0};
     struct {
         cp_forward_args a;
         uint64_t tail;
@@ -298,6 +299,8 @@ static void wrong_forward(side *s) {
     FORWARD(INVALID, "q: got shape", sequences.seq_q = 20);
     FORWARD(INVALID, "k: got shape", sequences.seq_k = 20);
     FORWARD(INVALID, "q: got shape", sequences.count = 2);
+    FORWARD(INVALID, "sequences.slice_count: got 1", sequences.slice_count = 1);
+    FORWARD(INVALID, "slices[0]: got queries 0", (sequences.slices = &beyond, sequences.slice_count = 1));
     FORWARD(INVALID, "args.sinks: given, but the layer was created without", a.sinks = per_head(s->sinks));
     FORWARD(INVALID, "args.max_logit: given, but the layer was created without", a.max_logit = per_head(s->o.max_logit));
     FORWARD(INVALID, "args.bias: given, but the layer was created without", a.bias = per_pair(s->bias, 2));

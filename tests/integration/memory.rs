@@ -8,12 +8,13 @@ use crate::ranks::{Layout, OUTPUTS, Shard, TENSORS, on_threads};
 use context_parallel::attention::{Args, Attention, Comm, Config};
 use context_parallel::backend::cpu::{Cpu, Simd};
 use context_parallel::dtype::DType;
+use context_parallel::exec::device::Target;
 use context_parallel::group::Group;
 use context_parallel::mask::Mask;
 use context_parallel::partition::Partition;
-use context_parallel::plan::{Pass, Tensor};
+use context_parallel::plan::{Options, Pass, Tensor};
 use context_parallel::problem::{CommType, Sequence, Wire};
-use context_parallel::regions::Regions;
+use context_parallel::regions::{Region, Regions};
 use context_parallel::score::{Score, Seed};
 use context_parallel::transport::local::local_group;
 use std::alloc::{GlobalAlloc, Layout as Shape, System};
@@ -28,8 +29,8 @@ struct Counting;
 #[global_allocator]
 static ALLOCATOR: Counting = Counting;
 
-/// 0 is nobody, 1 … 16 are ranks, then switching groups; the last one is the test of the allocator.
-const TAGS: usize = 19;
+/// 0 is nobody, 1 … 16 are ranks, then masks that change, switching groups; the last one is the test of the allocator.
+const TAGS: usize = 20;
 static HELD: [AtomicUsize; TAGS] = [const { AtomicUsize::new(0) }; TAGS];
 static PEAK: [AtomicUsize; TAGS] = [const { AtomicUsize::new(0) }; TAGS];
 
@@ -408,4 +409,59 @@ fn switching_groups_allocates_nothing() {
     );
     // The goal is 20; a shared machine may be slow, an accidental search is far slower.
     assert!(us(times[SUBSETS / 2]) < 400.0);
+}
+
+/// Masks of many slices, another in every call: plans and problems are forgotten before they fill the memory.
+#[test]
+fn masks_that_change_are_forgotten() {
+    const LEN: u32 = 200_000;
+    let tag = TAGS - 3;
+    let parent = Group::new(local_group(32).swap_remove(0), Duration::from_secs(1));
+    // A subset is attached without a word to its members.
+    let group = parent.subset(&(0..32).collect::<Vec<u32>>()).unwrap();
+    let config = Config {
+        score: Score::default(),
+        latent: None,
+        heads: 1,
+        kv_heads: 1,
+        dim_qk: 8,
+        dim_v: 8,
+        dtype: DType::F32,
+        scale: 0.0,
+        mask: Mask::CAUSAL,
+        packed: false,
+        partition: Partition::Striped,
+        wire: Wire::Storage,
+        kv_wire: None,
+        max_rows: 0,
+        save: false,
+        deterministic: false,
+        max_segments: 0,
+    };
+    let mut layer = Attention::new(config, Cpu::new(1, Simd::detect()).unwrap()).unwrap();
+    layer.set_group(&group, Ok(Comm::of(CommType::P2p))).unwrap();
+    let seqs = [Sequence::square(LEN)];
+    // Documents of some hundred tokens from another place on.
+    let mask = |call: u32, size: u32| {
+        let at = |i: u32| call + i * size;
+        let list: Vec<Region> = (0..(LEN - call) / size)
+            .map(|i| Region::full(0, (at(i), at(i + 1)), (at(i), at(i + 1))))
+            .collect();
+        Regions::new(&list)
+    };
+    let held = || HELD[tag].load(Ordering::Relaxed) >> 20;
+    let ((), _) = peak_of(tag, || {
+        for call in 0..200 {
+            layer.problem_within(&seqs, None, &mask(call, 20)).unwrap();
+        }
+        assert!(held() < 10, "{} MiB of problems", held());
+        let mut bytes = 0;
+        for call in 0..130 {
+            let problem = layer.problem_within(&seqs, None, &mask(call, 33)).unwrap();
+            let plan = group.prepare(&problem, Pass::Forward, Options::default(), Target::Host);
+            bytes += plan.plan.bytes();
+        }
+        assert!(bytes > 320 << 20, "{} MiB of plans is not too much", bytes >> 20);
+        assert!((200..300).contains(&held()), "{} MiB of {}", held(), bytes >> 20);
+    });
 }

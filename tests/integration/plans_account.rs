@@ -144,3 +144,14 @@ fn bytes_are_those_of_the_formulas() {
         assert_eq!(sent(&p, Pass::Backward, false), backward + trade(statistic) + again);
     }
 }
+
+/// A billion tokens, 2^59 pairs a rank or so: what does not fit in 64 bits says so, and nothing wraps.
+#[test]
+fn operations_beyond_64_bits_stay_at_the_largest() {
+    let (total, worst) =
+        costs(&problem(4, CommType::P2p, 0, (1 << 30) - 1, 4, 4), Pass::Forward, false);
+    let n = (1u64 << 30) - 1;
+    assert_eq!(total.pairs, 4 * (n * (n + 1) / 2));
+    assert_eq!(total.pairs.checked_mul(32), None);
+    assert_eq!((total.flops, worst.pairs * 32), (u64::MAX, worst.flops));
+}

@@ -87,25 +87,27 @@ fn peaks_are_those_of_the_plans() {
         mask: Mask { left: Some(10), right: Some(10), ..Mask::FULL },
         ..crate::plans::problem(5, CommType::P2p, 0, 50, 4, 2)
     };
-    let peaks = plan::peaks(&two_sided);
+    let peaks = plan::peaks(&two_sided, false);
     assert!(peaks[0] > peaks[1], "both neighbours at once, or one after the other");
     assert_eq!(peaks[1], peaks[3], "only the neighbours are needed, in however many stages");
-    assert_eq!(plan::fewest_stages(&two_sided, peaks[0]), Ok(1));
-    assert_eq!(plan::fewest_stages(&two_sided, peaks[0] - 1), Ok(2));
-    assert_eq!(plan::fewest_stages(&two_sided, 0).unwrap_err().status, Status::OutOfMemory);
+    assert_eq!(plan::fewest_stages(&two_sided, peaks[0], false), Ok(1));
+    assert_eq!(plan::fewest_stages(&two_sided, peaks[0] - 1, false), Ok(2));
+    assert_eq!(plan::fewest_stages(&two_sided, 0, false).unwrap_err().status, Status::OutOfMemory);
     let mut rising = 0;
     let random = (0..60).map(|case| any_problem(&mut Random::new(case)));
-    for p in random.filter(|p| p.ranks <= 16).chain([two_sided]) {
+    for (case, p) in random.filter(|p| p.ranks <= 16).chain([two_sided]).enumerate() {
+        let saved = case % 3 == 0;
+        let options = Options { saved, ..Options::default() };
         let most = p.teams() - 1;
         let counts = if p.relay { most..=most } else { most.min(1)..=most };
         let want: Vec<u64> = counts
             .map(|stages| {
                 let p = Arc::new(Problem { stages, ..p.clone() });
-                let plans = (0..p.ranks).flat_map(|r| Plan::both(&p, r, Options::default()));
+                let plans = (0..p.ranks).flat_map(|r| Plan::both(&p, r, options));
                 plans.map(|plan| workspace_bytes(&plan) as u64).max().unwrap()
             })
             .collect();
-        assert_eq!(plan::peaks(&p), want, "{p:?}");
+        assert_eq!(plan::peaks(&p, saved), want, "saved {saved}: {p:?}");
         rising += u32::from(!want.is_sorted_by(|a, b| a >= b));
     }
     assert!(rising > 0, "if more stages never needed more memory, a binary search would do");

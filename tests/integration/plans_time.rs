@@ -84,7 +84,7 @@ fn planning_time() {
         ("300 documents", documents(64, CommType::P2p)),
     ] {
         let start = Instant::now();
-        let stages = fewest_stages(&p, 1 << 40);
+        let stages = fewest_stages(&p, 1 << 40, false);
         println!(
             "{:8.3} ms  fewest stages on 64 ranks: {name}, {stages:?}",
             start.elapsed().as_secs_f64() * 1e3

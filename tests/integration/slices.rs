@@ -206,6 +206,11 @@ fn long_lists_are_checked() {
     let squares: Vec<Region> =
         (0..300).flat_map(|i| (0..300).map(move |j| Region::full(0, at(i), at(j)))).collect();
     assert_eq!(Regions::new(&squares).validate(&[(3000, 3000)]), Ok(()));
+    // A wide one does not make the narrow ones, which many queries share, be compared with each other.
+    let narrow = (0..200_000).map(|i| Region::full(0, (1, 9), (i, i + 1)));
+    let wide = Region::full(0, (0, 1), (0, 200_000));
+    let columns: Vec<Region> = narrow.chain([wide]).collect();
+    assert_eq!(Regions::new(&columns).validate(&[(9, 200_000)]), Ok(()));
     let diagonal =
         |d: i32| Region { lo: Some(d), hi: Some(d), ..Region::full(0, (0, 40_000), (0, 40_000)) };
     let some: Vec<Region> = (0..2000).map(diagonal).collect();

@@ -367,7 +367,7 @@ void packed_and_list() {
         EXPECT(a.out.x[i] == a.v.x[i] && a.out.x[5 * heads * dim + i] == a.v.x[5 * kv_heads * dim + i]);
 }
 
-// Soft-cap, ALiBi, a bias, dropout, sinks and largest scores at once: on any number of ranks what one rank computes.
+// Soft-cap, ALiBi, a bias, dropout, sinks, largest scores and 8-bit keys at once: on any number of ranks what one rank computes.
 cp::AttentionConfig scores(cp::Reach reach) {
     cp::AttentionConfig c = small();
     c.softcap = 2;
@@ -375,6 +375,8 @@ cp::AttentionConfig scores(cp::Reach reach) {
     c.alibi_slopes = {0.5f, 0.25f, 0.125f, 0.0625f};
     c.sinks = c.max_logit = reach;
     c.bias = CP_BIAS | CP_BIAS_HEADS | CP_BIAS_QUERIES | CP_BIAS_GRADIENT;
+    c.kv_wire = cp::KvWire::e4m3;
+    EXPECT(c.raw().kv_wire == CP_KV_WIRE_E4M3);
     return c;
 }
 

@@ -363,8 +363,9 @@ def _config(*, heads, head_dim, dtype, kv_heads=None, head_dim_v=None, causal=Fa
     if not isinstance(window, (tuple, list)) or len(window) != 2:
         raise argument_error(f"window: got {window!r}, need (left, right), None for no limit")
     left, right = window
-    if latent is not None and (not isinstance(latent, (tuple, list)) or len(latent) != 2):
-        raise argument_error(f"latent: got {latent!r}, need (elements of c, elements of r)")
+    # Of no elements it would be none to the library, and one to this layer.
+    if latent is not None and (not isinstance(latent, (tuple, list)) or len(latent) != 2 or latent[0] == 0):
+        raise argument_error(f"latent: got {latent!r}, need (elements of c, elements of r), or None")
     flags = 0
     for wanted, flag in (
         (causal, _abi.CP_ATTENTION_CAUSAL),

@@ -16,18 +16,21 @@ def mask_slices(q_ranges, k_ranges, types="full", sequence=0):
     key of the rectangle, later keys are hidden; "inv_causal": it begins at the first query and first key, earlier keys are hidden; "bi_causal": both.
     Returns what Sequences takes as `slices`; those of several sequences are added. A layer for them has no mask of its own, or one that holds as well.
     """
-    if isinstance(types, (str, int)):
+    if isinstance(types, str) or not hasattr(types, "__len__") or getattr(types, "ndim", 1) == 0:
         types = [types] * len(q_ranges)
     if not len(q_ranges) == len(k_ranges) == len(types):
         raise argument_error(f"q_ranges, k_ranges, types: got {len(q_ranges)}, {len(k_ranges)} and {len(types)}, need as many")
     made = []
-    for q, k, kind in zip(q_ranges, k_ranges, types):
+    for n, (q, k, kind) in enumerate(zip(q_ranges, k_ranges, types)):
         names = list(_TYPES)
         name = kind if isinstance(kind, str) else names[kind] if hasattr(kind, "__index__") and 0 <= kind < len(names) else kind
         if name not in _TYPES:
             raise argument_error(f"types: got {kind!r}, allowed {', '.join(map(repr, names))} or 0 to 3")
         begins, ends = _TYPES[name]
-        (q_begin, q_end), (k_begin, k_end) = q, k
+        try:
+            (q_begin, q_end), (k_begin, k_end) = q, k
+        except (TypeError, ValueError):
+            raise argument_error(f"q_ranges[{n}], k_ranges[{n}]: got {q!r} and {k!r}, need (begin, end) each") from None
         lo, hi = k_begin - q_begin if begins else None, k_end - q_end if ends else None
         # More queries than keys have no key between both diagonals.
         if lo is None or hi is None or lo <= hi:
@@ -37,7 +40,10 @@ def mask_slices(q_ranges, k_ranges, types="full", sequence=0):
 
 def slice_array(slices):
     """The C structs of a list of slices."""
-    slices = list(slices)
+    try:
+        slices = list(slices)
+    except TypeError:
+        raise argument_error(f"slices: got {slices!r}, need a list of (sequence, (q begin, q end), (k begin, k end)), each with lo, hi if keys are limited") from None
     if not slices:
         raise argument_error("slices: got none; a query sees nothing without one, and None is the layer's mask alone")
     made = np.zeros(len(slices), _FIELD)

@@ -35,8 +35,13 @@ GIVEN = dict(sinks=random(4), dropout_seed=11, bias=random(1, 4, 12, 24))
         (dict(alibi=True, heads=0), "heads|0"),
         (dict(head_offset=-1), "head_offset|-1"),
         (dict(sinks="all"), "sinks|'all'|'group'"),
+        (dict(kv_wire="fp8"), "kv_wire|'fp8'|'e4m3'"),
         (dict(max_logit=True), "max_logit|True|'rank'"),
         (dict(bias="sshb"), "bias|'sshb'|'1hss'"),
+        (dict(latent=16), "latent|16|(elements of c, elements of r)"),
+        (dict(latent=(0, 0)), "latent|(0, 0)|None"),
+        (dict(latent=(0, 8)), "latent|(0, 8)|None"),
+        (dict(latent=(12, 0)), "latent_dim|12"),
     ],
 )
 def test_wrong_layers(change, words):
@@ -148,6 +153,37 @@ def test_numbers_are_written_in_place():
 
 
 # Values
+
+
+def test_minus_infinity_in_a_bias_hides_a_key():
+    """A bias that hides what a causal mask hides gives the same; a query without any key has O = 0 and LSE = -inf, and no part in the gradients."""
+    n, blind = 320, 5
+    q, k, v, d_out = (random(1, n, 2, 16) for _ in range(4))
+    d_out[:, blind] = 0
+    bias = np.where(np.tri(n, dtype=bool), np.float32(0), -np.float32(np.inf))[None, None]
+    plain = cp.Attention(heads=2, head_dim=16, dtype="float32", causal=True)
+    out, lse, context = plain.forward(q, k, v, cp.Sequences.dense(1, n))
+    wanted = (out, lse, *plain.backward(context, d_out))
+    d_out[:, blind], bias[:, :, blind] = 1, -np.inf
+
+    def work(group):
+        layer = cp.Attention(heads=2, head_dim=16, dtype="float32", bias="11ss")
+        layer.set_group(group)
+        sequences = cp.Sequences.dense(1, n)
+        mine = cp.partition_tokens("zigzag", "bshd", sequences, group.size, group.rank)
+        out, lse, context = layer.forward(*(x[:, mine] for x in (q, k, v)), sequences, bias=bias[:, :, mine])
+        return mine, (out, lse.transpose(0, 2, 1), *layer.backward(context, d_out[:, mine]))
+
+    given = thread_groups(2)
+    for mine, found in everywhere(given, work):
+        seen = mine != blind
+        *found, d_bias = found
+        for got, want in zip(found, (wanted[0], wanted[1].transpose(0, 2, 1), *wanted[2:])):
+            rows = seen if got is not found[3] and got is not found[4] else slice(None)
+            np.testing.assert_allclose(got[:, rows], want[:, mine][:, rows], rtol=1e-4, atol=1e-5)
+        assert (found[0][:, ~seen] == 0).all() and (found[1][:, ~seen] == -np.inf).all() and (found[2][:, ~seen] == 0).all()
+        assert (d_bias[bias[:, :, mine] == -np.inf] == 0).all() and np.isfinite(d_bias).all()
+    give_back(given)
 
 
 def test_alibi_slopes_of_the_paper():

@@ -63,12 +63,18 @@ def test_slices_from_ranges():
     raises(Status.INVALID_ARGUMENT, "types|'diagonal'", cp.mask_slices, [(0, 4)], [(0, 4)], "diagonal")
     raises(Status.INVALID_ARGUMENT, "types|4", cp.mask_slices, [(0, 4)], [(0, 4)], 4)
     raises(Status.INVALID_ARGUMENT, "q_ranges|2|1", cp.mask_slices, [(0, 4), (4, 5)], [(0, 4)])
+    raises(Status.INVALID_ARGUMENT, "q_ranges[1]|(4, 5, 6)", cp.mask_slices, [(0, 4), (4, 5, 6)], [(0, 4), (4, 5)])
+    raises(Status.INVALID_ARGUMENT, "k_ranges[0]|4", cp.mask_slices, [(0, 4)], [4])
+    # One type for all, whatever an integer is.
+    for one in (1, np.int64(1), np.array(1)):
+        assert cp.mask_slices([(0, 4), (4, 6)], [(2, 9), (2, 9)], one) == cp.mask_slices([(0, 4), (4, 6)], [(2, 9), (2, 9)], "causal")
 
 
 @pytest.mark.parametrize(
     "slices, words",
     [
         ([], "slices|none"),
+        (5, "slices|5"),
         ([(0, (0, 4))], "slices[0]|(0, (0, 4))"),
         ([(0, (0, 4), (0, 4)), (0, 0, 4, 0, 4)], "slices[1]"),
         ([(0, (0, 4), (0, 4), 1, 2, 3)], "slices[0]"),

@@ -35,7 +35,7 @@ class AsArray:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("name", ["causal_101_sbhd", "pad_left", "thd_padded_between", "gqa_8_2", "everything", "latent_causal"])
+@pytest.mark.parametrize("name", ["causal_101_sbhd", "pad_left", "thd_padded_between", "gqa_8_2", "everything", "kv_e4m3_causal", "latent_causal"])
 def test_tensors(torch, name, dtype):
     case, groups = cases()[name], thread_groups(3)
 

@@ -43,7 +43,7 @@ impl Cost {
     }
 
     fn sum(&self, pass: usize, of: impl Fn(&Account) -> u64) -> u64 {
-        self.accounts[pass].iter().map(of).sum()
+        self.accounts[pass].iter().map(of).fold(0, u64::saturating_add)
     }
 
     fn worst(&self, pass: usize, of: impl Fn(&Account) -> u64) -> u64 {

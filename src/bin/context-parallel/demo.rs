@@ -45,6 +45,7 @@ pub const COMMAND: Command = Command {
             ],
         ),
         ("the attention layer", shape::HEADS),
+        ("what travels", &[shape::KV_WIRE]),
     ],
     examples: &[
         ("demo", "four processes, 8 query heads on 2 key heads, fp32"),

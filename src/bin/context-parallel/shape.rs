@@ -51,9 +51,13 @@ pub const SPLIT: (&str, &[Opt]) = (
             "who holds which tokens: zigzag (default), contiguous, striped;\nbalanced: packed documents whole where they can be",
         ),
         opt("wire", "TYPE", "partial dK, dV travel in storage type (default) or fp32"),
-        opt("kv-wire", "TYPE", "K, V travel in storage type (default), or as e4m3 or e5m2"),
+        KV_WIRE,
     ],
 );
+
+/// How keys and values travel.
+pub const KV_WIRE: Opt =
+    opt("kv-wire", "TYPE", "K, V travel in storage type (default), or as e4m3 or e5m2");
 
 /// Heads and their sizes.
 pub const HEADS: &[Opt] = &[
