@@ -609,7 +609,8 @@ pub struct cp_backward_args {
     pub up_k: cp_tensor,
     /// As in forward. [in]
     pub up_v: cp_tensor,
-    /// With latent_dim, and then `dk` and `dv` are not given: shape of `latent`, complete. [out]
+    /// With latent_dim, and then `dk` and `dv` are not given: shape of `latent`, complete. On CUDA gradients of the keys and
+    /// values that were expanded are rounded to the storage type on the way: in fp16 they end at 65504. [out]
     pub d_latent: cp_tensor,
     /// With latent_dim: shape of `up_k`, fp32: this rank's part, to be summed over the group together with the other weights' gradients. With p2p and
     /// all_gather it is what the rank's own queries give, with a2a what all queries give through the rank's heads (0 for other heads), with a2a+p2p what
