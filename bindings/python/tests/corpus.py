@@ -48,8 +48,8 @@ class Case:
     dropout: float
     sinks: str | None
     max_logit: str | None
-    slices: tuple  # (sequence, (q begin, q end), (k begin, k end), lo, hi); none: the layer's mask alone
-    kv_wire: str | None  # how keys and values travel
+    slices: tuple = ()  # (sequence, (q begin, q end), (k begin, k end), lo, hi); none: the layer's mask alone
+    kv_wire: str | None = None  # how keys and values travel
     latent: tuple | None = None  # elements of c, of r
 
     def side(self, side):
