@@ -75,44 +75,35 @@ fn corpus_staged() {
     corpus(Way::Staged);
 }
 
-/// Keys and values that travel as 8-bit numbers: every short case on every communication type over every way.
+/// Keys and values that travel as 8-bit numbers.
 #[test]
 #[ignore = "needs a CUDA device or the software GPU: tests/run"]
 fn keys_in_8_bits() {
-    let mut tally = Tally::default();
-    let fits = |c: &&Case| c.tokens(Side::Key) <= LONGEST && c.kv_wire.is_some();
-    for (index, case) in cases().iter().filter(fits).enumerate() {
-        for (kind, comm) in CommType::ALL.into_iter().enumerate() {
-            for (turn, way) in [Way::Local, Way::Nccl, Way::Staged].into_iter().enumerate() {
-                let number = seed() as usize + index + kind + turn;
-                let dtype = [DType::Bf16, DType::F16][number % 2];
-                let ranks = RANKS[(number + kind) % 5];
-                let drawn = Run::drawn(case, ranks, comm, dtype, (number * 31) as u64);
-                tally.note(&drawn, check(&drawn, OnCuda { way, deterministic: true, margin: 0 }));
-            }
-        }
-    }
-    tally.end("keys and values in 8 bits on CUDA");
+    over_every_way(|c| c.kv_wire.is_some(), 31).end("keys and values in 8 bits on CUDA");
 }
 
-/// Latents: every short case on every communication type over every way.
 #[test]
 #[ignore = "needs a CUDA device or the software GPU: tests/run"]
 fn latents() {
+    over_every_way(|c| c.latent.is_some(), 29).end("latents on CUDA");
+}
+
+/// The short ones of some cases on every communication type over every way; `mix` decides what is drawn.
+fn over_every_way(wanted: impl Fn(&Case) -> bool, mix: usize) -> Tally {
     let mut tally = Tally::default();
-    let fits = |c: &&Case| c.tokens(Side::Key) <= LONGEST && c.latent.is_some();
+    let fits = |c: &&Case| c.tokens(Side::Key) <= LONGEST && wanted(c);
     for (index, case) in cases().iter().filter(fits).enumerate() {
         for (kind, comm) in CommType::ALL.into_iter().enumerate() {
             for (turn, way) in [Way::Local, Way::Nccl, Way::Staged].into_iter().enumerate() {
                 let number = seed() as usize + index + kind + turn;
                 let dtype = [DType::Bf16, DType::F16][number % 2];
                 let ranks = RANKS[(number + kind) % 5];
-                let drawn = Run::drawn(case, ranks, comm, dtype, (number * 29) as u64);
+                let drawn = Run::drawn(case, ranks, comm, dtype, (number * mix) as u64);
                 tally.note(&drawn, check(&drawn, OnCuda { way, deterministic: true, margin: 0 }));
             }
         }
     }
-    tally.end("latents on CUDA");
+    tally
 }
 
 /// A small step of three ranks over each way, in which planted faults of the driver and of NCCL have to show: see tests/softgpu/api_faults.

@@ -2,6 +2,7 @@
 //!
 //! The table that `memory_is_proportional_to_the_rows` prints is the README's.
 
+use crate::layers::{config, layer};
 use crate::oracle::{Inputs, Latents, element};
 use crate::plans_random::Random;
 use crate::ranks::{Layout, OUTPUTS, Shard, TENSORS, on_threads};
@@ -10,12 +11,11 @@ use context_parallel::backend::cpu::{Cpu, Simd};
 use context_parallel::dtype::DType;
 use context_parallel::exec::device::Target;
 use context_parallel::group::Group;
-use context_parallel::mask::Mask;
 use context_parallel::partition::Partition;
 use context_parallel::plan::{Options, Pass, Tensor};
-use context_parallel::problem::{CommType, Sequence, Wire};
+use context_parallel::problem::{CommType, Sequence};
 use context_parallel::regions::{Region, Regions};
-use context_parallel::score::{Score, Seed};
+use context_parallel::score::Seed;
 use context_parallel::transport::local::local_group;
 use std::alloc::{GlobalAlloc, Layout as Shape, System};
 use std::cell::Cell;
@@ -192,23 +192,11 @@ fn measure(
     let tag = 1 + rank as usize;
     let new = || -> context_parallel::error::Result<Attention> {
         let config = Config {
-            score: Score::default(),
-            latent: None,
             heads: HEADS as u32,
             kv_heads: KV_HEADS as u32,
             dim_qk: DIM as u32,
             dim_v: DIM as u32,
-            dtype: DType::Bf16,
-            scale: 0.0,
-            mask: Mask::CAUSAL,
-            packed: false,
-            partition: Partition::Zigzag,
-            wire: Wire::Storage,
-            kv_wire: None,
-            max_rows: 0,
-            save: false,
-            deterministic: false,
-            max_segments: 0,
+            ..config()
         };
         let mut layer = Attention::new(config, Cpu::new(1, Simd::detect())?)?;
         layer.set_group(group, Ok(Comm::of(CommType::P2p)))?;
@@ -361,26 +349,8 @@ fn switching_groups_allocates_nothing() {
             parent.subset(&ranks).unwrap()
         })
         .collect();
-    let config = Config {
-        score: Score::default(),
-        latent: None,
-        heads: 8,
-        kv_heads: 2,
-        dim_qk: 64,
-        dim_v: 64,
-        dtype: DType::Bf16,
-        scale: 0.0,
-        mask: Mask::CAUSAL,
-        packed: true,
-        partition: Partition::Zigzag,
-        wire: Wire::Storage,
-        kv_wire: None,
-        max_rows: 0,
-        save: false,
-        deterministic: false,
-        max_segments: 0,
-    };
-    let mut layer = Attention::new(config, Cpu::new(1, Simd::detect()).unwrap()).unwrap();
+    let config = Config { heads: 8, kv_heads: 2, dim_qk: 64, dim_v: 64, packed: true, ..config() };
+    let mut layer = layer(config);
     let documents: Vec<Sequence> = [3000, 500, 1200, 70, 2400].map(Sequence::square).into();
     let mut times = Vec::with_capacity(SUBSETS);
     for group in &subsets {
@@ -420,25 +390,15 @@ fn masks_that_change_are_forgotten() {
     // A subset is attached without a word to its members.
     let group = parent.subset(&(0..32).collect::<Vec<u32>>()).unwrap();
     let config = Config {
-        score: Score::default(),
-        latent: None,
         heads: 1,
         kv_heads: 1,
         dim_qk: 8,
         dim_v: 8,
         dtype: DType::F32,
-        scale: 0.0,
-        mask: Mask::CAUSAL,
-        packed: false,
         partition: Partition::Striped,
-        wire: Wire::Storage,
-        kv_wire: None,
-        max_rows: 0,
-        save: false,
-        deterministic: false,
-        max_segments: 0,
+        ..config()
     };
-    let mut layer = Attention::new(config, Cpu::new(1, Simd::detect()).unwrap()).unwrap();
+    let mut layer = layer(config);
     layer.set_group(&group, Ok(Comm::of(CommType::P2p))).unwrap();
     let seqs = [Sequence::square(LEN)];
     // Documents of some hundred tokens from another place on.

@@ -17,6 +17,7 @@ use super::wire::attended;
 use context_parallel::dtype::DType;
 use context_parallel::partition::Side;
 use std::collections::HashMap;
+use std::ops::Range;
 use std::sync::{Arc, Mutex, OnceLock};
 
 /// What is compared.
@@ -183,26 +184,13 @@ impl Reference {
         let width = 64 * self.case.bias_dims()[3].max(1);
         let mut worst = 0.0f64;
         for first in (0..got.len()).step_by(width) {
-            let [mut error, mut plain_error, mut size, mut term_size] = [0.0f64; 4];
-            for i in first..(first + width).min(got.len()) {
-                if terms[i] == 0.0 && got[i] != 0.0 {
-                    return Err(format!("{at}, element {i}: got {}, not 0", got[i]));
-                }
-                error += (f64::from(got[i]) - right[i]).powi(2);
-                plain_error += (f64::from(plain[i]) - right[i]).powi(2);
-                size += right[i].powi(2);
-                term_size += terms[i].powi(2);
+            let elements = first..(first + width).min(got.len());
+            if let Some(i) = elements.clone().find(|&i| terms[i] == 0.0 && got[i] != 0.0) {
+                return Err(format!("{at}, element {i}: got {}, not 0", got[i]));
             }
-            let bound = 3.0 * plain_error.sqrt()
-                + 4.0 * epsilon(self.dtype) * size.sqrt()
-                + 1e-7 * term_size.sqrt();
-            let error = error.sqrt();
-            if error.is_nan() || error > bound {
-                return Err(format!(
-                    "{at}, rows from element {first}: error {error:.3e}, allowed {bound:.3e}"
-                ));
-            }
-            worst = worst.max(if bound > 0.0 { error / bound } else { 0.0 });
+            let share = self.bucket(elements, got, [right, terms], plain);
+            worst = worst
+                .max(share.map_err(|text| format!("{at}, rows from element {first}: {text}"))?);
         }
         Ok(worst)
     }
@@ -225,30 +213,41 @@ impl Reference {
             for first in (0..rows * self.case.heads).step_by(rows) {
                 let all: Vec<usize> = (first..first + rows).collect();
                 for rows in buckets(&all) {
-                    let [mut error, mut plain_error, mut size, mut term_size] = [0.0f64; 4];
-                    for i in rows[0] * dim..(rows[rows.len() - 1] + 1) * dim {
-                        error += (f64::from(got[i]) - right[i]).powi(2);
-                        plain_error += (f64::from(plain[i]) - right[i]).powi(2);
-                        size += right[i].powi(2);
-                        term_size += terms[i].powi(2);
-                    }
-                    let bound = 3.0 * plain_error.sqrt()
-                        + 4.0 * epsilon(self.dtype) * size.sqrt()
-                        + 1e-7 * term_size.sqrt();
-                    let error = error.sqrt();
-                    if error.is_nan() || error > bound {
-                        return Err(format!(
-                            "case {}, {}, {name}, row {}: error {error:.3e}, allowed {bound:.3e}",
-                            self.case.name,
-                            self.dtype.name(),
-                            rows[0]
-                        ));
-                    }
-                    worst = worst.max(if bound > 0.0 { error / bound } else { 0.0 });
+                    let elements = rows[0] * dim..(rows[rows.len() - 1] + 1) * dim;
+                    let share = self.bucket(elements, got, [right, terms], plain);
+                    worst = worst.max(share.map_err(|text| {
+                        let (case, dtype) = (&self.case.name, self.dtype.name());
+                        format!("case {case}, {dtype}, {name}, row {}: {text}", rows[0])
+                    })?);
                 }
             }
         }
         Ok(worst)
+    }
+
+    /// The error of some elements of a gradient, as a share of what is allowed.
+    fn bucket(
+        &self,
+        elements: Range<usize>,
+        got: &[f32],
+        [right, terms]: [&[f64]; 2],
+        plain: &[f32],
+    ) -> Result<f64, String> {
+        let [mut error, mut plain_error, mut size, mut term_size] = [0.0f64; 4];
+        for i in elements {
+            error += (f64::from(got[i]) - right[i]).powi(2);
+            plain_error += (f64::from(plain[i]) - right[i]).powi(2);
+            size += right[i].powi(2);
+            term_size += terms[i].powi(2);
+        }
+        let bound = 3.0 * plain_error.sqrt()
+            + 4.0 * epsilon(self.dtype) * size.sqrt()
+            + 1e-7 * term_size.sqrt();
+        let error = error.sqrt();
+        if error.is_nan() || error > bound {
+            return Err(format!("error {error:.3e}, allowed {bound:.3e}"));
+        }
+        Ok(if bound > 0.0 { error / bound } else { 0.0 })
     }
 
     fn is_padding(&self, side: Side, row: usize) -> bool {
