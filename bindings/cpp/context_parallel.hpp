@@ -600,10 +600,11 @@ struct CommConfig {
 
 struct ForwardTensors {
     Tensor q, k, v, out, lse;
-    Tensor sinks, max_logit;        ///< [heads] fp32, where the layer has them
-    Tensor bias;                    ///< [batch or 1, heads or 1, queries or 1, keys], where the layer has one
-    std::uint64_t dropout_seed = 0; ///< with dropout, equal on all ranks
-    Tensor latent, up_k, up_v;      ///< instead of k and v, where the layer has latents; see cp_forward_args
+    Tensor sinks, max_logit;                        ///< [heads] fp32, where the layer has them
+    Tensor bias;                                    ///< [batch or 1, heads or 1, queries or 1, keys], where the layer has one
+    std::uint64_t dropout_seed = 0;                 ///< with dropout, equal on all ranks
+    const std::uint64_t *dropout_seed_at = nullptr; ///< or, on CUDA, where kernels find it when they run; see CP_FORWARD_SEED_AT
+    Tensor latent, up_k, up_v;                      ///< instead of k and v, where the layer has latents; see cp_forward_args
 
     ForwardTensors() = default;
     ForwardTensors(const Tensor &query, const Tensor &key, const Tensor &value, const Tensor &o, const Tensor &l)
@@ -758,7 +759,8 @@ class Attention {
         cp_forward_args a = detail::sized<cp_forward_args>();
         fill(a, s, sequences, t);
         a.max_logit = t.max_logit.raw();
-        a.dropout_seed = t.dropout_seed;
+        a.dropout_seed = t.dropout_seed_at != nullptr ? reinterpret_cast<std::uintptr_t>(t.dropout_seed_at) : t.dropout_seed;
+        a.flags = t.dropout_seed_at != nullptr ? CP_FORWARD_SEED_AT : 0;
         // Sequences that make no sense are told to all ranks by forward itself, so they are no error yet.
         std::size_t saved = 0;
         if (cp_attention_saved_size(handle_, &s, &saved) != CP_OK)

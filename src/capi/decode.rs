@@ -603,8 +603,12 @@ fn bias_shape(flags: u32) -> Result<Option<BiasShape>> {
 /// Keys and values that are made of latents.
 fn latent(c: &cp_attention_config) -> Result<Option<Latent>> {
     if c.latent_dim == 0 {
-        zero("config.latent_rope: without latent_dim", c.latent_rope.into())?;
-        return Ok(None);
+        return match c.latent_rope {
+            0 => Ok(None),
+            got => {
+                Err(Error::argument(format!("config.latent_rope: got {got} without latent_dim")))
+            }
+        };
     }
     Ok(Some(Latent { dim: c.latent_dim, rope: c.latent_rope }))
 }

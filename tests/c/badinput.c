@@ -435,7 +435,7 @@ static void layers(void) {
     LAYER(CP_ERR_INVALID_ARGUMENT, "latent_dim: got 4104", c.latent_dim = 4104);
     LAYER(CP_ERR_INVALID_ARGUMENT, "latent_rope: got 12", (c.latent_dim = 16, c.latent_rope = 12));
     LAYER(CP_ERR_INVALID_ARGUMENT, "latent_rope: got 4096, allowed multiples of 8 below", (c.latent_dim = 16, c.latent_rope = 4096));
-    LAYER(CP_ERR_INVALID_ARGUMENT, "config.latent_rope: without latent_dim", c.latent_rope = 8);
+    LAYER(CP_ERR_INVALID_ARGUMENT, "config.latent_rope: got 8 without latent_dim", c.latent_rope = 8);
     LAYER(CP_ERR_INVALID_ARGUMENT, "with a latent, which is expanded for each of the", (c.latent_dim = 16, c.kv_heads = 1));
     LAYER(CP_ERR_INVALID_ARGUMENT, "config.threads: got 1025", c.threads = 1025);
     LAYER(CP_ERR_INVALID_ARGUMENT, "config.device_type: got 3", c.device_type = 3);

@@ -245,6 +245,42 @@ void equal_the_cpu(const All &right, std::uint32_t size, cp::CommType comm, int 
         t.join();
 }
 
+// A seed in device memory, read when the kernels run, draws what the same number draws.
+void seeds() {
+    OnDevice on;
+    auto mine = share(1, 0);
+    cp::AttentionConfig config = small();
+    config.dropout = 0.5f;
+    config.deterministic = true;
+    cp::Attention attention(config);
+    Memory place_of_seed(8);
+    std::vector<unsigned char> last;
+    for (std::uint64_t seed : {UINT64_C(5), UINT64_C(0xfedcba9876543210)}) {
+        All given(mine), found(mine);
+        std::memcpy(place_of_seed.host.data(), &seed, 8);
+        place_of_seed.push();
+        for (All *a : {&given, &found}) {
+            cp::Context context;
+            cp::ForwardTensors t = a->forward();
+            t.dropout_seed = a == &given ? seed : 0;
+            t.dropout_seed_at = a == &given ? nullptr : static_cast<const std::uint64_t *>(place_of_seed.at());
+            attention.forward(sequence(), t, context, here->stream);
+            attention.backward(sequence(), a->backward(), context, here->stream);
+            gpu_wait();
+            a->pull();
+        }
+        EXPECT(given.out.memory.host == found.out.memory.host && given.dq.memory.host == found.dq.memory.host);
+        EXPECT(given.dk.memory.host == found.dk.memory.host && given.dv.memory.host == found.dv.memory.host);
+        EXPECT(last != found.out.memory.host);
+        last = found.out.memory.host;
+    }
+    All a(mine);
+    cp::Context context;
+    cp::ForwardTensors t = a.forward();
+    t.dropout_seed_at = reinterpret_cast<const std::uint64_t *>(static_cast<const char *>(place_of_seed.at()) + 4);
+    THROWS(invalid_argument, "must not be NULL and a multiple of 8", attention.forward(sequence(), t, context, here->stream));
+}
+
 void errors() {
     OnDevice on;
     auto mine = share(1, 0);
@@ -279,6 +315,7 @@ int main() {
     for (std::uint32_t size = 1; size <= 3; size++)
         for (cp::CommType comm : comms)
             equal_the_cpu(right, size, comm, static_cast<int>((size + static_cast<std::uint32_t>(comm)) % 3));
+    seeds();
     errors();
     std::printf("%d passed, %d failed\n", passed, failed);
     return failed > 0;

@@ -11,8 +11,8 @@ from . import _abi
 from ._lib import Error, argument_error
 
 ALIGN = 64
-_UNSIGNED = 1  # DLPack's kDLUInt; no tensor has it, buffers of bytes do
-_UNKNOWN = 0
+# DLPack's kDLInt, kDLUInt, kDLOpaqueHandle; no tensor has them, seeds and buffers of bytes do.
+_INTEGER, _UNSIGNED, _UNKNOWN = 0, 1, 3
 # Libraries whose arrays never change: nothing may be written into them, whatever their capsules say.
 _IMMUTABLE = ("jax", "jaxlib")
 
@@ -96,6 +96,20 @@ def buffer(name, array, wrong, stream=None):
     return None, 1  # Refused: bytes without an address.
 
 
+def seed_on_device(seed, place, stream):
+    """The address of one 64-bit integer on a CUDA device, which must be `place`; None for what is on the host."""
+    if not is_tensor(seed) and not is_foreign(seed):
+        return None
+    found = layout(seed, stream)
+    if found.device[0] != _abi.CP_DEVICE_CUDA:
+        return None
+    if found.device != place:
+        raise ValueError(f"got one on CUDA device {found.device[1]}, the layer is on {'the CPU' if place[0] != found.device[0] else place[1]}")
+    if found.code not in (_INTEGER, _UNSIGNED) or found.bits != 64 or any(extent != 1 for extent in found.shape):
+        raise ValueError(f"got shape {found.shape} of {found.bits} bits, on a device it is one 64-bit integer")
+    return found.data
+
+
 def aligned(array, stream=None):
     """Address and bytes of the part of an array of bytes that starts at a multiple of 64."""
     found = layout(array, stream)
@@ -123,7 +137,7 @@ def on_host(values):
 def _code(name, kind):
     if name == "bfloat16":
         return _abi.CP_CODE_BFLOAT
-    return {"f": _abi.CP_CODE_FLOAT, "u": _UNSIGNED}.get(kind, _UNKNOWN)
+    return {"f": _abi.CP_CODE_FLOAT, "i": _INTEGER, "u": _UNSIGNED}.get(kind, _UNKNOWN)
 
 
 def _elements(strides, itemsize):
@@ -158,7 +172,7 @@ def _of_torch(tensor):
         raise ValueError(f"got device {tensor.device}, allowed cpu, cuda")
     device = (kinds[tensor.device.type], tensor.device.index or 0)
     name = str(tensor.dtype).removeprefix("torch.")
-    kind = "f" if name in ("float16", "float32", "float64") else "u" if name == "uint8" else ""
+    kind = name[0] if name.rstrip("0123456789") in ("float", "int", "uint") else ""
     return Layout(tensor.data_ptr(), device, _code(name, kind), tensor.element_size() * 8, tuple(tensor.shape), tuple(tensor.stride()))
 
 

@@ -6,7 +6,7 @@ from ctypes import byref, c_size_t, c_void_p
 import numpy as np
 
 from . import _abi, _device
-from ._arrays import ALIGN, aligned, buffer, describe, is_array, is_foreign, is_tensor, new, on_host
+from ._arrays import ALIGN, aligned, buffer, describe, is_array, is_foreign, is_tensor, new, on_host, seed_on_device
 from ._lib import Error, Handle, argument_error, check, lib, number
 from .partition import Sequences, choice, partition_code
 
@@ -34,15 +34,17 @@ _FORMATS = {"bshd": (0, 1, 2, 3), "sbhd": (1, 0, 2, 3), "bhsd": (0, 2, 1, 3), "t
 class Context:
     """Forward's note to backward: what it computed from, and what it left. Keeps the tensors alive; do not change them in between."""
 
-    def __init__(self, pod, sequences, ranks, tensors, saved, sinks=None, max_logit=None, numbers=None, bias=None, made_of=(None, None, None)):
+    def __init__(self, pod, sequences, ranks, tensors, saved, sinks=None, max_logit=None, numbers=None, bias=None, made_of=(None, None, None),
+                 seed=None):  # fmt: skip
         self.pod, self.sequences, self.ranks = pod, sequences, ranks
         self.tensors, self.saved = tensors, saved
         self.sinks, self.max_logit, self.numbers, self.bias = sinks, max_logit, numbers, bias
         self.made_of = made_of  # (latent, up_k, up_v)
+        self.seed = seed  # of dropout, where it is on a device
 
     def with_tensors(self, tensors):
         """The same note over the same (q, k, v, out, lse) kept elsewhere."""
-        others = (self.saved, self.sinks, self.max_logit, self.numbers, self.bias, self.made_of)
+        others = (self.saved, self.sinks, self.max_logit, self.numbers, self.bias, self.made_of, self.seed)
         return Context(self.pod, self.sequences, self.ranks, tuple(tensors), *others)
 
 
@@ -151,8 +153,10 @@ class Attention:
         place: NumPy arrays, torch tensors, or anything with __dlpack__ or __cuda_array_interface__. lse: fp32, natural log. Rows that see no key, and
         padding: out 0, lse -inf. workspace: an array of workspace_size() bytes (uint8), aligned to 64; None: from the allocator, or the layer's own.
 
-        sinks: fp32 [heads], where the layer has them. dropout_seed: with dropout, equal on all ranks; sequence_ids: a number for every sequence: equal
-        numbers drop alike, whatever else is in the call; None: their indices. max_logit: fp32 [heads] to write to, where it is asked for.
+        sinks: fp32 [heads], where the layer has them. dropout_seed: with dropout, equal on all ranks: an integer, or on CUDA an array of one 64-bit integer
+        on the device, read when forward and backward run: a graph draws another mask in every replay for which it is written before. sequence_ids: a
+        number for every sequence: equal numbers drop alike, whatever else is in the call; None: their indices. max_logit: fp32 [heads] to write to,
+        where it is asked for.
 
         Of a layer with latents instead of k and v: latent, (c ; r) of this rank's keys as k with one head, up_k [heads, head_dim - r, c] and up_v
         [heads, head_dim_v, c], equal on all ranks: head h has k = [up_k[h]·c ; r], v = up_v[h]·c, rounded to the storage type.
@@ -166,9 +170,10 @@ class Attention:
         stream = self._stream(stream, q, wrong)
         pod = _abi.cp_context()
         args = _abi.cp_forward_args(sequences=self._sequences(sequences, self._ranks, wrong), context=ctypes.pointer(pod))
-        numbers = _dropout(args, dropout_seed, sequence_ids, sequences, wrong)
-        given = (q, k, v, out, lse, saved, workspace, sinks, max_logit, bias, latent, up_k, up_v)
+        numbers = _sequence_ids(args, sequence_ids, sequences, wrong)
+        given = (q, k, v, out, lse, saved, workspace, sinks, max_logit, bias, latent, up_k, up_v, dropout_seed)
         with _device.torch_stream(stream, self._place[1], given if self._cuda else ()):
+            seed = self._seed(args, dropout_seed, wrong, stream)
             if out is None and is_array(q):
                 out = new(q, (*q.shape[:-1], self._dim_v))
             if lse is None and is_array(q):
@@ -187,7 +192,7 @@ class Attention:
             args.workspace, args.workspace_bytes = buffer("workspace", workspace, wrong, stream)
             self._run(next(iter(wrong), None), lib.cp_attention_forward, byref(args), stream)
         made_of = (latent, up_k, up_v)
-        return out, lse, Context(pod, sequences, self._ranks, (q, k, v, out, lse), saved, sinks, max_logit, numbers, bias, made_of)
+        return out, lse, Context(pod, sequences, self._ranks, (q, k, v, out, lse), saved, sinks, max_logit, numbers, bias, made_of, seed)
 
     def backward(self, context, d_out, *, dq=None, dk=None, dv=None, workspace=None, stream=None, d_sinks=None, d_bias=None, d_latent=None,
                  d_up_k=None, d_up_v=None):  # fmt: skip
@@ -198,10 +203,10 @@ class Attention:
         summed over the group with those of other weights: what its own queries give, or with a2a all queries through its heads."""
         wrong = []
         args = _abi.cp_backward_args()
-        q = k = v = out = lse = saved = sinks = bias = latent = up_k = up_v = None
+        q = k = v = out = lse = saved = sinks = bias = latent = up_k = up_v = seed = None
         if isinstance(context, Context):
             q, k, v, out, lse = context.tensors
-            saved, sinks, bias = context.saved, context.sinks, context.bias
+            saved, sinks, bias, seed = context.saved, context.sinks, context.bias, context.seed
             latent, up_k, up_v = context.made_of
             args.sequence_ids = None if context.numbers is None else context.numbers.ctypes.data
             args.sequences = self._sequences(context.sequences, context.ranks, wrong)
@@ -209,7 +214,7 @@ class Attention:
         else:
             wrong.append(argument_error(f"context: got {type(context).__name__}, need what forward returned"))
         stream = self._stream(stream, q, wrong)
-        given = (q, k, v, out, lse, saved, d_out, dq, dk, dv, workspace, sinks, d_sinks, bias, d_bias, latent, up_k, up_v, d_latent, d_up_k, d_up_v)
+        given = (q, k, v, out, lse, saved, d_out, dq, dk, dv, workspace, sinks, d_sinks, bias, d_bias, latent, up_k, up_v, d_latent, d_up_k, d_up_v, seed)
         with _device.torch_stream(stream, self._place[1], given if self._cuda else ()):
             fresh = lambda given, like, dtype=None: new(like, like.shape, dtype) if given is None and is_array(like) else given
             dq, dk, dv, d_latent = (fresh(*pair) for pair in ((dq, q), (dk, k), (dv, v), (d_latent, latent)))
@@ -320,6 +325,21 @@ class Attention:
             return (q.shape[1], q.shape[0])
         batch, seq, heads, _ = (q.shape[axis] for axis in self._axes)
         return (batch, heads, seq)
+
+    def _seed(self, args, seed, wrong, stream):
+        """Puts the seed of dropout into the arguments; returns what of it must stay alive."""
+        try:
+            address = seed_on_device(seed, self._place, stream)
+            if address is not None:
+                args.dropout_seed, args.flags = address, _abi.CP_FORWARD_SEED_AT
+                return seed
+            if not hasattr(seed, "__index__") or not 0 <= seed.__index__() < 1 << 64:
+                raise argument_error(f"dropout_seed: got {seed!r}, must be an integer from 0 to 2^64 - 1")
+            args.dropout_seed = seed.__index__()
+        except Exception as error:
+            wrong.append(error if isinstance(error, Error) else argument_error(f"dropout_seed: {error}"))
+            args.dropout_seed, args.flags = 1, _abi.CP_FORWARD_SEED_AT  # Refused: not aligned.
+        return None
 
     def _saved(self, args, q, saved, wrong, stream):
         """Memory for what forward leaves to backward. With wrong arguments there is none: forward says why."""
@@ -434,14 +454,11 @@ def alibi_slopes(heads):
     return np.array(slopes, dtype=np.float32)
 
 
-def _dropout(args, seed, ids, sequences, wrong):
-    """Seed and numbers of the sequences; returns the latter as an array that the arguments point to."""
+def _sequence_ids(args, ids, sequences, wrong):
+    """Numbers of the sequences, as an array that the arguments point to."""
+    if ids is None:
+        return None
     try:
-        if not hasattr(seed, "__index__") or not 0 <= seed.__index__() < 1 << 64:
-            raise argument_error(f"dropout_seed: got {seed!r}, must be an integer from 0 to 2^64 - 1")
-        args.dropout_seed = seed.__index__()
-        if ids is None:
-            return None
         numbers = np.ascontiguousarray([number("sequence_ids", x) for x in ids], dtype=np.uint32)
         if len(numbers) != sequences._struct.count:
             raise argument_error(f"sequence_ids: got {len(numbers)} for {sequences._struct.count} sequences")
@@ -449,7 +466,7 @@ def _dropout(args, seed, ids, sequences, wrong):
         return numbers
     except Exception as error:
         wrong.append(error if isinstance(error, Error) else argument_error(f"sequence_ids: {error}"))
-        args.dropout_seed, args.sequence_ids = 1, 1  # Refused: not aligned.
+        args.sequence_ids = 1  # Refused: not aligned.
         return None
 
 

@@ -1,6 +1,7 @@
 """Tensors on CUDA devices, by the driver alone: the corpus with ranks as threads, streams, errors that name the argument. With LD_LIBRARY_PATH=target/softgpu
 on the software GPU, else on the machine's own."""
 
+import contextlib
 import ctypes
 import functools
 import sys
@@ -232,6 +233,63 @@ def test_a_graph():
     for got, wanted in zip([*results.values(), *grads.values()], on_cpu()):
         near(got, wanted)
     graph.close()
+
+
+SEEDS = (5, 0xFEDCBA9876543210)
+
+
+def with_seed(seed, stream, again=None):
+    """Bits of a step with dropout; `again`: run in a graph, first the step, then once after each call of it."""
+    layer = cp.Attention(**CONFIG, deterministic=True, dropout=0.5)
+    results, grads = outputs(), gradients()
+    arrays, d_out = small(), DLPackArray(random(2, 24, 4, 16, seed=9).astype(BF16))
+    memory, graph = devices.buffer(layer.workspace_size(48)), Graph(stream)
+    bits = lambda: b"".join(np.asarray(x).tobytes() for x in (*results.values(), *grads.values()))
+    with graph if again else contextlib.nullcontext():
+        _, _, context = layer.forward(*arrays, SEQ, **results, dropout_seed=seed, workspace=memory, stream=stream)
+        layer.backward(context, d_out, **grads, workspace=memory, stream=stream)
+    stream.synchronize()
+    if again is None:
+        return bits()
+    found = []
+    for _ in again():
+        graph.launch()
+        stream.synchronize()
+        found.append(bits())
+    graph.close()
+    return found
+
+
+@pytest.mark.parametrize("kind, dtype", [(InterfaceArray, "uint64"), (DLPackArray, "int64")])
+def test_a_seed_on_the_device(kind, dtype):
+    """Draws what the number draws; a graph reads it in every replay."""
+    stream = Stream()
+    wanted = [with_seed(seed, stream) for seed in SEEDS]
+    assert wanted[0] != wanted[1]
+    values = [np.array([seed], np.uint64).view(dtype) for seed in SEEDS]
+    assert [with_seed(kind(value), stream) for value in values] == wanted
+    place = kind(values[0])
+
+    def writes():
+        for value in (*values, *values):
+            yield place.memory.write(value)
+
+    assert with_seed(place, stream, writes) == wanted * 2
+
+
+@pytest.mark.parametrize("words, layer, make", [
+    ("dropout_seed|shape (2,)|one 64-bit integer", {}, lambda: InterfaceArray(np.zeros(2, np.uint64))),
+    ("dropout_seed|32 bits|one 64-bit integer", {}, lambda: InterfaceArray(np.zeros(1, np.int32))),
+    ("dropout_seed|one 64-bit integer", {}, lambda: InterfaceArray(np.zeros(1))),
+    ("dropout_seed|multiple of 8", {}, lambda: InterfaceArray(np.zeros(1, np.uint64), shift=4)),
+    ("dropout_seed|without dropout", {"dropout": 0.0}, lambda: InterfaceArray(np.zeros(1, np.uint64))),
+    ("dropout_seed|device 0, the layer is on the CPU", {"device": "cpu"}, lambda: InterfaceArray(np.zeros(1, np.uint64))),
+])  # fmt: skip
+def test_wrong_seeds_on_the_device(words, layer, make):
+    layer = cp.Attention(**{**CONFIG, "dropout": 0.5, **layer})
+    cpu = [x.astype(BF16) for x in qkv(24)]
+    arrays, given = (cpu, {}) if "CPU" in words else (small(), outputs())
+    raises(Status.INVALID_ARGUMENT, words, layer.forward, *arrays, SEQ, dropout_seed=make(), **given)
 
 
 # Workspace

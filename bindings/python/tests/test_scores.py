@@ -282,3 +282,9 @@ def test_backward_wants_the_numbers_of_forward():
         raises(Status.INVALID_ARGUMENT, "sequence_ids: not those that forward had", layer.backward, context, d_out)
         context.numbers = right
         layer.backward(context, d_out)
+
+
+def test_a_seed_is_any_integer():
+    layer = cp.Attention(**CONFIG, dropout=0.5)
+    bits = [layer.forward(*qkv(24), SEQ, dropout_seed=seed)[0].tobytes() for seed in (3, np.int64(3), np.uint64(3), np.array(3), 4)]
+    assert len(set(bits[:4])) == 1 and bits[3] != bits[4]
