@@ -8,11 +8,12 @@ use context_parallel::attention::{Allocator, Args, Attention, Comm, Config, Cont
 use context_parallel::backend::View;
 use context_parallel::backend::cuda::Cuda;
 use context_parallel::driver::{self, CUstream, Device, DeviceBuffer, Stream};
+use context_parallel::dtype::Fp8;
 use context_parallel::error::{Result, Status};
 use context_parallel::group::{Group, OnDevice};
 use context_parallel::partition::Partition;
 use context_parallel::plan::{Pass, Tensor};
-use context_parallel::problem::{CommType, Problem, Sequence};
+use context_parallel::problem::{CommType, Latent, Problem, Sequence};
 use context_parallel::regions::Regions;
 use context_parallel::score::{BiasShape, Reach, Score, Seed};
 use context_parallel::transport::Transport;
@@ -23,7 +24,15 @@ use libc::c_void;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 
-const IGNORED: &[Tensor] = &[Tensor::DOut, Tensor::DQ, Tensor::DK, Tensor::DV];
+const IGNORED: &[Tensor] = &[
+    Tensor::DOut,
+    Tensor::DQ,
+    Tensor::DK,
+    Tensor::DV,
+    Tensor::DLatent,
+    Tensor::DUpK,
+    Tensor::DUpV,
+];
 
 fn device() -> Arc<Device> {
     Device::get(0).unwrap_or_else(|e| panic!("{e}"))
@@ -340,16 +349,26 @@ fn a_graph_draws_another_mask() {
 const SHARED_BIAS: BiasShape =
     BiasShape { batch: false, heads: false, queries: true, gradient: true };
 
-/// Rows of an odd number of columns, at multiples of an element; heads of several blocks add to one gradient, in one order.
-#[test]
-#[ignore = "needs a CUDA device or the software GPU: tests/run"]
-fn a_graph_replays_the_gradient_of_a_bias() {
-    let score = Score { bias: Some(SHARED_BIAS), softcap: 4.0, ..Score::default() };
-    let config = Config { score, ..config() };
-    let seqs = vec![Sequence::square(91); 2];
+/// Each key has 8 elements of its head, made of 24, and 8 that all heads share.
+const LATENT: Latent = Latent { dim: 24, rope: 8 };
+
+/// A case for a layer that is [`config`] but for bias, latents and packing.
+fn case_of(config: &Config, seqs: &[Sequence]) -> Case {
     let base = cases().iter().find(|c| c.name == "causal_33").expect("in the corpus");
-    let case = Case { seqs: seqs.clone(), bias: Some(SHARED_BIAS), ..base.clone() };
-    let inputs = inputs(&case, config.dtype);
+    Case {
+        seqs: seqs.to_vec(),
+        format: if config.packed { Format::Thd } else { base.format },
+        kv_heads: config.kv_heads as usize,
+        bias: config.score.bias,
+        latent: config.latent,
+        ..base.clone()
+    }
+}
+
+/// A training step in a graph: every replay has the bits of the step outside of it, which are returned.
+fn replays(config: Config) -> Results<f32> {
+    let seqs = vec![Sequence::square(91); 2];
+    let inputs = inputs(&case_of(&config, &seqs), config.dtype);
     let device = device();
     let _current = device.enter().unwrap();
     let stream = stream();
@@ -369,12 +388,41 @@ fn a_graph_replays_the_gradient_of_a_bias() {
         batch.pull().unwrap();
         let got = collect(&problem, std::slice::from_ref(&batch.shard));
         same("replayed", &got, &expected);
-        let bits = |r: &Results<f32>| r.d_bias.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
-        assert_eq!(got.d_bias.len(), 91 * 91);
-        assert!(bits(&got) == bits(&expected), "d_bias has other bits");
+        for (name, got, expected) in [
+            ("d_bias", &got.d_bias, &expected.d_bias),
+            ("d_latent", &got.d_latent, &expected.d_latent),
+            ("d_up_k", &got.d_up_k, &expected.d_up_k),
+            ("d_up_v", &got.d_up_v, &expected.d_up_v),
+        ] {
+            let bits = |of: &[f32]| of.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            assert!(bits(got) == bits(expected), "{name} has other bits");
+        }
     }
     // SAFETY: an own graph, not running any more.
     driver::check("destroy", unsafe { sys::cuGraphExecDestroy(graph) }).unwrap();
+    expected
+}
+
+/// Rows of an odd number of columns, at multiples of an element; heads of several blocks add to one gradient, in one order.
+#[test]
+#[ignore = "needs a CUDA device or the software GPU: tests/run"]
+fn a_graph_replays_the_gradient_of_a_bias() {
+    let score = Score { bias: Some(SHARED_BIAS), softcap: 4.0, ..Score::default() };
+    let found = replays(Config { score, ..config() });
+    assert_eq!(found.d_bias.len(), 91 * 91);
+}
+
+/// Gradients of latents and of their weights are sums over many blocks, begun anew in every replay.
+#[test]
+#[ignore = "needs a CUDA device or the software GPU: tests/run"]
+fn a_graph_replays_the_gradients_of_latents() {
+    let found = replays(latents(&config()));
+    assert_eq!(found.d_latent.len(), 2 * 91 * (24 + 8));
+    assert!(found.d_up_k.iter().all(|x| x.is_finite() && *x != 0.0));
+}
+
+fn latents(config: &Config) -> Config {
+    Config { kv_heads: config.heads, latent: Some(LATENT), ..config.clone() }
 }
 
 /// Hosts meet in `local` and `staged`; a graph would replay without them.
@@ -496,6 +544,7 @@ fn the_bound_suffices_over_nccl() {
         let score = Score { bias: Some(SHARED_BIAS), ..Score::default() };
         Config { score, ..config.clone() }
     };
+    let coded = |config: &Config| Config { kv_wire: Some(Fp8::E4m3), ..config.clone() };
     let two = vec![Sequence::square(960); 2];
     let many: Vec<Sequence> = (0..24).map(|i| Sequence::square(40 + i % 7 * 6)).collect();
     for (config, seqs, ranks, kind) in [
@@ -505,15 +554,17 @@ fn the_bound_suffices_over_nccl() {
         (scored(&documents), &many, 4, CommType::A2aP2p),
         (biased(&documents), &many, 4, CommType::P2p),
         (biased(&documents), &many, 3, CommType::A2a),
+        (latents(&striped), &two, 4, CommType::P2p),
+        (latents(&documents), &many, 4, CommType::A2aP2p),
+        (latents(&documents), &many, 3, CommType::A2a),
+        (coded(&striped), &two, 4, CommType::P2p),
+        (coded(&documents), &many, 4, CommType::A2aP2p),
         (striped, &two, 4, CommType::A2aP2p),
         (documents.clone(), &many, 4, CommType::AllGather),
         (documents.clone(), &many, 2, CommType::A2a),
         (documents, &many, 4, CommType::A2aP2p),
     ] {
-        let base = cases().iter().find(|c| c.name == "causal_33").expect("in the corpus");
-        let case = Case { seqs: seqs.clone(), bias: config.score.bias, ..base.clone() };
-        let case = Case { format: if config.packed { Format::Thd } else { case.format }, ..case };
-        let inputs = inputs(&case, config.dtype);
+        let inputs = inputs(&case_of(&config, seqs), config.dtype);
         on_threads(local_group(ranks), |_, t| {
             let run = || -> Result<()> {
                 let group = group(t, Way::Nccl)?;
