@@ -2,11 +2,15 @@
 
 use crate::args::{Failure, Given, failed, usage};
 use crate::json::{Object, array};
-use crate::schedule::size;
 use crate::text::{self, Align, Columns, bold, dim};
 use context_parallel::schedule::cost::Cost;
 use context_parallel::schedule::{Batch, Schedule, dynamic, megatron, nested};
 use std::time::Instant;
+
+/// Ranks, and tokens per rank.
+pub fn size(given: &Given) -> Result<(u32, u32), Failure> {
+    Ok((given.small("ranks", 8, 1..=1 << 16)?, given.small("tokens-per-rank", 8192, 1..=1 << 30)?))
+}
 
 /// How long documents are: rows of shortest, longest, and how many of a corpus are that long.
 pub struct Documents(Vec<(u64, u64, u64)>);

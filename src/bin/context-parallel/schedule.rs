@@ -100,7 +100,7 @@ pub fn run(given: &Given) -> Result<(), Failure> {
     if given.flag("compare") {
         return compare::run(given, &cost);
     }
-    let (ranks, tokens_per_rank) = size(given)?;
+    let (ranks, tokens_per_rank) = compare::size(given)?;
     let lengths = match (given.list("lengths")?, given.text("documents")) {
         (Some(lengths), None) => lengths,
         (None, Some(file)) => {
@@ -122,11 +122,6 @@ pub fn run(given: &Given) -> Result<(), Failure> {
         table(name, &made, &batch, &cost)
     });
     Ok(())
-}
-
-/// Ranks, and tokens per rank.
-pub fn size(given: &Given) -> Result<(u32, u32), Failure> {
-    Ok((given.small("ranks", 8, 1..=1 << 16)?, given.small("tokens-per-rank", 8192, 1..=1 << 30)?))
 }
 
 fn cost(given: &Given) -> Result<Cost, Failure> {

@@ -15,8 +15,12 @@ use std::collections::{HashMap, VecDeque};
 
 /// Runs all ranks and compares every result with the definition of the mask.
 pub(super) fn check(plans: &[Plan]) -> Result<(), String> {
+    let memory = |plan: &Plan| match &plan.trade {
+        Some(trade) => super::trade::initial(trade, plan),
+        None => initial(plan),
+    };
     let mut flow =
-        Flow { plans, memory: plans.iter().map(initial).collect(), posted: HashMap::new() };
+        Flow { plans, memory: plans.iter().map(memory).collect(), posted: HashMap::new() };
     flow.run()?;
     if let Some(trade) = &plans[0].trade {
         return super::trade::results(trade, plans, &flow.memory);

@@ -101,7 +101,7 @@ impl Buffer {
 }
 
 /// A rank's buffers, in the order of its plan's slots, which are sorted.
-pub(super) struct Memory(Vec<Buffer>);
+pub(super) struct Memory(pub Vec<Buffer>);
 
 impl Memory {
     pub fn find(&self, slot: Slot) -> Option<&Buffer> {
@@ -122,11 +122,8 @@ impl Memory {
     }
 }
 
-/// Inputs carry identities, everything else is poison.
+/// Of a plan of attention: inputs carry identities, everything else is poison.
 pub(super) fn initial(plan: &Plan) -> Memory {
-    if let Some(trade) = &plan.trade {
-        return Memory(super::trade::initial(trade, plan));
-    }
     let p = &*plan.problem;
     let inputs: &[Tensor] = match plan.pass {
         Pass::Forward => &[Tensor::Q, Tensor::K, Tensor::V, Tensor::Latent],
@@ -134,7 +131,7 @@ pub(super) fn initial(plan: &Plan) -> Memory {
             use Tensor::*;
             &[Q, K, V, Latent, Out, Lse, DOut]
         }
-        Pass::ToHeads | Pass::ToSequence => &[],
+        Pass::ToHeads | Pass::ToSequence => unreachable!("trades have their own"),
     };
     let numbers = Slot::caller(Tensor::Sinks);
     let bias = Slot::caller(Tensor::Bias);

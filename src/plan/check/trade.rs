@@ -1,7 +1,7 @@
 //! What plans of a trade must do: every element of the inputs has an identity, and every element of the results must be the right one, or, where a
 //! head is on several ranks, the sum of the right ones. Padding is 0, and never travels.
 
-use super::memory::{Buffer, Memory, weight};
+use super::memory::{Buffer, Memory, POISON, weight};
 use crate::holding::tokens;
 use crate::partition::Side;
 use crate::plan::trade::Trade;
@@ -34,10 +34,10 @@ fn rows_of(trade: &Trade, rank: u32, tensor: Tensor) -> Vec<u32> {
 }
 
 /// The caller's inputs carry identities, everything else is poison.
-pub(super) fn initial(trade: &Trade, plan: &Plan) -> Vec<Buffer> {
+pub(super) fn initial(trade: &Trade, plan: &Plan) -> Memory {
     let input = if plan.pass == Pass::ToHeads { Tensor::Local } else { Tensor::Whole };
     let fresh = |info: &crate::plan::SlotInfo| {
-        let mut buffer = Buffer::new(info.slot, info.rows, info.heads, super::memory::POISON);
+        let mut buffer = Buffer::new(info.slot, info.rows, info.heads, POISON);
         if info.slot.kind != Kind::Caller || info.slot.tensor != input {
             return buffer;
         }
@@ -54,7 +54,7 @@ pub(super) fn initial(trade: &Trade, plan: &Plan) -> Vec<Buffer> {
         }
         buffer
     };
-    plan.slots.iter().map(fresh).collect()
+    Memory(plan.slots.iter().map(fresh).collect())
 }
 
 /// Every result of every rank: all rows, padding too.
